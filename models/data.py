@@ -1,0 +1,185 @@
+"""Pictures for the studies: Fashion-MNIST, MNIST, or scikit-learn's digits without a network."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+from torch.utils.data import TensorDataset
+from torchvision.datasets import MNIST, FashionMNIST
+
+from models import idx
+from models.download import Archives, DownloadError, download
+from models.errors import ModelsError
+
+DATASETS = ("fashion-mnist", "mnist", "digits", "auto")
+
+_LOGGER = logging.getLogger(__name__)
+_TORCHVISION = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
+_PATIENCE_S = 300.0  # for a data set asked for by name
+_AUTO_PATIENCE_S = 30.0  # where the digits will do
+
+
+class Images(TensorDataset):
+    """One part of a data set, in memory; an item is the pair (image, label)."""
+
+    def __init__(self, name: str, classes: tuple[str, ...], images: Tensor, labels: Tensor) -> None:
+        """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,)."""
+        super().__init__(images, labels)
+        self.name = name
+        self.classes = classes
+        self.images = images
+        self.labels = labels
+
+    def part(self, index: Tensor) -> "Images":
+        """A copy of the images that `index`, int64 (M,), names."""
+        return Images(self.name, self.classes, self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set in its three parts, which share no image."""
+
+    name: str
+    """One of `DATASETS`, never `auto`."""
+    train: Images
+    validation: Images
+    """A share of the published training part."""
+    test: Images
+    """The published test part."""
+    source: str
+    """Where the images came from: a folder, or the library that bundles them."""
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    validation: float = 0.1,
+    archives: Archives | None = None,
+) -> Data:
+    """The data set `name`, with a share of its training part set aside for validation.
+
+    `fashion-mnist` and `mnist` are read from `data_dir`/FashionMNIST/raw and `data_dir`/MNIST/raw,
+    and downloaded to it from `archives` (by default torchvision's mirrors) where they are absent.
+    `auto` is Fashion-MNIST where that is there or comes within seconds, else `digits`.
+
+    `seed` alone decides which images are set aside, by class; no global generator is touched.
+
+    Raises ModelsError for an argument that is not allowed, for a data set that is neither there
+    nor to be had, and for damaged files, under `auto` too.
+    """
+    if name not in DATASETS:
+        raise ModelsError(f"dataset={name!r} is not known; allowed: {', '.join(DATASETS)}.")
+    if not 0 <= seed < 2**63:
+        raise ModelsError(f"seed={seed} is out of range; allowed: 0 to 2**63 - 1.")
+    if not 0 < validation < 1:
+        raise ModelsError(f"validation={validation} is no share; allowed: above 0 and below 1.")
+    root = Path(data_dir)
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise ModelsError(f"data_dir='{root}' is not a folder; allowed: a folder, or a new path.")
+
+    chosen = _choose(root, archives) if name == "auto" else name
+    if chosen == "digits":
+        published, test, source = _digits()
+    else:
+        published, test, source = _published(chosen, root, archives)
+    rest, aside = _split(published.labels, validation, seed)
+    if not len(rest) or not len(aside):
+        raise ModelsError(
+            f"validation={validation} of {len(published)} training images leaves one part empty; "
+            f"allowed: a share that leaves an image to each."
+        )
+    return Data(
+        name=chosen,
+        train=published.part(rest),
+        validation=published.part(aside),
+        test=test,
+        source=source,
+    )
+
+
+def _choose(root: Path, archives: Archives | None) -> str:
+    try:
+        where = _provide("fashion-mnist", root, archives, limit_s=_AUTO_PATIENCE_S)
+    except DownloadError as error:
+        _LOGGER.warning(
+            "dataset='auto' is digits, because Fashion-MNIST is not in %s and cannot be "
+            "downloaded (%s).",
+            root,
+            error,
+        )
+        return "digits"
+    _LOGGER.warning("dataset='auto' is fashion-mnist, because it is in %s.", where)
+    return "fashion-mnist"
+
+
+def _published(name: str, root: Path, archives: Archives | None) -> tuple[Images, Images, str]:
+    """Training part, test part and source of a data set that lies in files."""
+    try:
+        folder = _provide(name, root, archives, limit_s=_PATIENCE_S)
+    except DownloadError as error:
+        raise ModelsError(
+            f"dataset={name!r} is not in data_dir='{root}' and cannot be downloaded ({error}); "
+            f"use dataset='digits', or put {', '.join(idx.FILES)} into {_folder(name, root)}."
+        ) from error
+    classes = tuple(_TORCHVISION[name].classes)
+    train, test = (
+        Images(name, classes, pixels[:, None].float() / 255, labels)
+        for pixels, labels in (idx.read_part(folder, part) for part in ("train", "t10k"))
+    )
+    return train, test, str(folder)
+
+
+def _provide(name: str, root: Path, archives: Archives | None, *, limit_s: float) -> Path:
+    """The folder of the files of `name`, downloaded where none is there."""
+    folder = _folder(name, root)
+    missing = [file for file in idx.FILES if not os.path.isfile(folder / file)]
+    if missing == list(idx.FILES):
+        published = _TORCHVISION[name]
+        download(
+            archives or Archives(mirrors=(*published.mirrors,), files=(*published.resources,)),
+            folder,
+            limit_s=limit_s,
+        )
+    elif missing:
+        # Not to be filled from a mirror: what is there may be a part of the published set.
+        raise ModelsError(
+            f"{folder} lacks {', '.join(missing)}; put it there, or remove the other files."
+        )
+    return folder
+
+
+def _folder(name: str, root: Path) -> Path:
+    return Path(root, _TORCHVISION[name].__name__, "raw")
+
+
+def _digits() -> tuple[Images, Images, str]:
+    """Training part (80 %), test part and source of scikit-learn's digits, at 28x28."""
+    # Not at the top: a saved network that imports `models` must load without scikit-learn.
+    from sklearn.datasets import load_digits
+
+    bundled = load_digits()
+    images = torch.from_numpy(bundled.images).float()[:, None] / 16
+    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(bundled.target).long()
+    every = Images("digits", tuple(str(digit) for digit in range(10)), images, labels)
+    train, test = _split(labels, 0.2, seed=0)  # the test part is the same under every seed
+    return every.part(train), every.part(test), "sklearn.datasets.load_digits, resized to 28x28"
+
+
+def _split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices, ascending, of the rest and of `share` of `labels`, which each class gives alike."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    count = round(share * len(labels))
+    # Evenly spaced picks from a list that is sorted by class: exactly `count`, in proportion.
+    picks = (2 * torch.arange(count) + 1) * len(labels) // max(1, 2 * count)
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    aside[by_class[picks]] = True
+    return (~aside).nonzero().flatten(), aside.nonzero().flatten()

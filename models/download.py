@@ -1,0 +1,137 @@
+"""Fetch a data set's packed files: all of them or none, and within a bounded time.
+
+torchvision's own download has no time limit and leaves what it has when it fails.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from torchvision.datasets.utils import (
+    check_integrity,
+    extract_archive,
+)
+
+PROBE_S = 2.0
+"""Seconds that a mirror has to give its first answer."""
+SILENCE_S = 10.0
+"""Seconds without a byte after which a transfer is given up."""
+
+
+class DownloadError(Exception):
+    """The files could not be fetched; the message says why, for use within a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archives:
+    """Where the packed files of a data set come from."""
+
+    mirrors: tuple[str, ...]
+    """Addresses that a file's name is appended to, in the order in which they are tried."""
+    files: tuple[tuple[str, str], ...]
+    """Name, which ends in `.gz`, and MD5 of each file."""
+
+
+def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
+    """Put the unpacked files of `archives` into `folder` within about `limit_s` seconds.
+
+    Raises DownloadError, after which the disk is as it was, folders that were absent included.
+    """
+    deadline = time.monotonic() + limit_s
+    mirrors = _answering(archives)
+    absent = [path for path in folder.parents if not os.path.exists(path)]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".download-", dir=folder.parent) as temporary:
+            fetched = Path(temporary, folder.name)
+            fetched.mkdir()
+            _fetch_all(archives, mirrors, fetched, deadline)
+            _move(fetched, folder)
+    except OSError as error:
+        raise DownloadError(f"{folder} cannot be written: {error.strerror}") from error
+    finally:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()  # takes empty folders only, so nothing after a success
+
+
+def _answering(archives: Archives) -> list[str]:
+    """The mirrors that have the first file and say so within PROBE_S; raises where none does."""
+    failures = {url: f"{url} did not answer within {PROBE_S:g} s" for url in archives.mirrors}
+    answers: list[str] = []
+
+    def ask(mirror: str) -> None:
+        try:
+            with _open(mirror + archives.files[0][0], method="HEAD", timeout=PROBE_S):
+                answers.append(mirror)
+        except DownloadError as error:
+            failures[mirror] = str(error)
+
+    # Daemon threads, since no timeout of a socket bounds the search for the host's address.
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in archives.mirrors]
+    deadline = time.monotonic() + PROBE_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    answered = [mirror for mirror in archives.mirrors if mirror in answers]
+    if not answered:
+        raise DownloadError("; ".join(failures.values()))
+    return answered
+
+
+def _fetch_all(archives: Archives, mirrors: list[str], into: Path, deadline: float) -> None:
+    """Fetch and unpack every file from the first mirror that has them all."""
+    failures = []
+    for mirror in mirrors:
+        try:
+            for name, md5 in archives.files:
+                _fetch(mirror + name, md5, into / name, deadline)
+                extract_archive(into / name, remove_finished=True)
+        except DownloadError as error:
+            failures.append(str(error))
+        else:
+            return
+    raise DownloadError("; ".join(failures))
+
+
+def _fetch(url: str, md5: str, path: Path, deadline: float) -> None:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise DownloadError(f"{url} did not arrive in time")
+    with _open(url, timeout=min(left_s, SILENCE_S)) as response, path.open("wb") as file:
+        # read1 waits for the socket once; read would wait for a trickle beyond any deadline.
+        while chunk := response.read1(1 << 16):
+            file.write(chunk)
+            if time.monotonic() > deadline:
+                raise DownloadError(f"{url} did not arrive in time")
+    if not check_integrity(path, md5):
+        raise DownloadError(f"{url} arrived damaged: its MD5 is not {md5}")
+
+
+@contextmanager
+def _open(url: str, *, method: str = "GET", timeout: float) -> Iterator[HTTPResponse]:
+    try:
+        with urlopen(Request(url, method=method), timeout=timeout) as response:
+            yield response
+    except HTTPError as error:
+        error.close()
+        raise DownloadError(f"{url} answered {error.code} {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        raise DownloadError(f"{url}: {getattr(error, 'reason', error)}") from error
+
+
+def _move(fetched: Path, folder: Path) -> None:
+    try:
+        fetched.replace(folder)  # one step: no other process sees a part of the files
+    except OSError:  # the folder holds something already, as when another process was first
+        for path in sorted(fetched.iterdir()):
+            os.replace(path, folder / path.name)

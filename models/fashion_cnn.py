@@ -1,0 +1,30 @@
+"""The network of deeplizard's Fashion-MNIST tutorial."""
+
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+
+class FashionCNN(nn.Module):
+    """Two convolutions and three linear layers: 28x28 grey pictures to ten classes.
+
+    Source: deeplizard, "Neural Network Programming - Deep Learning with PyTorch".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels=1, out_channels=6, kernel_size=5)
+        self.conv2 = nn.Conv2d(in_channels=6, out_channels=12, kernel_size=5)
+
+        self.fc1 = nn.Linear(in_features=12 * 4 * 4, out_features=120)
+        self.fc2 = nn.Linear(in_features=120, out_features=60)
+        self.out = nn.Linear(in_features=60, out_features=10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
+        t = F.max_pool2d(F.relu(self.conv1(images)), kernel_size=2, stride=2)  # (N, 6, 12, 12)
+        t = F.max_pool2d(F.relu(self.conv2(t)), kernel_size=2, stride=2)  # (N, 12, 4, 4)
+
+        t = F.relu(self.fc1(t.flatten(start_dim=1)))
+        t = F.relu(self.fc2(t))
+        logits: Tensor = self.out(t)
+        return logits

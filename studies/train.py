@@ -1,0 +1,113 @@
+"""Train one network on one data set, tracked.
+
+python -m studies.train --model fashion-cnn --dataset auto --lr 0.01 --epochs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from models import DATASETS, MODELS, ModelsError, build, load
+from studies.arguments import boolean, positive_float, positive_int, seed
+from tracker import RunManager, TrackerError, choose_device, fit, set_seed
+from tracker.cli import OneSentenceParser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = OneSentenceParser(prog="studies.train", description=__doc__)
+    parser.add_argument("--model", default="fashion-cnn", help=", ".join(MODELS))
+    parser.add_argument("--dataset", default="auto", help=", ".join(DATASETS))
+    parser.add_argument("--data-dir", default="data", help="where data sets lie or go")
+    parser.add_argument("--lr", type=positive_float, default=0.01, help="Adam's learning rate")
+    parser.add_argument("--batch-size", type=positive_int, default=100)
+    parser.add_argument("--epochs", type=positive_int, default=3)
+    parser.add_argument("--shuffle", type=boolean, default=True, help="true or false")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    parser.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
+    return parser.parse_args(arguments)
+
+
+def train(given: argparse.Namespace) -> tuple[str | None, str]:
+    """Train as `given` says; returns the run's id and tracking URI."""
+    device = choose_device(given.device)
+    set_seed(given.seed)
+    network = build(given.model).to(device)
+    data = load(given.dataset, given.data_dir, seed=given.seed)
+    loader = DataLoader(data.train, given.batch_size, shuffle=given.shuffle)
+    val_loader = DataLoader(data.validation, given.batch_size)
+    optimizer = torch.optim.Adam(network.parameters(), lr=given.lr)
+    params = {
+        "model": given.model,
+        "dataset": data.name,
+        "lr": given.lr,
+        "batch_size": given.batch_size,
+        "epochs": given.epochs,
+        "shuffle": given.shuffle,
+        "device": device,
+        "seed": given.seed,
+        "optimizer": type(optimizer).__name__,
+    }
+    with RunManager(experiment=given.experiment, tracking_uri=given.tracking_uri) as manager:
+        run = manager.begin_run(params, network, loader)
+        run.log_dataset(data.validation, "validation")
+        for epoch in fit(
+            network,
+            manager.watch(loader),
+            optimizer,
+            F.cross_entropy,
+            epochs=given.epochs,
+            device=device,
+            val_loader=val_loader,
+            accuracy=True,
+        ):
+            manager.log_epoch(epoch)
+        manager.end_run()
+        return run.run_id, run.tracking_uri
+
+
+def ui_command(tracking_uri: str) -> str:
+    """The command that shows the runs at `tracking_uri`."""
+    mlflow = Path(sys.executable).with_name("mlflow")
+    if mlflow.is_relative_to(Path.cwd()):
+        mlflow = mlflow.relative_to(Path.cwd())
+    allow = "MLFLOW_ALLOW_FILE_STORE=true " if tracking_uri.startswith("file:") else ""
+    if tracking_uri.startswith("http"):
+        return f"open {tracking_uri}"
+    return allow + shlex.join([str(mlflow), "ui", "--backend-store-uri", tracking_uri])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+    given = parse(arguments)
+    # A new SQLite store is migrated step by step, and says each.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        run_id, tracking_uri = train(given)
+    except (TrackerError, ModelsError) as error:
+        print(f"studies.train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"run           {run_id}")
+    print(f"tracking URI  {tracking_uri}")
+    print(f"compare runs  {ui_command(tracking_uri)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

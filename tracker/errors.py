@@ -1,0 +1,30 @@
+"""What can go wrong, and whose fault it is.
+
+TrackerError             anything this library raises on purpose
+├── ArgumentError        an argument's value is not allowed (also a ValueError)
+├── CallOrderError       a method was called before the one it needs (also a RuntimeError)
+├── StoreError           the tracking URI, experiment, run or journal cannot be used
+└── NonFiniteLossError   the loss became NaN or infinite and the user asked to stop
+
+Every message is one sentence that names the argument, its value and what is allowed.
+"""
+
+
+class TrackerError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ArgumentError(TrackerError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class CallOrderError(TrackerError, RuntimeError):
+    """A method was called out of order, `end_epoch()` before `begin_epoch()` for one."""
+
+
+class StoreError(TrackerError):
+    """A tracking URI, an experiment, a run or a journal cannot be opened or written."""
+
+
+class NonFiniteLossError(TrackerError, ArithmeticError):
+    """The loss of an epoch is NaN or infinite, and `stop_on_nonfinite` was set."""

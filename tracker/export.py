@@ -1,0 +1,113 @@
+"""A model that loads anywhere: a graph (torch.export, pt2) with weights on the CPU, no classes.
+
+`mlflow.pytorch.load_model` reads it on a machine without this project and without CUDA.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.environment import evaluation_mode, preserve_rng, unwrap
+
+EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
+_CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
+
+logger = logging.getLogger(__name__)
+
+
+def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
+    """Save `network` as an MLflow model in `folder`, which must not exist yet.
+
+    `example` is a batch of inputs of which the first samples are used. What is saved is a copy in
+    evaluation mode on the CPU; the live network, its buffers and every random generator stay as
+    they are. After saving, the model is loaded and compared with the network on two batch sizes.
+
+    Returns None, or one sentence that says why there is no such model: the network cannot be
+    exported, or what was exported computes something else. `folder` is then left incomplete.
+    """
+    import mlflow.pytorch  # takes a second, and only a run that ends needs it
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    network = unwrap(network)
+    inputs = _batch(example, EXAMPLE_SIZE)
+    with preserve_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own deprecations
+        model = _cpu_copy(network).eval()
+        try:
+            with torch.no_grad():
+                output = model(inputs)
+        except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
+            return f"the network does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
+        if not isinstance(output, Tensor):
+            return f"the network returns {type(output).__name__}; MLflow's models return a tensor"
+
+        def spec(tensor: Tensor) -> TensorSpec:
+            return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]))
+
+        try:
+            mlflow.pytorch.save_model(
+                model,
+                str(folder),
+                input_example=inputs.numpy(),
+                signature=ModelSignature(Schema([spec(inputs)]), Schema([spec(output)])),
+                serialization_format="pt2",
+                pip_requirements=[_pin("torch"), _pin("mlflow"), _pin("numpy")],
+            )
+            saved = mlflow.pytorch.load_model(str(folder))
+        except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
+            return f"torch.export cannot follow it: {_line(error)}"
+        return _difference(network, saved, example)
+
+
+def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
+    """Why the saved model is not the live network; None if it computes the same."""
+    for size in _CHECKED_SIZES:
+        inputs = _batch(example, size)
+        device = next((p.device for p in network.parameters()), inputs.device)
+        with evaluation_mode(network), torch.no_grad():
+            live = network(inputs.to(device)).cpu()
+        try:
+            loaded = saved(inputs)
+        except Exception as error:  # noqa: BLE001 - a guard of torch.export, or an operator's own refusal
+            return f"the saved model does not take a batch of {size}: {_line(error)}"
+        # Convolutions on CUDA may use TF32, with ten bits of mantissa.
+        tolerance = 1e-4 if device.type == "cpu" else 1e-2
+        if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
+            worst = (live - loaded).abs().max().item()
+            return f"the saved model differs from the network by {worst:.2g} on a batch of {size}"
+    return None
+
+
+def _cpu_copy(network: nn.Module) -> nn.Module:
+    """A deep copy on the CPU that takes no memory on the network's own device."""
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().cpu().clone(), requires_grad=False)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.detach().cpu().clone()
+    return copy.deepcopy(network, memo)
+
+
+def _batch(example: Tensor, size: int) -> Tensor:
+    """`size` samples made of the ones in `example`, on the CPU."""
+    example = example.detach().cpu()
+    repeats = -(-size // len(example))
+    return torch.cat([example] * repeats)[:size].clone()
+
+
+def _pin(package: str) -> str:
+    from importlib.metadata import version
+
+    return f"{package}=={version(package).partition('+')[0]}"
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

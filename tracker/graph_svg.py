@@ -1,0 +1,355 @@
+"""Drawing of a directed graph in ranks, from top to bottom, as SVG.
+
+The steps are those of Sugiyama, Tagawa and Toda (1981): ranks by longest path, a point wherever an
+edge passes a rank, order within the ranks by barycentres, then horizontal places. One longest path
+is drawn as a straight line, the trunk, and everything else beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from itertools import pairwise
+from operator import add, sub
+from typing import Literal
+from xml.sax.saxutils import escape
+
+
+@dataclass(frozen=True)
+class Box:
+    """A node of the graph, with its text."""
+
+    heading: str
+    shape: str
+    """At the right of the heading."""
+    detail: str
+    """Second line, none if empty."""
+    role: Literal["terminal", "layer", "function"]
+    inputs: tuple[int, ...]
+    """Places of the boxes with an edge to this one, all smaller than its own."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Nodes in ranks: the boxes come first, then points, through which long edges pass."""
+
+    rows: list[list[int]]  # the nodes of each rank from left to right
+    parents: list[list[int]]  # of each node, one rank above
+    children: list[list[int]]  # of each node, one rank below
+    source: list[int]  # the box where the edge through a point begins, a box itself
+    trunk: set[int]  # one box per rank
+
+    def is_point(self, node: int) -> bool:
+        return self.source[node] != node
+
+
+# Lengths are in pixels.
+_MARGIN = 20.0
+_TITLE = 44.0  # height of the title with the note
+_RANK_GAP = 26.0
+_COLUMN_GAP = 26.0
+_POINT_GAP = 14.0  # on either side of an edge that passes a box or another edge
+_PADDING = 10.0
+_LINE = 17.0
+_HEADING_CHARACTER = 7.4  # monospaced at 12 px: 0.6 em, and a little for wider fonts
+_SMALL_CHARACTER = 6.8  # at 11 px
+_CROWDED = 400  # boxes; more are drawn with one line each and closer together
+
+_STYLE = """
+text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+.title { font-size: 15px; font-weight: bold; fill: #1f2933 }
+.heading { font-weight: bold; fill: #1f2933 }
+.small { font-size: 11px; fill: #52606d }
+.terminal rect { fill: #e4e7eb; stroke: #7b8794 }
+.layer rect { fill: #e1effe; stroke: #3f83c8 }
+.function rect { fill: #fdf4dc; stroke: #cda43c }
+.edge { fill: none; stroke: #7b8794; stroke-width: 1.25; stroke-linecap: round }
+.arrow { fill: #7b8794 }
+"""
+
+
+def draw(boxes: Sequence[Box], title: str, note: str) -> str:
+    """An SVG document of `boxes`, with `title` and a small `note` above them.
+
+    It needs no scripts and nothing from outside, so it also works in an <img> element.
+    """
+    crowded = len(boxes) > _CROWDED
+    graph = _ranked(boxes)
+    _sort_rows(graph)
+    box_width = max((_box_width(box, crowded) for box in boxes), default=0.0)
+    box_heights = [_box_height(box, crowded) for box in boxes]
+    x = _horizontal_places(graph, box_width)
+    tops, bottoms = _vertical_places(graph, x, box_heights, 0.6 if crowded else 1.0)
+
+    half = [0.0 if graph.is_point(node) else box_width / 2 for node in range(len(x))]
+    left = min(map(sub, x, half), default=0.0)
+    width = max(
+        max(map(add, x, half), default=0.0) - left, len(title) * _HEADING_CHARACTER * 15 / 12
+    )
+    height = max(bottoms, default=0.0)
+    frame = (left - _MARGIN, -_TITLE - _MARGIN, width + 2 * _MARGIN, height + _TITLE + 2 * _MARGIN)
+    view = " ".join(f"{length:.0f}" for length in frame)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{view}" '
+            f'width="{frame[2]:.0f}" height="{frame[3]:.0f}">',
+            f"<title>{_escaped(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            '<rect x="{:.0f}" y="{:.0f}" width="{:.0f}" height="{:.0f}" fill="#fff"/>'.format(
+                *frame
+            ),
+            _text("title", left, 14 - _TITLE, title),
+            _text("small", left, 31 - _TITLE, note),
+            *_edges(graph, x, tops, bottoms, box_width),
+            *(
+                _drawn(box, x[node], tops[node], box_width, box_heights[node], crowded)
+                for node, box in enumerate(boxes)
+            ),
+            "</svg>\n",
+        ]
+    )
+
+
+def _ranked(boxes: Sequence[Box]) -> _Graph:
+    """Each box below all that it reads from; edges over several ranks get a point in each.
+
+    The edges that leave a box share their points, so that they are drawn as one that branches.
+    """
+    readers: list[list[int]] = [[] for _ in boxes]
+    rank = [0] * len(boxes)
+    free = [False] * len(boxes)  # depends on no input of the network
+    for node, box in enumerate(boxes):
+        for read in box.inputs:
+            readers[read].append(node)
+            rank[node] = max(rank[node], rank[read] + 1)
+        free[node] = box.role != "terminal" and all(free[read] for read in box.inputs)
+    depth = list(rank)
+    for node in reversed(range(len(boxes))):
+        if free[node] and readers[node]:  # a constant: just above where it is used
+            rank[node] = min(rank[reader] for reader in readers[node]) - 1
+    rows: list[list[int]] = [[] for _ in range(max(rank, default=-1) + 1)]
+    for node in range(len(boxes)):
+        rows[rank[node]].append(node)
+    parents: list[list[int]] = [[] for _ in boxes]
+    children: list[list[int]] = [[] for _ in boxes]
+    source = list(range(len(boxes)))
+    for node in range(len(boxes)):
+        above = node
+        last = max((rank[reader] for reader in readers[node]), default=0)
+        for level in range(rank[node] + 1, last + 1):
+            targets = [reader for reader in readers[node] if rank[reader] == level]
+            point = len(parents)
+            if level < last:
+                rows[level].append(point)
+                parents.append([])
+                children.append([])
+                source.append(node)
+                targets.append(point)
+            for target in targets:
+                parents[target].append(above)
+                children[above].append(target)
+            above = point
+
+    trunk: set[int] = set()
+    ends = [node for row in rows[-1:] for node in row]
+    while ends:
+        trunk.add(ends[0])
+        ends = [
+            node for node in parents[ends[0]] if node < len(boxes) and depth[node] == rank[node]
+        ]
+    return _Graph(rows, parents, children, source, trunk)
+
+
+def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
+    """Order each row by the mean place of the neighbours, and keep the order that crosses least."""
+    place = {node: i for row in graph.rows for i, node in enumerate(row)}
+
+    def crossings() -> int:
+        total = 0
+        for row in graph.rows:
+            ends: list[int] = []
+            for node in row:
+                here = [place[child] for child in graph.children[node]]
+                total += sum(len(ends) - bisect_right(ends, end) for end in here)
+                for end in here:
+                    insort(ends, end)
+        return total
+
+    fewest, best = crossings(), [list(row) for row in graph.rows]
+    for sweep in range(sweeps):
+        if fewest == 0:
+            break
+        down = sweep % 2 == 0
+        neighbours = graph.parents if down else graph.children
+        for row in graph.rows if down else reversed(graph.rows):
+            mean = {
+                node: sum(place[n] for n in neighbours[node]) / len(neighbours[node])
+                if neighbours[node]
+                else place[node]
+                for node in row
+            }
+            row.sort(key=mean.__getitem__)
+            place.update((node, i) for i, node in enumerate(row))
+        crossed = crossings()
+        if crossed < fewest:
+            fewest, best = crossed, [list(row) for row in graph.rows]
+    graph.rows[:] = best
+
+
+def _horizontal_places(graph: _Graph, box_width: float) -> list[float]:
+    """The x of each node: the trunk at 0, and each column as close to it as the others allow."""
+    column = _columns(graph)
+    side = dict.fromkeys(column, 1)
+    inner: dict[int, dict[int, float]] = {
+        head: {} for head in column
+    }  # distances to its neighbours
+    for row in graph.rows:
+        middle = next(place for place, node in enumerate(row) if node in graph.trunk)
+        for sign, outwards in ((1, row[middle:]), (-1, row[middle::-1])):
+            for near, far in pairwise(outwards):
+                points = graph.is_point(near) + graph.is_point(far)
+                distance = box_width * (2 - points) / 2 + (_POINT_GAP if points else _COLUMN_GAP)
+                known = inner[column[far]].get(column[near], 0.0)
+                inner[column[far]][column[near]] = max(known, distance)
+                side[column[far]] = sign
+    reach: dict[int, float] = {}
+    for head in TopologicalSorter(inner).static_order():
+        reach[head] = max((reach[near] + gap for near, gap in inner[head].items()), default=0.0)
+    return [side[head] * reach[head] for head in column]
+
+
+def _columns(graph: _Graph) -> list[int]:
+    """For each node the highest one of its column, the nodes straight above and below it.
+
+    A column follows edges that cross no other column's, so that columns can be put side by side:
+    first the trunk's, then those of long edges, then those between boxes (Brandes and Köpf, 2001).
+    """
+    place = {node: i for row in graph.rows for i, node in enumerate(row)}
+    column = list(range(len(place)))
+    for row in graph.rows:
+        edges = [(node, child) for node in row for child in graph.children[node]]
+        edges.sort(
+            key=lambda edge: (
+                not graph.trunk.issuperset(edge),
+                not (graph.is_point(edge[0]) and graph.is_point(edge[1])),
+                graph.is_point(edge[0]) or graph.is_point(edge[1]),
+            )
+        )
+        kept: list[tuple[int, int]] = []
+        for node, child in edges:
+            here = (place[node], place[child])
+            if all((here[0] - a) * (here[1] - b) > 0 for a, b in kept):
+                kept.append(here)
+                column[child] = column[node]
+    return column
+
+
+def _vertical_places(
+    graph: _Graph, x: list[float], box_heights: list[float], scale: float
+) -> tuple[list[float], list[float]]:
+    """The top and the bottom of each node, centred in its rank; more room above wide curves."""
+    tops, bottoms = [0.0] * len(x), [0.0] * len(x)
+    y = 0.0
+    for rank, row in enumerate(graph.rows):
+        if rank > 0:
+            reach = max(abs(x[p] - x[node]) for node in row for p in [*graph.parents[node], node])
+            y += scale * (_RANK_GAP + min(0.05 * reach, _RANK_GAP))
+        height = max(box_heights[node] for node in row if not graph.is_point(node))
+        for node in row:
+            margin = 0.0 if graph.is_point(node) else (height - box_heights[node]) / 2
+            tops[node], bottoms[node] = y + margin, y + height - margin
+        y += height
+    return tops, bottoms
+
+
+def _edges(
+    graph: _Graph, x: list[float], tops: list[float], bottoms: list[float], box_width: float
+) -> list[str]:
+    """A path for each edge, in one piece through its points, and an arrow where it ends."""
+    leave = [_ports(graph, x, node, graph.children[node], box_width) for node in range(len(x))]
+    enter = [_ports(graph, x, node, graph.parents[node], box_width) for node in range(len(x))]
+    drawn: list[str] = []
+    begun: dict[int, str] = {}  # by point: the path so far
+    for node in (node for row in graph.rows for node in row):
+        for parent in graph.parents[node]:
+            start, end = leave[parent][node], enter[node][parent]
+            path = begun.pop(parent, f"M{start:.1f} {bottoms[parent]:.1f}")
+            path += _curve(start, bottoms[parent], end, tops[node])
+            if graph.is_point(node):
+                begun[node] = f"{path}V{bottoms[node]:.1f}"
+            else:
+                drawn.append(f'<path class="edge" d="{path}"/>')
+                drawn.append(f'<path class="arrow" d="M{end:.1f} {tops[node]:.1f}l-3.5 -7h7z"/>')
+    return drawn
+
+
+def _ports(
+    graph: _Graph, x: list[float], node: int, others: list[int], box_width: float
+) -> dict[int, float]:
+    """By neighbour, the x where its edge touches `node`: spread over the side that it is on."""
+    ports = dict.fromkeys(others, x[node])
+    if graph.is_point(node):
+        return ports
+    for sign in (-1, 1):
+        side = sorted((o for o in others if sign * (x[o] - x[node]) > 0), key=lambda o: sign * x[o])
+        for place, other in enumerate(side, 1):
+            reach = (box_width / 2 - 2 * _PADDING) * place / len(side)
+            ports[other] += sign * min(reach, sign * (x[other] - x[node]))
+    return ports
+
+
+def _curve(x0: float, y0: float, x1: float, y1: float) -> str:
+    """From (x0, y0), where the path is, to (x1, y1), vertical at both ends."""
+    if abs(x0 - x1) < 0.1:
+        return f"V{y1:.1f}"
+    middle = (y0 + y1) / 2
+    return f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
+
+
+def _box_width(box: Box, crowded: bool) -> float:
+    first = len(box.heading) * _HEADING_CHARACTER
+    first += (len(box.shape) + 2) * _SMALL_CHARACTER if box.shape else 0
+    second = len(box.detail) * _SMALL_CHARACTER
+    if crowded:
+        return first + second + 2 * _PADDING + (2 * _SMALL_CHARACTER if box.detail else 0)
+    return max(first, second) + 2 * _PADDING
+
+
+def _box_height(box: Box, crowded: bool) -> float:
+    return _LINE * (2 if box.detail and not crowded else 1) + 0.8 * _PADDING
+
+
+def _drawn(box: Box, x: float, y: float, width: float, height: float, crowded: bool) -> str:
+    """The box with its text; `x` is its middle, `y` its top."""
+    left, right, baseline = (
+        x - width / 2 + _PADDING,
+        x + width / 2 - _PADDING,
+        y + _PADDING / 2 + 12,
+    )
+    parts = [
+        f'<g class="{box.role}">',
+        f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" rx="5"/>',
+        _text("heading", left, baseline, box.heading),
+    ]
+    if box.shape:
+        parts.append(_text("small", right, baseline, box.shape, anchor="end"))
+    if box.detail and crowded:
+        after = left + (len(box.heading) * _HEADING_CHARACTER) + 2 * _SMALL_CHARACTER
+        parts.append(_text("small", after, baseline, box.detail))
+    elif box.detail:
+        parts.append(_text("small", left, baseline + _LINE - 1, box.detail))
+    return "".join([*parts, "</g>"])
+
+
+def _text(style: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+    anchored = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}"{anchored}>{_escaped(text)}</text>'
+
+
+def _escaped(text: str) -> str:
+    """`text` as XML, with what XML cannot hold replaced."""
+    return escape(re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\ufffd", text))

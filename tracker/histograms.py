@@ -1,0 +1,258 @@
+"""Histograms of all weights and gradients of a network: exact counts in fixed bins.
+
+The bin of a number is read off its bits: sign, exponent and the first three bits of the mantissa,
+eight bins an octave. Such bins need no range, so no pass for minimum and maximum and no wait for
+the device; they are the same for every tensor and epoch, and counts of several epochs or ranks add.
+
+Bins have numbers. Bin 0 is |x| < 2**-126, zero for short. Bin k > 0 covers
+    [2**e * (1 + m/8), 2**e * (1 + (m+1)/8))   with   k - 1 = (e + 126) * 8 + m,   m = 0 … 7,
+and bin -k is its mirror image, (-right, -left].
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+_MANTISSA_BITS = 3
+_PER_OCTAVE = 1 << _MANTISSA_BITS
+_SMALLEST = -126  # exponent of the smallest normal float32, the first bin that is not zero's
+_INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # beyond the 2**14 bins of a float64 on either side
+_STRIDE = 1 << 17
+_CHUNK = 1 << 22  # elements binned at a time: bounds the memory that their indices take
+
+
+class _Layout(NamedTuple):
+    """How a float type's bits become a cell of its counts."""
+
+    integer: torch.dtype
+    shift: int  # drops all but sign, exponent and _MANTISSA_BITS
+    cells: int  # with either sign
+    bias: int
+
+
+_LAYOUTS = {
+    torch.float32: _Layout(torch.int32, 23 - _MANTISSA_BITS, 2 << (8 + _MANTISSA_BITS), 127),
+    torch.float64: _Layout(torch.int64, 52 - _MANTISSA_BITS, 2 << (11 + _MANTISSA_BITS), 1023),
+}
+
+
+class Histogram(NamedTuple):
+    """The distribution of one tensor's elements."""
+
+    bins: npt.NDArray[np.int64]
+    """Numbers of the bins that are not empty, ascending."""
+    counts: npt.NDArray[np.int64]
+    """How many elements each of them holds; together all the finite ones."""
+    nan: int
+    posinf: int
+    neginf: int
+
+
+def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
+    """The histogram of each tensor: any shape, any real dtype, all on one device.
+
+    One transfer to the host for all of them.
+    """
+    if not tensors:
+        return []
+    rows = [_values(tensor) for tensor in tensors]
+    counts = [_cells(values, zeros) for values, zeros in rows]
+    flat = torch.cat(counts).cpu().numpy()
+    found: list[Histogram] = []
+    start = 0
+    # Networks of one dtype, nearly all of them, are decoded in one go.
+    for dtype, group in groupby(values.dtype for values, _ in rows):
+        layout, size = _LAYOUTS[dtype], len(list(group))
+        end = start + size * layout.cells
+        found += _decode(flat[start:end].reshape(size, layout.cells), layout)
+        start = end
+    return found
+
+
+def _values(tensor: Tensor) -> tuple[Tensor, int]:
+    """The elements as one row of float32 or float64, and how many zeros stand beside them."""
+    tensor, zeros = tensor.detach(), 0
+    if tensor.layout != torch.strided:  # the gradient of nn.Embedding(sparse=True), for one
+        size, tensor = tensor.numel(), tensor.coalesce().values()
+        zeros = size - tensor.numel()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.dtype not in _LAYOUTS:  # half, bfloat16 and float8 are float32s with fewer bits
+        tensor = tensor.float() if tensor.is_floating_point() else tensor.double()
+    return tensor.reshape(-1), zeros
+
+
+def _cells(values: Tensor, zeros: int) -> Tensor:
+    """Counts by sign, exponent and mantissa bits, with those of negative numbers first."""
+    layout = _LAYOUTS[values.dtype]
+    half = layout.cells // 2
+
+    def count(chunk: Tensor) -> Tensor:
+        index = (chunk.view(layout.integer) >> layout.shift) + half
+        if index.device.type == "cpu":
+            return torch.bincount(index, minlength=layout.cells)
+        # torch.bincount asks a GPU for the largest index, and waits for the answer.
+        empty = torch.zeros(layout.cells, dtype=torch.int64, device=index.device)
+        one = torch.ones((), dtype=torch.int64, device=index.device)
+        return empty.scatter_add_(0, index.long(), one.expand_as(index))
+
+    chunks = values.split(_CHUNK) or (values,)
+    counts = count(chunks[0])
+    for chunk in chunks[1:]:
+        counts += count(chunk)
+    if zeros:
+        counts[half] += zeros
+    return counts
+
+
+@cache
+def _bins(layout: _Layout) -> npt.NDArray[np.int64]:
+    """The bin of each cell; beyond the finite bins +-_INFINITE and _NAN."""
+    half = layout.cells // 2
+    magnitude = np.arange(half)
+    first = (_SMALLEST + layout.bias) * _PER_OCTAVE
+    bins = np.maximum(magnitude - first + 1, 0)
+    infinite = (2 * layout.bias + 1) * _PER_OCTAVE
+    bins[infinite] = _INFINITE  # an infinity has no mantissa
+    bins[infinite + 1 :] = _NAN  # a NaN has, its first bit set
+    # As an integer a number with the sign bit set is negative: cell 0 is that of -0.0.
+    return np.concatenate([np.where(bins == _NAN, bins, -bins), bins])
+
+
+def _decode(cells: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
+    flat = cells.reshape(-1)
+    used = np.flatnonzero(flat != 0)  # of bools: twice as fast
+    row, cell = np.divmod(used, layout.cells)
+    found = flat[used]
+    # One number for tensor and bin, so that one sort orders, and joins, the cells of a bin.
+    key = row * _STRIDE + _bins(layout)[cell] + _STRIDE // 2
+    order = np.argsort(key)
+    key, found = key[order], found[order]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    counts = np.add.reduceat(found, starts) if len(starts) else found
+    row, bins = np.divmod(key[starts], _STRIDE)
+    bins -= _STRIDE // 2
+    ends = np.searchsorted(row, np.arange(len(cells) + 1))
+    return [_split(bins[start:end], counts[start:end]) for start, end in pairwise(ends)]
+
+
+def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histogram:
+    """Set what is not finite, at either end of the ascending bins, apart."""
+    special = {_NAN: 0, _INFINITE: 0, -_INFINITE: 0}
+    start, end = 0, len(bins)
+    while end > start and (last := int(bins[end - 1])) in special:
+        end -= 1
+        special[last] = int(counts[end])
+    if end > start and (first := int(bins[start])) in special:
+        special[first] = int(counts[start])
+        start += 1
+    return Histogram(bins[start:end], counts[start:end], *special.values())
+
+
+def network_histograms(network: nn.Module, step: int) -> dict[str, Any]:
+    """The histograms of every parameter and gradient of `network`, as a record of the journal.
+
+    A parameter without a gradient, or not initialised yet, has none to show.
+    """
+    tensors: list[tuple[str, str, Tensor]] = []
+    for name, parameter in network.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            continue
+        tensors.append((name, "weight", parameter))
+        if parameter.grad is not None:
+            tensors.append((name, "gradient", parameter.grad))
+    found = histograms([tensor for _, _, tensor in tensors])
+    return {
+        "step": step,
+        "histograms": [
+            {
+                "tensor": name,
+                "kind": kind,
+                "bins": histogram.bins.tolist(),
+                "counts": histogram.counts.tolist(),
+                "nan": histogram.nan,
+                "posinf": histogram.posinf,
+                "neginf": histogram.neginf,
+            }
+            for (name, kind, _), histogram in zip(tensors, found, strict=True)
+        ],
+    }
+
+
+def bin_edges(
+    bins: Iterable[int],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Left and right edge of each bin, by its number."""
+    number = np.asarray(list(bins), dtype=np.int64)
+
+    def lower(k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        exponent, eighth = np.divmod(k - 1, _PER_OCTAVE)
+        edges: npt.NDArray[np.float64] = np.ldexp(1 + eighth / _PER_OCTAVE, exponent + _SMALLEST)
+        return edges
+
+    size = np.abs(number)
+    near = np.where(size == 0, 0.0, lower(np.maximum(size, 1)))
+    far = lower(size + 1)
+    left = np.where(number > 0, near, -far)
+    return left, np.where(number < 0, -near, far)
+
+
+def load_histograms(run_id: str, tracking_uri: str | None = None) -> pd.DataFrame:
+    """The histograms of a run: one row for each bin that is not empty.
+
+    Columns: `tensor` (the parameter's name), `kind` (weight or gradient), `step` (the epoch, from
+    1), `left` and `right` (the bin's edges), `count`. The counts of a tensor at a step add up to
+    its finite elements; `load_nonfinite` has the others. Raises StoreError where the run has none.
+    """
+    rows = [
+        pd.DataFrame(
+            {
+                "tensor": item["tensor"],
+                "kind": item["kind"],
+                "step": record["step"],
+                "left": left,
+                "right": right,
+                "count": item["counts"],
+            }
+        )
+        for record in _load(run_id, tracking_uri)
+        for item in record["histograms"]
+        for left, right in [bin_edges(item["bins"])]
+    ]
+    columns = ["tensor", "kind", "step", "left", "right", "count"]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
+
+
+def load_nonfinite(run_id: str, tracking_uri: str | None = None) -> pd.DataFrame:
+    """The elements of a run's weights and gradients that are not finite, where there are any.
+
+    Columns: `tensor`, `kind`, `step`, and the counts `nan`, `posinf`, `neginf`.
+    """
+    counted = ("nan", "posinf", "neginf")
+    rows = [
+        (item["tensor"], item["kind"], record["step"], *(item[column] for column in counted))
+        for record in _load(run_id, tracking_uri)
+        for item in record["histograms"]
+        if any(item[column] for column in counted)
+    ]
+    return pd.DataFrame(rows, columns=["tensor", "kind", "step", *counted])
+
+
+def _load(run_id: str, tracking_uri: str | None) -> list[Mapping[str, Any]]:
+    from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = MlflowStore(tracking_uri).download(run_id, "histograms", Path(folder))
+        return [json.loads(file.read_text()) for file in sorted(files.glob("*.json"))]

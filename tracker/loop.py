@@ -1,0 +1,125 @@
+"""The training loop: generators, no callbacks. They know neither MLflow nor Optuna.
+
+    for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=3):
+        print(epoch.number, epoch.metrics)
+
+What should happen between two epochs (a scheduler's step, a log line, `break`) stands in the body.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tracker.environment import device_of, evaluation_mode
+from tracker.errors import ArgumentError
+from tracker.meters import EpochMeter
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of `fit` came to."""
+
+    number: int
+    """From 1."""
+    metrics: dict[str, float]
+    """`loss`, `accuracy`, their `val_` counterparts, `epoch_duration` in seconds."""
+    batch_losses: npt.NDArray[np.float64]
+    """The mean loss of each batch, in order."""
+    batch_times: list[int]
+    """When each of them was done, in milliseconds since 1970."""
+
+
+def fit(
+    network: nn.Module,
+    loader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Loss,
+    *,
+    epochs: int,
+    device: torch.device | str | None = None,
+    val_loader: Iterable[Any] | None = None,
+    accuracy: bool = False,
+) -> Iterator[Epoch]:
+    """Train `network` and yield after each epoch, with the last step's gradients in place.
+
+    Batches are (inputs, targets). Both go to `device`, by default where the network is, and
+    `loss_fn(outputs, targets)` is the mean over the batch. With `accuracy`, outputs are scores
+    (N, classes, …) and targets class numbers (N, …). The network trains in the mode, of
+    `train()` and `eval()`, that it is in. Raises ArgumentError for epochs < 1.
+    """
+    if epochs < 1:
+        raise ArgumentError(f"epochs={epochs} is not allowed; it must be at least 1.")
+    return _fit(network, loader, optimizer, loss_fn, epochs, device, val_loader, accuracy)
+
+
+def _fit(
+    network: nn.Module,
+    loader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Loss,
+    epochs: int,
+    device: torch.device | str | None,
+    val_loader: Iterable[Any] | None,
+    accuracy: bool,
+) -> Iterator[Epoch]:
+    for number in range(1, epochs + 1):
+        started = time.perf_counter()
+        meter = EpochMeter()
+        times: list[int] = []
+        for outputs, targets in _forward(network, loader, device):
+            loss = loss_fn(outputs, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.add_loss(loss, len(targets))
+            if accuracy:
+                meter.add_correct(outputs, targets)
+            times.append(time.time_ns() // 1_000_000)
+        metrics = meter.compute()
+        if val_loader is not None:
+            found = evaluate(network, val_loader, loss_fn, device=device, accuracy=accuracy)
+            metrics |= {f"val_{name}": value for name, value in found.items()}
+        metrics["epoch_duration"] = time.perf_counter() - started
+        yield Epoch(number, metrics, meter.losses, times)
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    loader: Iterable[Any],
+    loss_fn: Loss,
+    *,
+    device: torch.device | str | None = None,
+    accuracy: bool = False,
+) -> dict[str, float]:
+    """`loss` and, if asked for, `accuracy` of `network` over `loader`, as in `fit`.
+
+    The network is in evaluation mode meanwhile, and gets its modes back.
+    """
+    meter = EpochMeter()
+    with evaluation_mode(network):
+        for outputs, targets in _forward(network, loader, device):
+            meter.add_loss(loss_fn(outputs, targets), len(targets))
+            if accuracy:
+                meter.add_correct(outputs, targets)
+    return meter.compute()
+
+
+def _forward(
+    network: nn.Module, loader: Iterable[Any], device: torch.device | str | None
+) -> Iterator[tuple[Any, Any]]:
+    """The network's outputs and the targets of each batch, on the device."""
+    place = device_of(network) if device is None else torch.device(device)
+    for inputs, targets in loader:
+        outputs = network(inputs.to(place, non_blocking=True))
+        yield outputs, targets.to(place, non_blocking=True)

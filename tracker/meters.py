@@ -1,0 +1,161 @@
+"""Loss and accuracy of an epoch, summed without waiting for the device.
+
+A step appends scalars that stay on the device; they are read once, when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tracker.errors import ArgumentError
+
+_CHUNK = 512  # scalars kept one by one before they become one tensor: each costs 512 bytes on a GPU
+
+
+def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
+    """How many predictions are right, as a scalar on the device of `preds`.
+
+    `preds` are scores of shape (N, classes, …), `labels` class numbers of shape (N, …).
+    """
+    return preds.detach().argmax(dim=1).eq(labels.to(preds.device, non_blocking=True)).sum()
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: a number, a tensor, or a list, tuple or mapping whose first item is one.
+
+    Raises ArgumentError for anything else.
+    """
+    if isinstance(batch, int):
+        return batch
+    if isinstance(batch, Tensor) and batch.dim() > 0:
+        return batch.shape[0]
+    if isinstance(batch, Mapping) and batch:
+        return batch_size(next(iter(batch.values())))
+    if isinstance(batch, (list, tuple)) and batch:
+        return batch_size(batch[0])
+    raise ArgumentError(
+        f"batch={type(batch).__name__} has no size; allowed: a tensor, a tuple, list or mapping "
+        "that begins with one, or the number of samples."
+    )
+
+
+class _Scalars:
+    """A growing row of scalars, on whatever device they are."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+        self._last: list[Tensor] = []
+
+    def append(self, scalar: Tensor) -> None:
+        self._last.append(scalar)
+        if len(self._last) == _CHUNK:
+            self._chunks.append(torch.stack(self._last))
+            self._last.clear()
+
+    def __len__(self) -> int:
+        return len(self._chunks) * _CHUNK + len(self._last)
+
+    def read(self) -> npt.NDArray[np.float64]:
+        """All of them on the host; the one point that waits for the device."""
+        rows = [*self._chunks, *([torch.stack(self._last)] if self._last else [])]
+        if not rows:
+            return np.zeros(0)
+        return torch.cat(rows).cpu().double().numpy()
+
+
+@dataclass
+class EpochMeter:
+    """The sums of one epoch."""
+
+    loader: Any = None
+    """What the batches come from; says how large they are where the loop does not."""
+    _losses: _Scalars = field(default_factory=_Scalars)
+    _sizes: list[int | None] = field(default_factory=list)
+    _correct: _Scalars = field(default_factory=_Scalars)
+    _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, labels in all
+
+    def add_loss(self, loss: Tensor | float, size: int | None = None) -> None:
+        """Add the mean loss of a batch of `size` samples; None where it is not known yet.
+
+        Raises ArgumentError for a loss that is not one number.
+        """
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(loss, dtype=torch.float64)
+        elif loss.numel() != 1:
+            raise ArgumentError(
+                f"loss has the shape {tuple(loss.shape)}; it must be one number, the batch's mean."
+            )
+        self._losses.append(loss.detach().reshape(()))
+        self._sizes.append(size)
+
+    def add_correct(self, preds: Tensor, labels: Tensor) -> None:
+        """Add a batch's right predictions; shapes as in `num_correct`."""
+        self._correct.append(num_correct(preds, labels))
+        self._labels.append((len(labels), labels.numel()))
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.float64]:
+        """The size of each batch whose loss was added.
+
+        Where `track_loss(loss)` did not say it: the number of its labels if every batch's were
+        tracked, else what the loader makes of its length, else all alike.
+        """
+        if None not in self._sizes:
+            return np.array(self._sizes, dtype=float)
+        if len(self._labels) == len(self._sizes):
+            known = [size for size, _ in self._labels]
+        else:
+            known = loader_batch_sizes(self.loader, len(self._sizes))
+        pairs = zip(self._sizes, known, strict=True)
+        return np.array([guess if size is None else size for size, guess in pairs], dtype=float)
+
+    @property
+    def losses(self) -> npt.NDArray[np.float64]:
+        """The loss of each batch. Waits for the device."""
+        return self._losses.read()
+
+    @property
+    def loss_sum(self) -> float:
+        """The batches' losses, each times its size. Waits for the device."""
+        return float(self.losses @ self.sizes)
+
+    @property
+    def correct(self) -> int:
+        """How many predictions were right. Waits for the device."""
+        return int(self._correct.read().sum())
+
+    def compute(self) -> dict[str, float]:
+        """`loss` and `accuracy`, as far as they were tracked. Waits for the device."""
+        metrics = {}
+        if len(self._losses):
+            metrics["loss"] = self.loss_sum / float(self.sizes.sum())
+        if seen := sum(labels for _, labels in self._labels):
+            metrics["accuracy"] = self.correct / seen
+        return metrics
+
+
+def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
+    """The sizes of the first `batches` batches of `loader`; all 1 where it does not tell."""
+    size = getattr(loader, "batch_size", None)
+    if not isinstance(size, int):
+        return [1] * batches
+    sizes = [size] * batches
+    if isinstance(loader, DataLoader) and batches and not loader.drop_last:
+        try:
+            samples = len(loader.sampler)  # type: ignore[arg-type]
+        except TypeError:  # a stream has no length
+            return sizes
+        if batches == -(-samples // size):
+            sizes[-1] = samples - size * (batches - 1)
+    return sizes

@@ -1,0 +1,52 @@
+"""Fixtures for tests of code that tracks.
+
+In `conftest.py`: pytest_plugins = ["tracker.testing"]
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite store, migrated once: that takes a second, a copy some milliseconds."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = tmp_path_factory.mktemp("template")
+    store = SqlAlchemyStore(f"sqlite:///{folder / 'mlflow.db'}", str(folder / "mlruns"))
+    store.engine.dispose()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def tracking_uri(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """The URI of a fresh tracking store, for this test alone.
+
+    MLFLOW_TRACKING_URI names it too while the test lasts, and no other variable tells which
+    experiment or run is meant. It is a SQLite file; parametrised indirectly with "file", a folder.
+    """
+    folder = tmp_path_factory.mktemp("store")
+    if getattr(request, "param", "sqlite") == "file":
+        uri = f"file://{folder / 'mlruns'}"
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    else:
+        database = folder / "mlflow.db"
+        shutil.copyfile(request.getfixturevalue("_sqlite_template"), database)
+        with closing(sqlite3.connect(database)) as db, db:
+            artifacts = (folder / "mlruns" / "0").as_uri()
+            db.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
+        uri = f"sqlite:///{database}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return uri

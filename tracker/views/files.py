@@ -1,0 +1,60 @@
+"""Tables as CSV and JSON, written so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """`rows` as CSV, with a column for every key that any row has, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """`value` as standard JSON, one line for each item of a list.
+
+    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and "-Infinity",
+    which `pandas.read_json` reads back as numbers.
+    """
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(_dumps(item) for item in value) + "\n]\n"
+    return _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path`: all of it or, if anything fails, nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
