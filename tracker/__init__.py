@@ -1,6 +1,7 @@
 """Experiment tracking for PyTorch training loops, on MLflow."""
 
 from tracker._version import __version__
+from tracker.builder import RunBuilder
 from tracker.environment import choose_device, set_seed
 from tracker.errors import (
     ArgumentError,
@@ -11,7 +12,7 @@ from tracker.errors import (
 )
 from tracker.histograms import load_histograms, load_nonfinite
 from tracker.loop import Epoch, evaluate, fit
-from tracker.manager import RunBuilder, RunManager
+from tracker.manager import RunManager
 from tracker.run import Run, start_run
 
 __all__ = [

@@ -39,11 +39,22 @@ class _Graph:
     rows: list[list[int]]  # the nodes of each rank from left to right
     parents: list[list[int]]  # of each node, one rank above
     children: list[list[int]]  # of each node, one rank below
-    source: list[int]  # the box where the edge through a point begins, a box itself
     trunk: set[int]  # one box per rank
+    boxes: int
 
     def is_point(self, node: int) -> bool:
-        return self.source[node] != node
+        return node >= self.boxes
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the nodes of a graph are, in pixels: a box at its middle, a point without a width."""
+
+    graph: _Graph
+    x: list[float]
+    tops: list[float]
+    bottoms: list[float]
+    box_width: float
 
 
 # Lengths are in pixels.
@@ -56,7 +67,7 @@ _PADDING = 10.0
 _LINE = 17.0
 _HEADING_CHARACTER = 7.4  # monospaced at 12 px: 0.6 em, and a little for wider fonts
 _SMALL_CHARACTER = 6.8  # at 11 px
-_CROWDED = 400  # boxes; more are drawn with one line each and closer together
+_TITLE_CHARACTER = 9.3  # at 15 px
 
 _STYLE = """
 text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
@@ -76,38 +87,27 @@ def draw(boxes: Sequence[Box], title: str, note: str) -> str:
 
     It needs no scripts and nothing from outside, so it also works in an <img> element.
     """
-    crowded = len(boxes) > _CROWDED
     graph = _ranked(boxes)
     _sort_rows(graph)
-    box_width = max((_box_width(box, crowded) for box in boxes), default=0.0)
-    box_heights = [_box_height(box, crowded) for box in boxes]
-    x = _horizontal_places(graph, box_width)
-    tops, bottoms = _vertical_places(graph, x, box_heights, 0.6 if crowded else 1.0)
-
-    half = [0.0 if graph.is_point(node) else box_width / 2 for node in range(len(x))]
-    left = min(map(sub, x, half), default=0.0)
-    width = max(
-        max(map(add, x, half), default=0.0) - left, len(title) * _HEADING_CHARACTER * 15 / 12
-    )
-    height = max(bottoms, default=0.0)
-    frame = (left - _MARGIN, -_TITLE - _MARGIN, width + 2 * _MARGIN, height + _TITLE + 2 * _MARGIN)
-    view = " ".join(f"{length:.0f}" for length in frame)
+    layout = _placed(graph, boxes)
+    half = [0.0 if graph.is_point(node) else layout.box_width / 2 for node in range(len(layout.x))]
+    left = min(map(sub, layout.x, half), default=0.0)
+    right = max(map(add, layout.x, half), default=0.0)
+    width = max(right - left, len(title) * _TITLE_CHARACTER) + 2 * _MARGIN
+    height = _TITLE + max(layout.bottoms, default=0.0) + 2 * _MARGIN
+    x, y = left - _MARGIN, -_TITLE - _MARGIN
+    frame = f'width="{width:.0f}" height="{height:.0f}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{view}" '
-            f'width="{frame[2]:.0f}" height="{frame[3]:.0f}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {frame} '
+            f'viewBox="{x:.0f} {y:.0f} {width:.0f} {height:.0f}">',
             f"<title>{_escaped(title)}</title>",
             f"<style>{_STYLE}</style>",
-            '<rect x="{:.0f}" y="{:.0f}" width="{:.0f}" height="{:.0f}" fill="#fff"/>'.format(
-                *frame
-            ),
+            f'<rect x="{x:.0f}" y="{y:.0f}" {frame} fill="#ffffff"/>',
             _text("title", left, 14 - _TITLE, title),
             _text("small", left, 31 - _TITLE, note),
-            *_edges(graph, x, tops, bottoms, box_width),
-            *(
-                _drawn(box, x[node], tops[node], box_width, box_heights[node], crowded)
-                for node, box in enumerate(boxes)
-            ),
+            *_edges(layout),
+            *(_drawn(box, layout, node) for node, box in enumerate(boxes)),
             "</svg>\n",
         ]
     )
@@ -130,37 +130,34 @@ def _ranked(boxes: Sequence[Box]) -> _Graph:
     for node in reversed(range(len(boxes))):
         if free[node] and readers[node]:  # a constant: just above where it is used
             rank[node] = min(rank[reader] for reader in readers[node]) - 1
+
     rows: list[list[int]] = [[] for _ in range(max(rank, default=-1) + 1)]
     for node in range(len(boxes)):
         rows[rank[node]].append(node)
     parents: list[list[int]] = [[] for _ in boxes]
     children: list[list[int]] = [[] for _ in boxes]
-    source = list(range(len(boxes)))
     for node in range(len(boxes)):
         above = node
         last = max((rank[reader] for reader in readers[node]), default=0)
         for level in range(rank[node] + 1, last + 1):
-            targets = [reader for reader in readers[node] if rank[reader] == level]
-            point = len(parents)
+            below = [reader for reader in readers[node] if rank[reader] == level]
             if level < last:
-                rows[level].append(point)
+                below.append(len(parents))
+                rows[level].append(len(parents))
                 parents.append([])
                 children.append([])
-                source.append(node)
-                targets.append(point)
-            for target in targets:
+            for target in below:
                 parents[target].append(above)
                 children[above].append(target)
-            above = point
+            above = below[-1]
 
     trunk: set[int] = set()
     ends = [node for row in rows[-1:] for node in row]
     while ends:
         trunk.add(ends[0])
-        ends = [
-            node for node in parents[ends[0]] if node < len(boxes) and depth[node] == rank[node]
-        ]
-    return _Graph(rows, parents, children, source, trunk)
+        above_end = (node for node in parents[ends[0]] if node < len(boxes))
+        ends = [node for node in above_end if depth[node] == rank[node]]
+    return _Graph(rows, parents, children, trunk, len(boxes))
 
 
 def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
@@ -203,9 +200,8 @@ def _horizontal_places(graph: _Graph, box_width: float) -> list[float]:
     """The x of each node: the trunk at 0, and each column as close to it as the others allow."""
     column = _columns(graph)
     side = dict.fromkeys(column, 1)
-    inner: dict[int, dict[int, float]] = {
-        head: {} for head in column
-    }  # distances to its neighbours
+    # By column, those next to it on the trunk's side and how far away it must be from each.
+    inner: dict[int, dict[int, float]] = {head: {} for head in column}
     for row in graph.rows:
         middle = next(place for place, node in enumerate(row) if node in graph.trunk)
         for sign, outwards in ((1, row[middle:]), (-1, row[middle::-1])):
@@ -247,57 +243,58 @@ def _columns(graph: _Graph) -> list[int]:
     return column
 
 
-def _vertical_places(
-    graph: _Graph, x: list[float], box_heights: list[float], scale: float
-) -> tuple[list[float], list[float]]:
-    """The top and the bottom of each node, centred in its rank; more room above wide curves."""
+def _placed(graph: _Graph, boxes: Sequence[Box]) -> _Layout:
+    """Each rank below the one before, its boxes centred, and more room above for wide curves."""
+    box_width = max((_box_width(box) for box in boxes), default=0.0)
+    x = _horizontal_places(graph, box_width)
     tops, bottoms = [0.0] * len(x), [0.0] * len(x)
     y = 0.0
     for rank, row in enumerate(graph.rows):
         if rank > 0:
             reach = max(abs(x[p] - x[node]) for node in row for p in [*graph.parents[node], node])
-            y += scale * (_RANK_GAP + min(0.05 * reach, _RANK_GAP))
-        height = max(box_heights[node] for node in row if not graph.is_point(node))
+            y += _RANK_GAP + min(0.05 * reach, _RANK_GAP)
+        heights = {node: _box_height(boxes[node]) for node in row if not graph.is_point(node)}
+        height = max(heights.values())
         for node in row:
-            margin = 0.0 if graph.is_point(node) else (height - box_heights[node]) / 2
+            margin = (height - heights.get(node, height)) / 2
             tops[node], bottoms[node] = y + margin, y + height - margin
         y += height
-    return tops, bottoms
+    return _Layout(graph, x, tops, bottoms, box_width)
 
 
-def _edges(
-    graph: _Graph, x: list[float], tops: list[float], bottoms: list[float], box_width: float
-) -> list[str]:
+def _edges(layout: _Layout) -> list[str]:
     """A path for each edge, in one piece through its points, and an arrow where it ends."""
-    leave = [_ports(graph, x, node, graph.children[node], box_width) for node in range(len(x))]
-    enter = [_ports(graph, x, node, graph.parents[node], box_width) for node in range(len(x))]
+    graph = layout.graph
+    leave = [_ports(layout, node, below) for node, below in enumerate(graph.children)]
+    enter = [_ports(layout, node, above) for node, above in enumerate(graph.parents)]
     drawn: list[str] = []
     begun: dict[int, str] = {}  # by point: the path so far
     for node in (node for row in graph.rows for node in row):
+        top, bottom = layout.tops[node], layout.bottoms[node]
         for parent in graph.parents[node]:
             start, end = leave[parent][node], enter[node][parent]
-            path = begun.pop(parent, f"M{start:.1f} {bottoms[parent]:.1f}")
-            path += _curve(start, bottoms[parent], end, tops[node])
+            above = layout.bottoms[parent]
+            path = begun.pop(parent, f"M{start:.1f} {above:.1f}") + _curve(start, above, end, top)
             if graph.is_point(node):
-                begun[node] = f"{path}V{bottoms[node]:.1f}"
+                begun[node] = f"{path}V{bottom:.1f}"
             else:
                 drawn.append(f'<path class="edge" d="{path}"/>')
-                drawn.append(f'<path class="arrow" d="M{end:.1f} {tops[node]:.1f}l-3.5 -7h7z"/>')
+                drawn.append(f'<path class="arrow" d="M{end:.1f} {top:.1f}l-3.5 -7h7z"/>')
     return drawn
 
 
-def _ports(
-    graph: _Graph, x: list[float], node: int, others: list[int], box_width: float
-) -> dict[int, float]:
+def _ports(layout: _Layout, node: int, others: list[int]) -> dict[int, float]:
     """By neighbour, the x where its edge touches `node`: spread over the side that it is on."""
+    x = layout.x
     ports = dict.fromkeys(others, x[node])
-    if graph.is_point(node):
+    if layout.graph.is_point(node):
         return ports
     for sign in (-1, 1):
-        side = sorted((o for o in others if sign * (x[o] - x[node]) > 0), key=lambda o: sign * x[o])
+        side = [other for other in others if sign * (x[other] - x[node]) > 0]
+        side.sort(key=lambda other: abs(x[other] - x[node]))
         for place, other in enumerate(side, 1):
-            reach = (box_width / 2 - 2 * _PADDING) * place / len(side)
-            ports[other] += sign * min(reach, sign * (x[other] - x[node]))
+            reach = (layout.box_width / 2 - 2 * _PADDING) * place / len(side)
+            ports[other] += sign * min(reach, abs(x[other] - x[node]))
     return ports
 
 
@@ -309,45 +306,37 @@ def _curve(x0: float, y0: float, x1: float, y1: float) -> str:
     return f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
 
 
-def _box_width(box: Box, crowded: bool) -> float:
+def _box_width(box: Box) -> float:
     first = len(box.heading) * _HEADING_CHARACTER
-    first += (len(box.shape) + 2) * _SMALL_CHARACTER if box.shape else 0
-    second = len(box.detail) * _SMALL_CHARACTER
-    if crowded:
-        return first + second + 2 * _PADDING + (2 * _SMALL_CHARACTER if box.detail else 0)
-    return max(first, second) + 2 * _PADDING
-
-
-def _box_height(box: Box, crowded: bool) -> float:
-    return _LINE * (2 if box.detail and not crowded else 1) + 0.8 * _PADDING
-
-
-def _drawn(box: Box, x: float, y: float, width: float, height: float, crowded: bool) -> str:
-    """The box with its text; `x` is its middle, `y` its top."""
-    left, right, baseline = (
-        x - width / 2 + _PADDING,
-        x + width / 2 - _PADDING,
-        y + _PADDING / 2 + 12,
-    )
-    parts = [
-        f'<g class="{box.role}">',
-        f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}" rx="5"/>',
-        _text("heading", left, baseline, box.heading),
-    ]
     if box.shape:
-        parts.append(_text("small", right, baseline, box.shape, anchor="end"))
-    if box.detail and crowded:
-        after = left + (len(box.heading) * _HEADING_CHARACTER) + 2 * _SMALL_CHARACTER
-        parts.append(_text("small", after, baseline, box.detail))
-    elif box.detail:
-        parts.append(_text("small", left, baseline + _LINE - 1, box.detail))
-    return "".join([*parts, "</g>"])
+        first += (len(box.shape) + 2) * _SMALL_CHARACTER
+    return max(first, len(box.detail) * _SMALL_CHARACTER) + 2 * _PADDING
 
 
-def _text(style: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    anchored = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}"{anchored}>{_escaped(text)}</text>'
+def _box_height(box: Box) -> float:
+    return _LINE * (2 if box.detail else 1) + 0.8 * _PADDING
+
+
+def _drawn(box: Box, layout: _Layout, node: int) -> str:
+    left, top = layout.x[node] - layout.box_width / 2, layout.tops[node]
+    right, baseline = left + layout.box_width, top + 0.4 * _PADDING + 0.75 * _LINE
+    return "".join(
+        [
+            f'<g class="{box.role}">',
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{layout.box_width:.1f}" '
+            f'height="{layout.bottoms[node] - top:.1f}" rx="5"/>',
+            _text("heading", left + _PADDING, baseline, box.heading),
+            _text("small", right - _PADDING, baseline, box.shape, 'text-anchor="end"'),
+            _text("small", left + _PADDING, baseline + _LINE, box.detail),
+            "</g>",
+        ]
+    )
+
+
+def _text(style: str, x: float, y: float, text: str, attributes: str = "") -> str:
+    if not text:
+        return ""
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" {attributes}>{_escaped(text)}</text>'
 
 
 def _escaped(text: str) -> str:

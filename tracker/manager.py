@@ -1,4 +1,4 @@
-"""RunBuilder and RunManager: the verbs of the tutorial, on MLflow.
+"""RunManager: the verbs of the tutorial, on MLflow.
 
 manager = RunManager()
 for run in RunBuilder.get_runs(params):
@@ -20,9 +20,7 @@ import math
 import time
 import uuid
 import weakref
-from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracker.builder import hyperparameters, run_name
 from tracker.environment import describe_device, device_of, unwrap
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.images import image_grid
@@ -45,27 +44,6 @@ from tracker.views.table import View, live_view
 from tracker.views.tensorboard import TensorBoard
 
 _SAMPLES = 64  # pictures in the sample grid
-_LONGEST_NAME = 80  # of a run whose name is made of its hyperparameters
-
-
-class RunBuilder:
-    """Makes the runs of a grid."""
-
-    @staticmethod
-    def get_runs(params: Mapping[str, Iterable[Any]]) -> list[Any]:
-        """Every combination of the values in `params`, as `Run` named tuples, first name slowest.
-
-        Raises ArgumentError for a name that cannot be a field of one.
-        """
-        values = {name: list(several) for name, several in params.items()}
-        try:
-            kind: Any = namedtuple("Run", values)  # type: ignore[misc]
-        except ValueError as error:
-            raise ArgumentError(
-                f"params has a name that is not allowed ({error}); allowed are Python names "
-                "that do not begin with an underscore."
-            ) from error
-        return [kind(*combination) for combination in product(*values.values())]
 
 
 class RunManager:
@@ -142,7 +120,7 @@ class RunManager:
         Raises ArgumentError or StoreError, with nothing half-made, where a hyperparameter is not
         allowed or the store does not open.
         """
-        params = _hyperparameters(run)
+        params = hyperparameters(run)
         if self._open.run is not None:
             self._end(self._open.run.left("when the next run began", self._epoch_left()))
         told = {
@@ -156,7 +134,7 @@ class RunManager:
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
         delivery = self._open.delivery or InlineDelivery(self._directory, self._tracking_uri)
         try:
-            began = Run(delivery, told | params, self._experiment, _run_name(params), tags)
+            began = Run(delivery, told | params, self._experiment, run_name(params), tags)
         except BaseException:
             if self._open.delivery is None:
                 delivery.close()
@@ -308,9 +286,7 @@ class RunManager:
         recorded = None
         if self._histograms and self.network is not None:
             recorded = run.log_histograms(self.network, epoch)
-        self.run_data.append(
-            _row(self.run_count, epoch, metrics, _hyperparameters(self.run_params))
-        )
+        self.run_data.append(_row(self.run_count, epoch, metrics, hyperparameters(self.run_params)))
         run.flush()
         for view in self._views:
             view.end_epoch(self.run_data, recorded)
@@ -382,23 +358,6 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _hyperparameters(run: Any) -> dict[str, Any]:
-    if isinstance(run, Mapping):
-        return dict(run)
-    if hasattr(run, "_asdict"):
-        return dict(run._asdict())
-    raise ArgumentError(
-        f"run={run!r} has no hyperparameters; allowed are a named tuple of RunBuilder.get_runs() "
-        "and a mapping."
-    )
-
-
-def _run_name(params: Mapping[str, Any]) -> str | None:
-    """The hyperparameters, where they make a readable name; else MLflow finds one."""
-    name = " ".join(f"{key}={value}" for key, value in params.items())
-    return name if 0 < len(name) <= _LONGEST_NAME else None
 
 
 def _row(

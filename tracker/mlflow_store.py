@@ -65,6 +65,7 @@ class MlflowStore:
         with _first_to_open(self.tracking_uri):
             _check_uri(self.tracking_uri)
             try:
+                self._create_sqlite()
                 self._client = MlflowClient(self.tracking_uri)
                 self._client.search_experiments(max_results=1)
             except Exception as error:
@@ -105,14 +106,28 @@ class MlflowStore:
             )
         return str(experiment.experiment_id)
 
-    def _artifacts_of(self, experiment: str) -> str | None:
-        """Where a new experiment's artifacts go: beside a SQLite file, else where MLflow says.
+    def _create_sqlite(self) -> None:
+        """Make a new SQLite store, whose `Default` experiment keeps its artifacts beside it."""
+        folder = self._artifacts_folder()
+        if folder is None or _local_path(self.tracking_uri).exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        MLflow would put those of a SQLite file below the current directory, wherever that is.
+        SqlAlchemyStore(self.tracking_uri, str(folder)).engine.dispose()
+
+    def _artifacts_folder(self) -> Path | None:
+        """The folder of a SQLite store's artifacts; None where the store itself knows.
+
+        MLflow would take `mlruns` below the current directory, wherever that is.
         """
         if not self.tracking_uri.startswith("sqlite:"):
             return None
-        folder = _local_path(self.tracking_uri).absolute().parent / "mlruns"
+        return _local_path(self.tracking_uri).absolute().parent / "mlruns"
+
+    def _artifacts_of(self, experiment: str) -> str | None:
+        folder = self._artifacts_folder()
+        if folder is None:
+            return None
         return (folder / re.sub(r"[^\w.\-]", "_", experiment)).as_uri()
 
     def begin_run(

@@ -70,8 +70,8 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
     The network is left as it was found, also when forward raises: training modes, parameters,
     gradients, buffers, hooks and attributes, as are the random states. Parameters and buffers are
-    copied for the pass, which needs as much memory as their gradients will. What a user's own hooks
-    do, and tensors changed in place that are neither, are beyond its reach.
+    copied for the pass, which needs as much memory as their gradients will. Beyond its reach are the
+    user's own hooks, which are called, and tensors in plain attributes that are changed in place.
 
     Raises ArgumentError, a ValueError, for a network with lazy parameters: giving them a shape here
     would draw their initial values before training does. What forward raises passes through.
@@ -121,19 +121,21 @@ def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
     network = unwrap(network)
     modules = _modules_outside_leaves(network)
     leaves = {path for path, module in modules.items() if _is_leaf(module)}
-    owners = {path for path, module in modules.items() if [*module.parameters(recurse=False)]}
-    owners -= leaves
     batch = trace.batch if trace else None
 
     order: list[tuple[str, Call | None]] = []
-    listed: set[str] = set()
+    owners = [
+        path
+        for path, module in modules.items()
+        if path not in leaves and next(module.parameters(recurse=False), None) is not None
+    ]
     for call in trace.calls if trace else ():
-        if call.name not in leaves or _is_terminal(call):
-            continue
-        above = [p for p in modules if p in owners - listed and call.name.startswith(p and f"{p}.")]
-        order += [*((path, None) for path in above), (call.name, call)]
-        listed |= {*above, call.name}
-    order += [(path, None) for path in modules if path in (leaves | owners) - listed]
+        if call.name in leaves and not _is_terminal(call):
+            above = [path for path in owners if call.name.startswith(f"{path}." if path else "")]
+            owners = [path for path in owners if path not in above]
+            order += [*((path, None) for path in above), (call.name, call)]
+    called = {path for path, _ in order}
+    order += [(path, None) for path in modules if path in leaves - called or path in owners]
 
     rows = [
         (
@@ -177,6 +179,7 @@ class _Recorder(TorchFunctionMode):
         self._maker: dict[int, int] = {}
         self._made: list[Tensor] = []  # kept, or another tensor could get the id of one
         self._depth = 0  # of leaf modules
+        self._before: dict[int, int] = {}  # versions of what the leaf was given
 
     def __torch_function__(
         self,
@@ -185,12 +188,14 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._depth == 0:
-            # `x[i] = y` returns nothing: its result is x.
-            made = args[0] if func == Tensor.__setitem__ else result
-            if next(_tensors(made), None) is not None:
-                self.record(_function_name(func), (args, kwargs), made)
+        if self._depth > 0:
+            return func(*args, **(kwargs or {}))
+        before = _versions((args, kwargs))
+        result = _distinct(func(*args, **(kwargs or {})), before)
+        # `x[i] = y` returns nothing: its result is x.
+        made = args[0] if func == Tensor.__setitem__ else result
+        if next(_tensors(made), None) is not None:
+            self.record(_function_name(func), (args, kwargs), made)
         return result
 
     @contextmanager
@@ -199,16 +204,20 @@ class _Recorder(TorchFunctionMode):
         kind = _class_name(module)
         counts = _count(module.parameters())
 
-        def enter(module: nn.Module, args: object) -> None:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             self._depth += 1
+            if self._depth == 1:
+                self._before = _versions((args, kwargs))
 
-        def leave(module: nn.Module, args: object, kwargs: object, result: object) -> None:
-            self._depth -= 1
-            if self._depth == 0:
+        def leave(module: nn.Module, args: object, kwargs: object, result: object) -> object:
+            if self._depth == 1:
+                result = _distinct(result, self._before)
                 self.record(kind, (args, kwargs), result, name, counts)
+            self._depth -= 1
+            return result
 
         # Around the user's own hooks; also after an exception, which the network may catch.
-        before = module.register_forward_pre_hook(enter, prepend=True)
+        before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         after = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
         try:
             yield
@@ -257,12 +266,9 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
 
 def _uncompiled() -> AbstractContextManager[object]:
     """Run compiled parts as plain Python: compiling them for the example would take minutes."""
-    # Only what was compiled has imported dynamo, which takes more than a second.
-    return (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else nullcontext()
-    )
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _modules_outside_leaves(network: nn.Module) -> dict[str, nn.Module]:
@@ -274,11 +280,9 @@ def _modules_outside_leaves(network: nn.Module) -> dict[str, nn.Module]:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether calls of `module` are shown as one thing."""
-    # MultiheadAttention uses its child's weights without calling it.
-    children = (name for name, _ in module.named_children())
-    return isinstance(module, nn.MultiheadAttention) or all(
-        c == "parametrizations" for c in children
-    )
+    if isinstance(module, nn.MultiheadAttention):  # uses its child's weights without calling it
+        return True
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _is_terminal(call: Call) -> bool:
@@ -295,13 +299,28 @@ def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
-def _function_name(function: Callable[..., Any]) -> str:
+def _function_name(function: Any) -> str:
     """`relu` for relu_, `sub` for __rsub__, `T` for the attribute T."""
-    name = function.__name__
+    name = getattr(function, "__name__", type(function).__name__)
     if name == "__get__":
         name = function.__self__.__name__
     operator = _OPERATOR.fullmatch(name)
     return operator[1] if operator else name.strip("_")
+
+
+def _versions(value: object) -> dict[int, int]:
+    """By id, how often each tensor in `value` has been written to."""
+    return {id(t): t._version for t in _tensors(value) if not t.is_inference()}
+
+
+def _distinct(result: Any, before: dict[int, int]) -> Any:
+    """`result`, under a new identity if it is a tensor that was given and not written to.
+
+    The input of an nn.Identity, or of a dropout, must not look like its output to other readers.
+    """
+    if not isinstance(result, Tensor) or id(result) not in before or result.requires_grad:
+        return result
+    return result.detach() if result._version == before[id(result)] else result
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -341,6 +360,10 @@ def _box(call: Call, inputs: tuple[int, ...], batch: int | None) -> Box:
         details.append(f"{call.parameters:,} param{'s' if call.parameters > 1 else ''}")
         if not call.trainable:
             details.append("frozen")
-    role = "terminal" if _is_terminal(call) else "layer" if call.parameters else "function"
-    heading = call.name or call.kind
-    return Box(heading, _text(call.shape, batch), " · ".join(details), role, inputs)
+    return Box(
+        heading=call.name or call.kind,
+        shape=_text(call.shape, batch),
+        detail=" · ".join(details),
+        role="terminal" if _is_terminal(call) else "layer" if call.parameters else "function",
+        inputs=inputs,
+    )

@@ -12,7 +12,6 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracker.checks import checked_name, checked_number, checked_params, checked_tags
 from tracker.environment import environment_tags, unwrap
 from tracker.errors import ArgumentError, CallOrderError
 from tracker.histograms import network_histograms
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 DIRECTORY = ".tracker"
 """Where journals lie by default, below the current directory."""
-
-_NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
-_MAX_PARAM = 6_000  # characters that MLflow keeps
-_MAX_TAG = 8_000
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +91,13 @@ class Run:
         self._warned: set[str] = set()
         self._status: Status | None = None
         self._raised_before = _last_uncaught()
-        checked = _checked_params(params or {})
+        checked = checked_params(params or {})
         tags = {**environment_tags(), **(tags or {}), "tracker.run": self._key}
         self._append(
             "begin",
             experiment=experiment,
             name=name,
-            tags=_checked_tags(tags),
+            tags=checked_tags(tags),
             adopt=os.environ.get("MLFLOW_RUN_ID"),
         )
         self._log_params(checked)
@@ -138,7 +134,7 @@ class Run:
         Raises ArgumentError for a name that MLflow refuses, a value of over 6,000 characters, or
         another value for a param that was logged before.
         """
-        self._log_params(_checked_params(params))
+        self._log_params(checked_params(params))
 
     def _log_params(self, checked: Mapping[str, str]) -> None:
         for name, value in checked.items():
@@ -158,14 +154,16 @@ class Run:
         Raises ArgumentError for a name that MLflow refuses or a value that is not a number.
         """
         at = now()
-        points = [(_checked_name(k, "metric"), _number(k, v), step, at) for k, v in metrics.items()]
+        points = [
+            (checked_name(k, "metric"), checked_number(k, v), step, at) for k, v in metrics.items()
+        ]
         for name, value, _, _ in points:
             self._warn_nonfinite(name, value, step)
         self._append("metrics", metrics=points)
 
     def log_series(self, name: str, values: Any, first_step: int, times: list[int]) -> None:
         """Log one metric at consecutive steps, each with its own time in milliseconds."""
-        _checked_name(name, "metric")
+        checked_name(name, "metric")
         points = [
             (name, float(value), first_step + offset, at)
             for offset, (value, at) in enumerate(zip(values, times, strict=True))
@@ -186,7 +184,7 @@ class Run:
 
         Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
         """
-        self._append("tags", tags=_checked_tags(tags))
+        self._append("tags", tags=checked_tags(tags))
 
     def log_image(
         self, name: str, image: Tensor | npt.NDArray[Any] | Image, step: int | None = None
@@ -366,49 +364,3 @@ def _last_uncaught() -> BaseException | None:
     """The last exception that nobody caught: in this notebook's cells, or that ends the program."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     return error if isinstance(error, BaseException) else None
-
-
-@lru_cache(maxsize=10_000)
-def _checked_name(name: str, what: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or posixpath.normpath(name) != name:
-        raise ArgumentError(
-            f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, "
-            "_ - . : / and spaces, and as a path it must be plain (no //, no .., no / at an end)."
-        )
-    if name.startswith(("/", "..")) or name == ".":
-        raise ArgumentError(f"{what} name {name!r} is not allowed: it would leave its folder.")
-    return name
-
-
-def _checked_params(params: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        _checked_name(name, "param"): _checked_text(name, value, "param", _MAX_PARAM)
-        for name, value in params.items()
-    }
-
-
-def _checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        _checked_name(name, "tag"): _checked_text(name, value, "tag", _MAX_TAG)
-        for name, value in tags.items()
-    }
-
-
-def _checked_text(name: str, value: Any, what: str, longest: int) -> str:
-    text = str(value)
-    if len(text) > longest:
-        raise ArgumentError(
-            f"{what} {name!r} has {len(text):,} characters; MLflow keeps {longest:,}. "
-            "Log it with log_text() instead."
-        )
-    return text
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        shown = f"{type(value).__name__} {value!r}"[:100]
-        raise ArgumentError(f"metric {name!r} is a {shown}; it must be one number.") from error

@@ -1,0 +1,68 @@
+"""What MLflow takes, and otherwise refuses late, cuts or changes in silence.
+
+Every function raises ArgumentError for what is not allowed.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from tracker.errors import ArgumentError
+
+_NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
+_MAX_PARAM = 6_000  # characters that MLflow keeps
+_MAX_TAG = 8_000
+
+
+@lru_cache(maxsize=10_000)  # a metric's name comes again every step
+def checked_name(name: str, what: str) -> str:
+    """`name`, if MLflow takes it for a metric, param or tag: `what` says which."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or posixpath.normpath(name) != name:
+        raise ArgumentError(
+            f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, "
+            "_ - . : / and spaces, and as a path it must be plain (no //, no .., no / at an end)."
+        )
+    if name.startswith(("/", "..")) or name == ".":
+        raise ArgumentError(f"{what} name {name!r} is not allowed: it would leave its folder.")
+    return name
+
+
+def checked_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Params as MLflow stores them: as text."""
+    return {
+        checked_name(name, "param"): _checked_text(name, value, "param", _MAX_PARAM)
+        for name, value in params.items()
+    }
+
+
+def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as MLflow stores them: as text."""
+    return {
+        checked_name(name, "tag"): _checked_text(name, value, "tag", _MAX_TAG)
+        for name, value in tags.items()
+    }
+
+
+def _checked_text(name: str, value: Any, what: str, longest: int) -> str:
+    text = str(value)
+    if len(text) > longest:
+        raise ArgumentError(
+            f"{what} {name!r} has {len(text):,} characters; MLflow keeps {longest:,}. "
+            "Log it with log_text() instead."
+        )
+    return text
+
+
+def checked_number(name: str, value: Any) -> float:
+    """The value of the metric `name` as a number; waits for the device of a tensor."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = f"{type(value).__name__} {value!r}"[:100]
+        raise ArgumentError(f"metric {name!r} is a {shown}; it must be one number.") from error
