@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from operator import add, sub
+from statistics import fmean
 from typing import Literal
 from xml.sax.saxutils import escape
 
@@ -41,6 +42,7 @@ class _Graph:
     children: list[list[int]]  # of each node, one rank below
     trunk: set[int]  # one box per rank
     boxes: int
+    left_out: int  # edges
 
     def is_point(self, node: int) -> bool:
         return node >= self.boxes
@@ -69,6 +71,8 @@ _HEADING_CHARACTER = 7.4  # monospaced at 12 px: 0.6 em, and a little for wider 
 _SMALL_CHARACTER = 6.8  # at 11 px
 _TITLE_CHARACTER = 9.3  # at 15 px
 
+_MOST_POINTS = 50_000  # a loop that keeps its thousand states would have half a million
+
 _STYLE = """
 text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 .title { font-size: 15px; font-weight: bold; fill: #1f2933 }
@@ -89,6 +93,8 @@ def draw(boxes: Sequence[Box], title: str, note: str) -> str:
     """
     graph = _ranked(boxes)
     _sort_rows(graph)
+    if graph.left_out:
+        note = f"{note} · {graph.left_out:,} of the longest edges are left out".removeprefix(" · ")
     layout = _placed(graph, boxes)
     half = [0.0 if graph.is_point(node) else layout.box_width / 2 for node in range(len(layout.x))]
     left = min(map(sub, layout.x, half), default=0.0)
@@ -118,22 +124,16 @@ def _ranked(boxes: Sequence[Box]) -> _Graph:
 
     The edges that leave a box share their points, so that they are drawn as one that branches.
     """
+    rank, trunk = _ranks(boxes)
+    rows: list[list[int]] = [[] for _ in range(max(rank, default=-1) + 1)]
     readers: list[list[int]] = [[] for _ in boxes]
-    rank = [0] * len(boxes)
-    free = [False] * len(boxes)  # depends on no input of the network
     for node, box in enumerate(boxes):
+        rows[rank[node]].append(node)
         for read in box.inputs:
             readers[read].append(node)
-            rank[node] = max(rank[node], rank[read] + 1)
-        free[node] = box.role != "terminal" and all(free[read] for read in box.inputs)
-    depth = list(rank)
-    for node in reversed(range(len(boxes))):
-        if free[node] and readers[node]:  # a constant: just above where it is used
-            rank[node] = min(rank[reader] for reader in readers[node]) - 1
+    edges = sum(map(len, readers))
+    readers = _short_enough(readers, rank)
 
-    rows: list[list[int]] = [[] for _ in range(max(rank, default=-1) + 1)]
-    for node in range(len(boxes)):
-        rows[rank[node]].append(node)
     parents: list[list[int]] = [[] for _ in boxes]
     children: list[list[int]] = [[] for _ in boxes]
     for node in range(len(boxes)):
@@ -150,14 +150,46 @@ def _ranked(boxes: Sequence[Box]) -> _Graph:
                 parents[target].append(above)
                 children[above].append(target)
             above = below[-1]
+    return _Graph(rows, parents, children, trunk, len(boxes), edges - sum(map(len, readers)))
+
+
+def _ranks(boxes: Sequence[Box]) -> tuple[list[int], set[int]]:
+    """The rank of each box, and the boxes of one longest path."""
+    depth = [0] * len(boxes)
+    constant = [False] * len(boxes)  # depends on no terminal
+    first_reader: dict[int, int] = {}  # its rank
+    for node, box in enumerate(boxes):
+        depth[node] = max((depth[read] + 1 for read in box.inputs), default=0)
+        constant[node] = box.role != "terminal" and all(constant[read] for read in box.inputs)
+    rank = list(depth)
+    for node in reversed(range(len(boxes))):
+        if constant[node] and node in first_reader:  # not at the top, but just above its reader
+            rank[node] = first_reader[node] - 1
+        for read in boxes[node].inputs:
+            first_reader[read] = min(rank[node], first_reader.get(read, rank[node]))
 
     trunk: set[int] = set()
-    ends = [node for row in rows[-1:] for node in row]
-    while ends:
-        trunk.add(ends[0])
-        above_end = (node for node in parents[ends[0]] if node < len(boxes))
-        ends = [node for node in above_end if depth[node] == rank[node]]
-    return _Graph(rows, parents, children, trunk, len(boxes))
+    end = rank.index(max(rank)) if rank else None
+    while end is not None:
+        trunk.add(end)
+        above = rank[end] - 1
+        end = next((read for read in boxes[end].inputs if depth[read] == rank[read] == above), None)
+    return rank, trunk
+
+
+def _short_enough(readers: list[list[int]], rank: list[int]) -> list[list[int]]:
+    """The readers of each box, without the farthest where all edges together pass too many ranks."""
+
+    def within(longest: int) -> list[list[int]]:
+        return [[r for r in row if rank[r] - rank[n] <= longest] for n, row in enumerate(readers)]
+
+    def points(kept: list[list[int]]) -> int:
+        return sum(max(rank[r] for r in row) - rank[n] - 1 for n, row in enumerate(kept) if row)
+
+    longest = len(rank)
+    while points(within(longest)) > _MOST_POINTS:
+        longest //= 2
+    return within(longest)
 
 
 def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
@@ -182,13 +214,8 @@ def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
         down = sweep % 2 == 0
         neighbours = graph.parents if down else graph.children
         for row in graph.rows if down else reversed(graph.rows):
-            mean = {
-                node: sum(place[n] for n in neighbours[node]) / len(neighbours[node])
-                if neighbours[node]
-                else place[node]
-                for node in row
-            }
-            row.sort(key=mean.__getitem__)
+            means = {node: fmean(place[n] for n in neighbours[node] or [node]) for node in row}
+            row.sort(key=means.__getitem__)
             place.update((node, i) for i, node in enumerate(row))
         crossed = crossings()
         if crossed < fewest:

@@ -50,7 +50,7 @@ def _translated(doing: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise StoreError(f"MLflow could not {doing}: {str(error).strip()}") from error
+        raise StoreError(f"MLflow could not {doing}: {_first_line(error)}") from error
 
 
 class MlflowStore:

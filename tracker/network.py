@@ -70,8 +70,8 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
     The network is left as it was found, also when forward raises: training modes, parameters,
     gradients, buffers, hooks and attributes, as are the random states. Parameters and buffers are
-    copied for the pass, which needs as much memory as their gradients will. Beyond its reach are the
-    user's own hooks, which are called, and tensors in plain attributes that are changed in place.
+    copied for the pass, which needs as much memory as their gradients will. Beyond its reach are
+    the user's own hooks, which are called, and plain attributes that are changed in place.
 
     Raises ArgumentError, a ValueError, for a network with lazy parameters: giving them a shape here
     would draw their initial values before training does. What forward raises passes through.
@@ -134,8 +134,8 @@ def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
             above = [path for path in owners if call.name.startswith(f"{path}." if path else "")]
             owners = [path for path in owners if path not in above]
             order += [*((path, None) for path in above), (call.name, call)]
-    called = {path for path, _ in order}
-    order += [(path, None) for path in modules if path in leaves - called or path in owners]
+    rest = leaves.difference(path for path, _ in order).union(owners)
+    order += [(path, None) for path in modules if path in rest]
 
     rows = [
         (
@@ -268,7 +268,8 @@ def _uncompiled() -> AbstractContextManager[object]:
     """Run compiled parts as plain Python: compiling them for the example would take minutes."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _modules_outside_leaves(network: nn.Module) -> dict[str, nn.Module]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,7 +160,8 @@ class InlineDelivery:
         if not store.answers():  # MLflow's client would try for minutes
             raise StoreError("the server does not answer")
         if self._uploader is not None:
-            self._uploader.drain()
+            with _own_randomness():
+                self._uploader.drain()
 
     def _warn(self, error: StoreError) -> None:
         if not self._warned:
@@ -176,6 +179,17 @@ class InlineDelivery:
             logger.warning(
                 "%d records are not delivered; deliver them: tracker sync %s", left, folder
             )
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """MLflow draws its run names from python's generator, which belongs to the training."""
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def sync(folder: Path, tracking_uri: str | None = None) -> int:

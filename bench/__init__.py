@@ -1,0 +1,1 @@
+"""What tracking costs, beside peers: `python -m bench.overhead`."""
