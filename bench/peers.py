@@ -1,4 +1,6 @@
-"""What the tracker is compared with. All have the tutorial's verbs, so one loop drives them."""
+"""What the tracker is compared with: all have the tutorial's verbs, so one loop drives them."""
+
+# ruff: noqa: D102 - the verbs are told of in tracker/manager.py
 
 from __future__ import annotations
 
@@ -23,36 +25,31 @@ class Bare:
     """No tracking: the loop's own sum of the loss, on the device, read once an epoch."""
 
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> None:
-        """Nothing to do."""
         self.loader = loader
 
     def begin_epoch(self) -> None:
-        """A sum of nothing."""
         self.total: Any = 0.0
 
     def track_loss(self, loss: Tensor, batch: Any) -> None:
-        """Add it to the sum."""
         self.total += loss.detach()
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """A bare loop does not ask."""
+        """Nothing: this loop does not ask."""
 
     def end_epoch(self) -> None:
-        """Wait for the device."""
         self.loss = float(self.total) / len(self.loader)
 
     def end_run(self) -> None:
-        """Nothing to do."""
+        pass
 
 
 class PlainMlflow(Bare):
-    """The bare loop, with `log_metric` of the loss once an epoch to a SQLite file."""
+    """The bare loop, and one `log_metric` an epoch to a SQLite file."""
 
     def __init__(self, folder: Path) -> None:
         self._client = MlflowClient(f"sqlite:///{folder / 'plain.db'}")
 
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> None:
-        """Create the run and log its hyperparameters."""
         super().begin_run(run, network, loader)
         self._run_id = self._client.create_run("0").info.run_id
         for name, value in run._asdict().items():
@@ -60,13 +57,11 @@ class PlainMlflow(Bare):
         self._epoch = 0
 
     def end_epoch(self) -> None:
-        """One `log_metric`."""
         super().end_epoch()
         self._epoch += 1
         self._client.log_metric(self._run_id, "loss", self.loss, step=self._epoch)
 
     def end_run(self) -> None:
-        """Give the run its status."""
         self._client.set_terminated(self._run_id)
 
 
@@ -79,7 +74,6 @@ class TutorialRunManager:
         self.run_data: list[dict[str, Any]] = []
 
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> None:
-        """Open a writer; add the first batch's pictures and the graph."""
         self.run_start_time = time.time()
         self.run_params, self.network, self.loader = run, network, loader
         self.run_count += 1
@@ -90,38 +84,30 @@ class TutorialRunManager:
         self.tb.add_graph(self.network, images)
 
     def end_run(self) -> None:
-        """Close the writer."""
         self.tb.close()
 
     def begin_epoch(self) -> None:
-        """Start the clock and the sums."""
         self.epoch_start_time = time.time()
         self.epoch_count += 1
         self.epoch_loss = self.epoch_num_correct = 0
 
     def end_epoch(self) -> None:
-        """Scalars, a histogram for each weight and gradient, and the table."""
-        epoch_duration = time.time() - self.epoch_start_time
-        run_duration = time.time() - self.run_start_time
-        loss = self.epoch_loss / len(self.loader.dataset)
-        accuracy = self.epoch_num_correct / len(self.loader.dataset)
-        self.tb.add_scalar("Loss", loss, self.epoch_count)
-        self.tb.add_scalar("Accuracy", accuracy, self.epoch_count)
+        results = OrderedDict(run=self.run_count, epoch=self.epoch_count)
+        results["loss"] = self.epoch_loss / len(self.loader.dataset)
+        results["accuracy"] = self.epoch_num_correct / len(self.loader.dataset)
+        results["epoch duration"] = time.time() - self.epoch_start_time
+        results["run duration"] = time.time() - self.run_start_time
+        self.tb.add_scalar("Loss", results["loss"], self.epoch_count)
+        self.tb.add_scalar("Accuracy", results["accuracy"], self.epoch_count)
         for name, param in self.network.named_parameters():
             self.tb.add_histogram(name, param, self.epoch_count)
             self.tb.add_histogram(f"{name}.grad", param.grad, self.epoch_count)
-        results = OrderedDict(run=self.run_count, epoch=self.epoch_count)
-        results |= {"loss": loss, "accuracy": accuracy}
-        results |= {"epoch duration": epoch_duration, "run duration": run_duration}
-        results |= self.run_params._asdict()
-        self.run_data.append(results)
+        self.run_data.append(results | self.run_params._asdict())
         pd.DataFrame.from_dict(self.run_data, orient="columns")
 
     def track_loss(self, loss: Tensor, batch: Any) -> None:
-        """Wait for the device, then add."""
         self.epoch_loss += loss.item() * batch[0].shape[0]
 
     @torch.no_grad()
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Wait for the device, then add."""
         self.epoch_num_correct += preds.argmax(dim=1).eq(labels).sum().item()

@@ -1,6 +1,6 @@
 """The network of deeplizard's Fashion-MNIST tutorial."""
 
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

@@ -212,6 +212,14 @@ class TestTrace:
             ("setitem", "output"),
         ]
 
+    def test_a_constant_is_not_taken_for_a_tensor_that_is_gone(self) -> None:
+        def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+            x.exp()  # python gives the id of what is dropped to what comes next
+            return m["fc"](torch.from_numpy(np.zeros((1, 4), np.float32)))
+
+        network = functional(forward, fc=nn.Linear(4, 4))
+        assert ("exp", "fc") not in readers(trace(network, torch.zeros(1, 4)))
+
     def test_a_layer_called_twice_is_two_calls(self) -> None:
         network = functional(lambda m, x: m["fc"](m["fc"](x)), fc=nn.Linear(4, 4))
         assert kinds(trace(network, torch.zeros(1, 4))) == ["input", "fc", "fc", "output"]
@@ -249,6 +257,14 @@ class TestTrace:
         ]
         edges = readers(trace(LSTMClassifier(), torch.zeros(2, 7, dtype=torch.long)))
         assert {("head", "output"), ("lstm", "output")} <= set(edges)
+
+    def test_runs_in_evaluation_mode_without_gradients(self) -> None:
+        def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+            x = m["fc"](x)
+            return x.neg() if m.training or m["fc"].training or x.requires_grad else x.exp()
+
+        network = functional(forward, fc=nn.Linear(4, 4)).train()
+        assert kinds(trace(network, torch.zeros(1, 4))) == ["input", "fc", "exp", "output"]
 
     def test_compiled_networks_are_not_compiled_for_it(self) -> None:
         def never(*args: object) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.environment import evaluation_mode, preserve_rng, unwrap
+from tracker.environment import device_of, evaluation_mode, preserve_rng, unwrap
 
 EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
 _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
@@ -45,9 +45,9 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
             with torch.no_grad():
                 output = model(inputs)
         except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
-            return f"the network does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
+            return f"it does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
         if not isinstance(output, Tensor):
-            return f"the network returns {type(output).__name__}; MLflow's models return a tensor"
+            return f"it returns {type(output).__name__}, where a model in MLflow returns a tensor"
 
         def spec(tensor: Tensor) -> TensorSpec:
             return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]))
@@ -63,26 +63,26 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
             )
             saved = mlflow.pytorch.load_model(str(folder))
         except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
-            return f"torch.export cannot follow it: {_line(error)}"
+            return f"torch.export cannot follow the network: {_line(error)}"
         return _difference(network, saved, example)
 
 
 def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
     """Why the saved model is not the live network; None if it computes the same."""
+    device = device_of(network)
     for size in _CHECKED_SIZES:
         inputs = _batch(example, size)
-        device = next((p.device for p in network.parameters()), inputs.device)
-        with evaluation_mode(network), torch.no_grad():
-            live = network(inputs.to(device)).cpu()
         try:
+            with evaluation_mode(network), torch.no_grad():
+                live = network(inputs.to(device)).cpu()
             loaded = saved(inputs)
-        except Exception as error:  # noqa: BLE001 - a guard of torch.export, or an operator's own refusal
-            return f"the saved model does not take a batch of {size}: {_line(error)}"
+        except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
+            return f"it does not take a batch of {size}: {_line(error)}"
         # Convolutions on CUDA may use TF32, with ten bits of mantissa.
         tolerance = 1e-4 if device.type == "cpu" else 1e-2
         if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
             worst = (live - loaded).abs().max().item()
-            return f"the saved model differs from the network by {worst:.2g} on a batch of {size}"
+            return f"what was saved differs by {worst:.2g} on a batch of {size}"
     return None
 
 

@@ -178,7 +178,7 @@ def _ranks(boxes: Sequence[Box]) -> tuple[list[int], set[int]]:
 
 
 def _short_enough(readers: list[list[int]], rank: list[int]) -> list[list[int]]:
-    """The readers of each box, without the farthest where all edges together pass too many ranks."""
+    """The readers of each box, without the farthest if the edges would need too many points."""
 
     def within(longest: int) -> list[list[int]]:
         return [[r for r in row if rank[r] - rank[n] <= longest] for n, row in enumerate(readers)]

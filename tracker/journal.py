@@ -44,7 +44,7 @@ CREATE TABLE records (
 );
 CREATE INDEX records_of_a_run ON records (run, kind);
 CREATE TABLE runs (run TEXT PRIMARY KEY, run_id TEXT NOT NULL);
-CREATE TABLE writer (host TEXT NOT NULL, pid INTEGER NOT NULL);
+CREATE TABLE writer (host TEXT NOT NULL, pid INTEGER NOT NULL, closed INTEGER NOT NULL);
 CREATE TABLE delivered (seq INTEGER NOT NULL);
 INSERT INTO delivered VALUES (0);
 """
@@ -101,7 +101,7 @@ class Journal:
                 db.executescript(_SCHEMA)
                 with db:
                     db.execute(
-                        "INSERT INTO writer VALUES (?, ?)", (socket.gethostname(), os.getpid())
+                        "INSERT INTO writer VALUES (?, ?, 0)", (socket.gethostname(), os.getpid())
                     )
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
@@ -205,7 +205,8 @@ class Journal:
 
     def writer_lives(self) -> bool:
         """Whether the process that made this journal still runs, as far as this host can tell."""
-        if self.host != socket.gethostname():
+        (closed,) = self._db.execute("SELECT closed FROM writer").fetchone()
+        if closed or self.host != socket.gethostname():
             return False
         try:
             os.kill(self.pid, 0)
@@ -231,6 +232,8 @@ class Journal:
         """
         self._stop()
         remaining = self.remaining()
+        with self._db:
+            self._db.execute("UPDATE writer SET closed = 1")
         self._db.close()
         if not remaining:
             shutil.rmtree(self.folder)

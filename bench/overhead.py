@@ -1,0 +1,271 @@
+"""What tracking costs beside its peers, all in one process: `python -m bench.overhead`.
+
+The machines are noisy, so contestants take turns, in an order that changes, and only ratios of one
+run count. "bare loop again" is the bare loop once more: how far it is from 1.00 is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stderr
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from models import FashionCNN
+from studies.arguments import positive_int
+from tracker import RunBuilder, RunManager
+from tracker.histograms import histograms, network_histograms
+
+T = TypeVar("T")
+Work = Callable[[], object]
+
+EPOCH, BATCH = 600, 100  # steps, and images in each: the tutorial's 60,000
+TURN = 50  # steps that a contestant trains before it is the next one's turn
+GOAL_RATIO, GOAL_MS = 1.05, 0.6
+RUN = RunBuilder.get_runs({"lr": [0.001], "batch_size": [BATCH]})[0]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="bench.overhead", description=__doc__)
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--steps", type=positive_int, default=EPOCH, help="of training, a round")
+    parser.add_argument("--only", choices=["training", "histograms", "calls"])
+    given = parser.parse_args()
+    os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(
+        f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, 1 thread, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, MLflow {version('mlflow')}, "
+        f"medians of {given.rounds} rounds"
+    )
+    imported = seconds(lambda: importlib.import_module("mlflow"))
+    print(f"import mlflow: {imported * 1e3:,.0f} ms, in no figure below")
+    if importlib.import_module("bench.peers").SummaryWriter is None:
+        print("skipped: TensorBoard and the tutorial's RunManager; tensorboard is not installed")
+    # MLflow makes ./mlruns, so the current directory is a temporary one too.
+    with tempfile.TemporaryDirectory() as name, chdir(name):
+        if given.only in (None, "training"):
+            training(given.rounds, given.steps, Path(name))
+        if given.only in (None, "histograms"):
+            tensors(given.rounds, Path(name))
+        if given.only in (None, "calls"):
+            calls(given.rounds, Path(name))
+
+
+def cpu_model() -> str:
+    """As Linux names it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.machine()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table; all columns but the first hold numbers."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+    print(f"\n{title}\n")
+    for first, *numbers in (columns, rule, *rows):
+        right = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+        print("|", " | ".join([first.ljust(widths[0]), *right]), "|", flush=True)
+
+
+def goal(text: str, value: float, limit: float) -> None:
+    """Print what is hoped for, and what it is."""
+    verdict = "met" if value <= limit else "MISSED"
+    print(f"goal: {text} <= {limit:.2f}: {value:.3f}, {verdict}", flush=True)
+
+
+def seconds(work: Work, times: int = 1) -> float:
+    """How long one call takes."""
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - started) / times
+
+
+def turns(contestants: Sequence[T], number: int) -> Sequence[T]:
+    """Their order at turn `number`: another is first, and each second time it goes backwards."""
+    start = number // 2 % len(contestants)
+    order = [*contestants[start:], *contestants[:start]]
+    return order[::-1] if number % 2 else order
+
+
+def compare(works: dict[str, Work], rounds: int, times: int) -> dict[str, float]:
+    """Seconds that one call of each takes."""
+    took: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name in turns(list(works), number):
+            took[name].append(seconds(works[name], times))
+    return {name: median(values[1:]) for name, values in took.items()}  # the first warms up
+
+
+def manager_in(folder: Path) -> RunManager:
+    """The tracker's, on a fresh store; it shows no progress, for none of the others does."""
+    uri = f"sqlite:///{folder / 'tracker.db'}"
+    with redirect_stderr(io.StringIO()):
+        return RunManager(tracking_uri=uri, directory=folder / "journal")
+
+
+@dataclass
+class Lane:
+    """A contestant, the network that it trains, and its seconds by round."""
+
+    name: str
+    manager: Any
+    network: nn.Module = field(default_factory=FashionCNN)
+    steps: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)  # begin_epoch and end_epoch
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RUN.lr)
+
+    def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The tutorial's loop."""
+        for batch in batches:
+            images, labels = batch
+            preds = self.network(images)
+            loss = F.cross_entropy(preds, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.manager.track_loss(loss, batch)
+            self.manager.track_num_correct(preds, labels)
+
+    def round(self, number: int, steps: int) -> float:
+        """Seconds of an epoch of EPOCH steps in that round, in which there were `steps`."""
+        return self.steps[number] / steps * EPOCH + self.ends[number]
+
+
+def training(rounds: int, steps: int, folder: Path) -> None:
+    """Epochs of the tutorial's loop under each contestant."""
+    from bench import peers  # imports mlflow, for which `main` sets the environment first
+
+    labels = torch.randint(10, (steps * BATCH,))
+    images = torch.randn(10, 1, 28, 28)[labels] + 4 * torch.randn(len(labels), 1, 28, 28)
+    loader = DataLoader(TensorDataset(images, labels), BATCH)
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    ours, bare = Lane("tracker RunManager", manager_in(folder)), Lane("bare loop", peers.Bare())
+    lanes = [ours, bare, Lane("bare loop again", peers.Bare())]
+    lanes.append(Lane("MLflow log_metric per epoch", peers.PlainMlflow(folder)))
+    if peers.SummaryWriter is not None:
+        lanes.append(Lane("tutorial RunManager, TensorBoard", peers.TutorialRunManager(folder)))
+
+    def begin(lane: Lane) -> float:
+        return seconds(lambda: lane.manager.begin_run(RUN, lane.network, loader))
+
+    cold = []  # a run of one short epoch, to warm up
+    for lane in lanes:
+        cold.append(begin(lane))
+        lane.manager.begin_epoch()
+        lane.train(batches[:TURN])
+        lane.manager.end_epoch()
+        cold.append(seconds(lane.manager.end_run))
+    begun = [begin(lane) for lane in lanes]
+    for number in range(rounds):
+        for lane in turns(lanes, number):
+            lane.steps.append(0.0)
+            lane.ends.append(seconds(lane.manager.begin_epoch))
+        for turn, start in enumerate(range(0, steps, TURN)):
+            for lane in turns(lanes, number + turn):
+                started = time.perf_counter()
+                lane.train(batches[start : start + TURN])
+                lane.steps[-1] += time.perf_counter() - started
+        for lane in turns(lanes, number):
+            lane.ends[-1] += seconds(lane.manager.end_epoch)
+    ended = [seconds(lane.manager.end_run) for lane in lanes]
+    ours.manager.close()
+
+    rows, ratio = [], {}
+    for lane, began, end in zip(lanes, begun, ended, strict=True):
+        step = median(lane.round(number, steps) for number in range(rounds)) / EPOCH
+        ratios = [lane.round(n, steps) / bare.round(n, steps) for n in range(rounds)]
+        ratio[lane.name] = median(ratios)
+        row = [lane.name, f"{step * 1e6:,.0f}", f"{ratio[lane.name]:.3f}x"]
+        row += [f"{min(ratios):.2f}-{max(ratios):.2f}", f"{median(lane.ends) * 1e3:.1f}"]
+        rows.append([*row, f"{began * 1e3:,.0f}", f"{end * 1e3:,.0f}"])
+    table(
+        f"Training the tutorial's CNN, batch {BATCH}, {steps} steps a round. µs and ratio are of "
+        f"an epoch of {EPOCH}\nsteps, its begin_epoch and end_epoch (`epoch`) included; begin_run "
+        "and end_run stand apart.",
+        ["training", "µs/step", "to bare", "min-max", "epoch, ms", "begin_run, ms", "end_run, ms"],
+        rows,
+    )
+    print("The tracker's first run, which makes the store: ", end="")
+    print(f"begin_run {cold[0] * 1e3:,.0f} ms, end_run {cold[1] * 1e3:,.0f} ms.")
+    goal("tracker to bare", ratio[ours.name], GOAL_RATIO)
+
+
+def tensors(rounds: int, folder: Path) -> None:
+    """Histograms of all weights and gradients of two networks."""
+    from torchvision.models import resnet18
+
+    cnn = compare(histogram_works(FashionCNN(), torch.randn(8, 1, 28, 28), folder), rounds, 20)
+    resnet = compare(histogram_works(resnet18(), torch.randn(2, 3, 64, 64), folder), rounds, 1)
+    rows = [[name, f"{cnn[name] * 1e3:.2f}", f"{resnet[name] * 1e3:.1f}"] for name in cnn]
+    table("All weights and gradients, once.", ["histograms", "CNN, ms", "ResNet-18, ms"], rows)
+    goal("tracker, CNN, ms", next(iter(cnn.values())) * 1e3, GOAL_MS)
+
+
+def histogram_works(network: nn.Module, inputs: Tensor, folder: Path) -> dict[str, Work]:
+    """Ways to the histograms of `network` after a backward pass; the tracker's first."""
+    from bench.peers import SummaryWriter
+
+    network(inputs).square().mean().backward()
+    given = [t.detach() for p in network.parameters() for t in (p, p.grad) if t is not None]
+    arrays = [tensor.numpy() for tensor in given]
+    works: dict[str, Work] = {
+        "tracker histograms()": lambda: histograms(given),
+        "tracker network_histograms()": lambda: network_histograms(network, 1),
+        "torch.histc, 64 bins": lambda: [torch.histc(tensor, 64) for tensor in given],
+        "numpy.histogram, 64 bins": lambda: [np.histogram(array, 64) for array in arrays],
+    }
+    if SummaryWriter is not None:
+        add = SummaryWriter(folder / "histograms").add_histogram
+        works["TensorBoard add_histogram"] = lambda: [add("tensor", tensor) for tensor in given]
+    return works
+
+
+def calls(rounds: int, folder: Path) -> None:
+    """What a step of the loop waits for."""
+    network, labels = FashionCNN(), torch.randint(10, (BATCH,))
+    batch = torch.randn(BATCH, 1, 28, 28), labels
+    preds = network(batch[0])
+    loss = F.cross_entropy(preds, labels)
+    manager = manager_in(folder)
+    manager.begin_run(RUN, network, [batch])
+    manager.begin_epoch()
+    works: dict[str, Work] = {
+        "tracker track_loss": lambda: manager.track_loss(loss, batch),
+        "tracker track_num_correct": lambda: manager.track_num_correct(preds, labels),
+        "total += loss.detach()": lambda: torch.zeros(()).add_(loss.detach()),
+        "loss.item()": lambda: loss.item(),
+        "argmax, eq, sum, .item()": lambda: preds.argmax(1).eq(labels).sum().item(),
+    }
+    took = compare(works, rounds, 1000)
+    rows = [[name, f"{each * 1e6:.2f}"] for name, each in took.items()]
+    manager.close()
+    table("One call in the loop, on the CPU.", ["calls", "µs"], rows)
+
+
+if __name__ == "__main__":
+    main()

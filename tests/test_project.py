@@ -1,0 +1,150 @@
+"""The project's own promises: what it installs, imports, ships and exports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import tracker
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    """The version of each package in requirements.txt, for the Python that conda.yaml names."""
+    found = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not re.match(r"[\w.-]+==", line):
+            continue
+        requirement = Requirement(line.rstrip(" \\"))
+        python = {"python_version": "3.11", "python_full_version": "3.11.0"}
+        if requirement.marker is None or requirement.marker.evaluate(python):
+            found[requirement.name] = str(requirement.specifier)
+    return found
+
+
+def test_conda_installs_the_project_s_dependencies_at_the_tested_versions(
+    project: dict[str, Any], pins: dict[str, str]
+) -> None:
+    conda = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    python, _, pip = conda["dependencies"]
+    assert python == "python=3.11"
+    dependencies = [Requirement(line) for line in project["project"]["dependencies"]]
+    assert pip["pip"] == [f"{one.name}{pins[one.name]}" for one in dependencies]
+
+
+def test_every_requirement_is_pinned_with_hashes_and_no_registry_is_named() -> None:
+    text = (ROOT / "requirements.txt").read_text()
+    for block in re.split(r"\n(?=\S)", text.strip()):
+        if not block.startswith("#"):
+            assert "==" in block
+            assert "--hash=sha256:" in block
+    assert "://" not in text
+    assert "--index" not in text
+
+
+def test_only_tracker_is_in_the_wheel(tmp_path: Path, project: dict[str, Any]) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"mlflow_runmanager-{tracker.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "tracker = tracker.cli:main" in archive.read(entry_points).decode()
+    inside = {name for name in names if ".dist-info/" not in name}
+    tracked = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tracker").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert inside == tracked
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def importers(folder: str, package: str) -> set[str]:
+    """The modules below `folder` that import `package`."""
+    return {
+        path.relative_to(ROOT / folder).as_posix()
+        for path in (ROOT / folder).rglob("*.py")
+        if any(name == package or name.startswith(f"{package}.") for name in imported(path))
+    }
+
+
+def test_tracker_and_models_never_import_each_other_nor_studies() -> None:
+    for folder, package in (
+        ("tracker", "models"),
+        ("tracker", "studies"),
+        ("models", "tracker"),
+        ("models", "studies"),
+    ):
+        assert importers(folder, package) == set(), (folder, package)
+
+
+def test_mlflow_is_imported_in_three_places_only() -> None:
+    assert importers("tracker", "mlflow") == {"mlflow_store.py", "export.py", "testing.py"}
+    assert importers("models", "mlflow") == set()
+
+
+def test_the_loop_knows_nothing_of_tracking() -> None:
+    assert {name for name in imported(ROOT / "tracker/loop.py") if name.startswith("tracker")} == {
+        "tracker.environment",
+        "tracker.errors",
+        "tracker.meters",
+    }
+
+
+def test_importing_tracker_imports_no_mlflow_and_leaves_nothing_set() -> None:
+    program = (
+        "import os, sys, logging, random\n"
+        "before = dict(os.environ), random.getstate()\n"
+        "import tracker\n"
+        "assert 'mlflow' not in sys.modules and 'optuna' not in sys.modules\n"
+        "assert before == (dict(os.environ), random.getstate())\n"
+        "assert not logging.getLogger('tracker').handlers\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_public_surface_is_what_it_says() -> None:
+    assert tracker.__all__ == sorted(tracker.__all__)
+    for name in tracker.__all__:
+        assert hasattr(tracker, name)
+        if name != "__version__":
+            assert getattr(tracker, name).__doc__, name
+
+
+def test_the_console_script_tells_its_version() -> None:
+    script = Path(sys.executable).with_name("tracker")
+    shown = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == tracker.__version__

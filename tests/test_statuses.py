@@ -1,0 +1,92 @@
+"""True statuses, of real programs that end in every way."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Store
+from mlflow.entities import Run as MlflowRun
+
+BEGIN = """
+import os, signal, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from tracker import RunManager, start_run
+network = torch.nn.Linear(2, 2)
+loader = DataLoader(TensorDataset(torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)))
+manager = RunManager(model=False)
+manager.begin_run({"lr": 0.1}, network, loader)
+manager.begin_epoch()
+manager.track_loss(torch.tensor(1.0), 4)
+manager.end_epoch()
+"""
+
+
+def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, int]:
+    """The run that a program leaves, and its exit code."""
+    program = tmp_path / "program.py"
+    program.write_text(BEGIN + ending)
+    process = subprocess.run(
+        [sys.executable, str(program)], check=False, capture_output=True, timeout=120
+    )
+    return store.run(), process.returncode
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "reason"),
+    [
+        ("manager.end_run()", "FINISHED", None),
+        ("raise ValueError('lost')", "FAILED", "ValueError: lost"),
+        ("raise KeyboardInterrupt", "KILLED", "KeyboardInterrupt"),
+        ("pass", "FAILED", "The run was left when it was dropped: end_run() was never called."),
+        (
+            "manager.close()",
+            "FAILED",
+            "The run was left when the manager was closed: ",
+        ),
+        (
+            "try:\n    raise ValueError('caught')\nexcept ValueError:\n    manager.end_run()",
+            "FINISHED",
+            None,
+        ),
+        ("os.kill(os.getpid(), signal.SIGINT)", "KILLED", "KeyboardInterrupt"),
+    ],
+    ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT"],
+)
+def test_the_status_is_what_happened(
+    store: Store, tmp_path: Path, ending: str, status: str, reason: str | None
+) -> None:
+    run, _ = run_program(store, ending, tmp_path)
+    assert run.info.status == status
+    failure = run.data.tags.get("tracker.failure")
+    assert failure is None if reason is None else failure.startswith(reason)
+    assert store.history(run, "loss") == [(1, 1.0)]
+    assert "epochs.csv" in store.artifacts(run)
+
+
+def test_a_run_of_start_run_that_was_never_ended(store: Store, tmp_path: Path) -> None:
+    program = "from tracker import start_run\nrun = start_run()\nraise RuntimeError('lost')"
+    subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=120)
+    assert store.run().info.status == "FAILED"
+    assert store.run().data.tags["tracker.failure"].startswith("RuntimeError: lost")
+
+
+def test_sigterm_kills_a_training_of_studies(store: Store, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "studies.train", "--dataset", "digits", "--epochs", "1000"],
+        cwd=root,
+        stderr=subprocess.PIPE,
+    )
+    while not any(run.data.metrics for run in store.runs()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert store.run().info.status == "KILLED"
+    assert store.run().data.tags["tracker.failure"].startswith("SystemExit: 143")
+    assert b"Traceback" not in error
