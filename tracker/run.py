@@ -280,7 +280,7 @@ class Run:
                 logger.warning("The network's graph is missing, its forward raised: %s", error)
         self.log_text(layer_table(network, traced).to_csv(index=False), "network/layers.csv")
         if traced is not None:
-            self.log_text(graph_svg(traced, type(network).__name__), "network/graph.svg")
+            self.log_text(graph_svg(traced, type(unwrap(network)).__name__), "network/graph.svg")
 
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients of `network` at `step`.
