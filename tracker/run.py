@@ -273,11 +273,11 @@ class Run:
         from tracker.network import graph_svg, layer_table, trace
 
         traced = None
-        if example is not None and not any(map(nn.parameter.is_lazy, network.parameters())):
+        if example is not None:
             try:
                 traced = trace(network, example[:2])
             except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-                logger.warning("The network's graph is missing, its forward raised: %s", error)
+                logger.warning("The network's graph is missing: %s", error)
         self.log_text(layer_table(network, traced).to_csv(index=False), "network/layers.csv")
         if traced is not None:
             self.log_text(graph_svg(traced, type(unwrap(network)).__name__), "network/graph.svg")

@@ -1,0 +1,146 @@
+"""`mlflow run .`, and a tracking server: end to end, as a user would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Store, train_epoch
+from torch import optim
+
+from models import FashionCNN
+from studies.train import main
+from tracker import RunManager, load_histograms
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def mlflow_run(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`mlflow run` of a copy of this project, with this Python's programs first on the path."""
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": uri,
+    }
+    return subprocess.run(
+        [str(programs / "mlflow"), "run", str(folder), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What `mlflow run` needs of this project, without a repository or an environment."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("MLproject", "conda.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("tracker", "models", "studies"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("env_manager", ["local", "uv"])
+def test_mlflow_run_makes_one_finished_run(
+    store: Store, project: Path, env_manager: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENV_ROOT", str(tmp_path / "environments"))
+    done = mlflow_run(
+        project, store.uri, "--env-manager", env_manager, "-P", "lr=0.01", "-P", "epochs=1",
+        "-P", "dataset=digits",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = store.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.01"
+    assert run.data.params["epochs"] == "1"
+    assert run.data.tags["mlflow.source.type"] == "PROJECT"
+    assert [step for step, _ in store.history(run, "loss")] == [1]
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_a_mistake_under_mlflow_run_ends_the_run_it_made(store: Store, project: Path) -> None:
+    done = mlflow_run(project, store.uri, "--env-manager", "local", "-P", "lr=-1")
+    assert done.returncode != 0
+    assert "argument --lr: '-1' is not allowed; it must be a number above 0" in done.stderr
+    assert store.run().info.status == "FAILED"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real tracking server on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "server"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(uri):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        yield uri
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def answers(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_a_server_holds_what_a_file_does(server: str, loader: Any) -> None:
+    torch.manual_seed(0)
+    network = FashionCNN()
+    with RunManager(tracking_uri=server, experiment="server") as manager:
+        manager.begin_run({"lr": 0.1}, network, loader)
+        manager.begin_epoch()
+        train_epoch(network, loader, optim.SGD(network.parameters(), 0.1), manager)
+        manager.end_epoch()
+        manager.end_run()
+    store = Store(server)
+    (run,) = store.runs("server")
+    assert run.info.status == "FINISHED"
+    assert {"histograms.html", "samples.png", "epochs.csv"} <= store.artifacts(run)
+    assert len(run.outputs.model_outputs) == 1
+    weights = load_histograms(run.info.run_id, server).query("kind == 'weight'")
+    assert weights["count"].sum() == sum(p.numel() for p in network.parameters())
+
+
+def test_train_on_a_server(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset", "digits", "--epochs", "1", "--tracking-uri", server]) == 0
+    assert server in capsys.readouterr().out
+    (run,) = Store(server).runs()
+    assert run.info.status == "FINISHED"
