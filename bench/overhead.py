@@ -1,7 +1,7 @@
 """What tracking costs beside its peers, all in one process: `python -m bench.overhead`.
 
-The machines are noisy, so contestants take turns, in an order that changes, and only ratios of one
-run count. "bare loop again" is the bare loop once more: how far it is from 1.00 is the noise.
+The machines are noisy: contestants take turns of a tenth of a second, in an order that changes, and
+only ratios within one run count. "bare loop again" shows how far from 1.00 is mere noise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import chdir, redirect_stderr
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ T = TypeVar("T")
 Work = Callable[[], object]
 
 EPOCH, BATCH = 600, 100  # steps, and images in each: the tutorial's 60,000
-TURN = 50  # steps that a contestant trains before it is the next one's turn
+TURN = 20  # steps that a contestant trains before it is the next one's turn
 GOAL_RATIO, GOAL_MS = 1.05, 0.6
 RUN = RunBuilder.get_runs({"lr": [0.001], "batch_size": [BATCH]})[0]
 
@@ -46,30 +47,28 @@ RUN = RunBuilder.get_runs({"lr": [0.001], "batch_size": [BATCH]})[0]
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="bench.overhead", description=__doc__)
-    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--steps", type=positive_int, default=EPOCH, help="of training, a round")
     parser.add_argument("--only", choices=["training", "histograms", "calls"])
     given = parser.parse_args()
     os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")  # the tutorial's
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    importing = seconds(lambda: importlib.import_module("mlflow"))
     print(
         f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, 1 thread, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, MLflow {version('mlflow')}, "
-        f"medians of {given.rounds} rounds"
+        f"{platform.python_version()}, torch {torch.__version__}, MLflow {version('mlflow')}\n"
+        f"medians of {given.rounds} rounds; importing mlflow, {importing:.1f} s, is in no figure"
     )
-    imported = seconds(lambda: importlib.import_module("mlflow"))
-    print(f"import mlflow: {imported * 1e3:,.0f} ms, in no figure below")
     if importlib.import_module("bench.peers").SummaryWriter is None:
         print("skipped: TensorBoard and the tutorial's RunManager; tensorboard is not installed")
     # MLflow makes ./mlruns, so the current directory is a temporary one too.
     with tempfile.TemporaryDirectory() as name, chdir(name):
-        if given.only in (None, "training"):
-            training(given.rounds, given.steps, Path(name))
-        if given.only in (None, "histograms"):
-            tensors(given.rounds, Path(name))
-        if given.only in (None, "calls"):
-            calls(given.rounds, Path(name))
+        parts = {"training": training, "histograms": tensors, "calls": calls}
+        for part, run in parts.items():
+            if given.only in (None, part):
+                run(given.rounds, given.steps, Path(name))
 
 
 def cpu_model() -> str:
@@ -110,7 +109,7 @@ def turns(contestants: Sequence[T], number: int) -> Sequence[T]:
     return order[::-1] if number % 2 else order
 
 
-def compare(works: dict[str, Work], rounds: int, times: int) -> dict[str, float]:
+def compare(works: dict[str, Work], rounds: int, times: int = 1) -> dict[str, float]:
     """Seconds that one call of each takes."""
     took: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
@@ -128,19 +127,26 @@ def manager_in(folder: Path) -> RunManager:
 
 @dataclass
 class Lane:
-    """A contestant, the network that it trains, and its seconds by round."""
+    """A contestant and the network that it trains."""
 
     name: str
     manager: Any
     network: nn.Module = field(default_factory=FashionCNN)
     steps: list[float] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)  # begin_epoch and end_epoch
+    """Seconds of one step, a turn each."""
+    ends: list[float] = field(default_factory=list)
+    """Seconds of begin_epoch and end_epoch, a round each."""
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RUN.lr)
 
+    def begin_run(self, loader: Any) -> float:
+        """Begin a run; returns the seconds that it took."""
+        return seconds(lambda: self.manager.begin_run(RUN, self.network, loader))
+
     def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The tutorial's loop."""
+        """The tutorial's loop, one turn."""
+        started = time.perf_counter()
         for batch in batches:
             images, labels = batch
             preds = self.network(images)
@@ -150,10 +156,18 @@ class Lane:
             self.optimizer.step()
             self.manager.track_loss(loss, batch)
             self.manager.track_num_correct(preds, labels)
+        self.steps.append((time.perf_counter() - started) / len(batches))
 
-    def round(self, number: int, steps: int) -> float:
-        """Seconds of an epoch of EPOCH steps in that round, in which there were `steps`."""
-        return self.steps[number] / steps * EPOCH + self.ends[number]
+
+def epoch(lanes: Sequence[Lane], batches: Sequence[tuple[Tensor, Tensor]], number: int) -> None:
+    """An epoch of each, turn by turn."""
+    for lane in turns(lanes, number):
+        lane.ends.append(seconds(lane.manager.begin_epoch))
+    for turn, start in enumerate(range(0, len(batches), TURN)):
+        for lane in turns(lanes, number + turn):
+            lane.train(batches[start : start + TURN])
+    for lane in turns(lanes, number):
+        lane.ends[-1] += seconds(lane.manager.end_epoch)
 
 
 def training(rounds: int, steps: int, folder: Path) -> None:
@@ -170,57 +184,47 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     if peers.SummaryWriter is not None:
         lanes.append(Lane("tutorial RunManager, TensorBoard", peers.TutorialRunManager(folder)))
 
-    def begin(lane: Lane) -> float:
-        return seconds(lambda: lane.manager.begin_run(RUN, lane.network, loader))
-
-    cold = []  # a run of one short epoch, to warm up
+    first = []  # a run of one short epoch warms up
     for lane in lanes:
-        cold.append(begin(lane))
-        lane.manager.begin_epoch()
-        lane.train(batches[:TURN])
-        lane.manager.end_epoch()
-        cold.append(seconds(lane.manager.end_run))
-    begun = [begin(lane) for lane in lanes]
+        first.append(lane.begin_run(loader))
+        epoch([lane], batches[: 2 * TURN], 0)
+        first.append(seconds(lane.manager.end_run))
+        lane.steps.clear()
+        lane.ends.clear()
+    began = [lane.begin_run(loader) for lane in lanes]
     for number in range(rounds):
-        for lane in turns(lanes, number):
-            lane.steps.append(0.0)
-            lane.ends.append(seconds(lane.manager.begin_epoch))
-        for turn, start in enumerate(range(0, steps, TURN)):
-            for lane in turns(lanes, number + turn):
-                started = time.perf_counter()
-                lane.train(batches[start : start + TURN])
-                lane.steps[-1] += time.perf_counter() - started
-        for lane in turns(lanes, number):
-            lane.ends[-1] += seconds(lane.manager.end_epoch)
+        epoch(lanes, batches, number)
     ended = [seconds(lane.manager.end_run) for lane in lanes]
     ours.manager.close()
 
-    rows, ratio = [], {}
-    for lane, began, end in zip(lanes, begun, ended, strict=True):
-        step = median(lane.round(number, steps) for number in range(rounds)) / EPOCH
-        ratios = [lane.round(n, steps) / bare.round(n, steps) for n in range(rounds)]
-        ratio[lane.name] = median(ratios)
-        row = [lane.name, f"{step * 1e6:,.0f}", f"{ratio[lane.name]:.3f}x"]
-        row += [f"{min(ratios):.2f}-{max(ratios):.2f}", f"{median(lane.ends) * 1e3:.1f}"]
-        rows.append([*row, f"{began * 1e3:,.0f}", f"{end * 1e3:,.0f}"])
+    rows, found = [], {}
+    bare_epoch = EPOCH * median(bare.steps) + median(bare.ends)
+    for lane, begin, end in zip(lanes, began, ended, strict=True):
+        ratios = [mine / theirs for mine, theirs in zip(lane.steps, bare.steps, strict=True)]
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        found[lane.name] = middle + (median(lane.ends) - median(bare.ends)) / bare_epoch
+        row = [lane.name, f"{bare_epoch * found[lane.name] / EPOCH * 1e6:,.0f}"]
+        row += [f"{found[lane.name]:.3f}x", f"{low:.2f}-{high:.2f}"]
+        ends = (median(lane.ends), begin, end)
+        rows.append([*row, *(f"{value * 1e3:,.1f}" for value in ends)])
     table(
         f"Training the tutorial's CNN, batch {BATCH}, {steps} steps a round. µs and ratio are of "
-        f"an epoch of {EPOCH}\nsteps, its begin_epoch and end_epoch (`epoch`) included; begin_run "
-        "and end_run stand apart.",
-        ["training", "µs/step", "to bare", "min-max", "epoch, ms", "begin_run, ms", "end_run, ms"],
+        f"an epoch of {EPOCH}\nsteps with its begin_epoch and end_epoch, `epoch`; begin_run and "
+        "end_run stand apart.\n`turns`: half of all turns, steps alone, have ratios within these.",
+        ["training", "µs/step", "to bare", "turns", "epoch, ms", "begin_run, ms", "end_run, ms"],
         rows,
     )
     print("The tracker's first run, which makes the store: ", end="")
-    print(f"begin_run {cold[0] * 1e3:,.0f} ms, end_run {cold[1] * 1e3:,.0f} ms.")
-    goal("tracker to bare", ratio[ours.name], GOAL_RATIO)
+    print(f"begin_run {first[0] * 1e3:,.0f} ms, end_run {first[1] * 1e3:,.0f} ms.")
+    goal("tracker to bare", found[ours.name], GOAL_RATIO)
 
 
-def tensors(rounds: int, folder: Path) -> None:
+def tensors(rounds: int, _: int, folder: Path) -> None:
     """Histograms of all weights and gradients of two networks."""
     from torchvision.models import resnet18
 
-    cnn = compare(histogram_works(FashionCNN(), torch.randn(8, 1, 28, 28), folder), rounds, 20)
-    resnet = compare(histogram_works(resnet18(), torch.randn(2, 3, 64, 64), folder), rounds, 1)
+    cnn = compare(histogram_works(FashionCNN(), torch.randn(8, 1, 28, 28), folder), 20 * rounds)
+    resnet = compare(histogram_works(resnet18(), torch.randn(2, 3, 64, 64), folder), rounds)
     rows = [[name, f"{cnn[name] * 1e3:.2f}", f"{resnet[name] * 1e3:.1f}"] for name in cnn]
     table("All weights and gradients, once.", ["histograms", "CNN, ms", "ResNet-18, ms"], rows)
     goal("tracker, CNN, ms", next(iter(cnn.values())) * 1e3, GOAL_MS)
@@ -232,38 +236,39 @@ def histogram_works(network: nn.Module, inputs: Tensor, folder: Path) -> dict[st
 
     network(inputs).square().mean().backward()
     given = [t.detach() for p in network.parameters() for t in (p, p.grad) if t is not None]
-    arrays = [tensor.numpy() for tensor in given]
     works: dict[str, Work] = {
         "tracker histograms()": lambda: histograms(given),
         "tracker network_histograms()": lambda: network_histograms(network, 1),
-        "torch.histc, 64 bins": lambda: [torch.histc(tensor, 64) for tensor in given],
-        "numpy.histogram, 64 bins": lambda: [np.histogram(array, 64) for array in arrays],
+        "torch.histc, 64 bins": lambda: [torch.histc(t, 64) for t in given],
+        "numpy.histogram, 64 bins": lambda: [np.histogram(t.numpy(), 64) for t in given],
     }
     if SummaryWriter is not None:
         add = SummaryWriter(folder / "histograms").add_histogram
-        works["TensorBoard add_histogram"] = lambda: [add("tensor", tensor) for tensor in given]
+        works["TensorBoard add_histogram"] = lambda: [add("tensor", t) for t in given]
     return works
 
 
-def calls(rounds: int, folder: Path) -> None:
+def calls(rounds: int, _: int, folder: Path) -> None:
     """What a step of the loop waits for."""
     network, labels = FashionCNN(), torch.randint(10, (BATCH,))
     batch = torch.randn(BATCH, 1, 28, 28), labels
     preds = network(batch[0])
-    loss = F.cross_entropy(preds, labels)
+    loss, total = F.cross_entropy(preds, labels), torch.zeros(())
     manager = manager_in(folder)
     manager.begin_run(RUN, network, [batch])
     manager.begin_epoch()
     works: dict[str, Work] = {
         "tracker track_loss": lambda: manager.track_loss(loss, batch),
         "tracker track_num_correct": lambda: manager.track_num_correct(preds, labels),
-        "total += loss.detach()": lambda: torch.zeros(()).add_(loss.detach()),
+        "total.add_(loss.detach())": lambda: total.add_(loss.detach()),
         "loss.item()": lambda: loss.item(),
-        "argmax, eq, sum, .item()": lambda: preds.argmax(1).eq(labels).sum().item(),
+        "preds.argmax(1).eq(labels).sum().item()": lambda: preds.argmax(1).eq(labels).sum().item(),
     }
     took = compare(works, rounds, 1000)
-    rows = [[name, f"{each * 1e6:.2f}"] for name, each in took.items()]
     manager.close()
+    ours, theirs = list(took.values())[:2], list(took.values())[3:]
+    took |= {"tracker, both": sum(ours), "the tutorial's .item(), both": sum(theirs)}
+    rows = [[name, f"{each * 1e6:.2f}"] for name, each in took.items()]
     table("One call in the loop, on the CPU.", ["calls", "µs"], rows)
 
 

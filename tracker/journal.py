@@ -94,7 +94,8 @@ class Journal:
     def create(cls, directory: Path) -> Journal:
         """A new journal of this process below `directory`, which is made if need be."""
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
-        folder = directory / f"{name}-{uuid.uuid4().hex[:8]}"
+        # Absolute: a program may change its directory in the middle of a run.
+        folder = directory.absolute() / f"{name}-{uuid.uuid4().hex[:8]}"
         try:
             (folder / "files").mkdir(parents=True)
             with closing(sqlite3.connect(folder / "journal.sqlite")) as db:

@@ -155,6 +155,11 @@ class MlflowStore:
             run = self._client.create_run(experiment_id, start_time, dict(tags), name)
         return str(run.info.run_id)
 
+    def run_name(self, run_id: str) -> str:
+        """The name of a run, which MLflow chose where none was given."""
+        with _translated(f"read run {run_id}"):
+            return str(self._client.get_run(run_id).info.run_name)
+
     def log_batch(
         self,
         run_id: str,

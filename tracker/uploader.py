@@ -89,7 +89,8 @@ class Uploader:
 
     def _draw_page(self, run: str, run_id: str) -> None:
         if records := self._journal.bodies(run, "histograms"):
-            self._store.log_text(run_id, histogram_page(records, run_id), "histograms.html")
+            page = histogram_page(records, self._store.run_name(run_id))
+            self._store.log_text(run_id, page, "histograms.html")
             self._page_drawn[run] = time.monotonic()
 
 
