@@ -18,7 +18,13 @@ from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]
 
-BOTH_STORES = pytest.mark.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
+CONTRACT = ("test_manager", "test_run", "test_export")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The modules in CONTRACT hold on either file-based store."""
+    if metafunc.module.__name__ in CONTRACT and "tracking_uri" in metafunc.fixturenames:
+        metafunc.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH_STORES, Store
+from conftest import Store
 from torch import nn
 
 from models import FashionCNN
@@ -38,7 +38,6 @@ np.save("pyfunc.npy", mlflow.pyfunc.load_model(sys.argv[1]).predict(images))
 """
 
 
-@BOTH_STORES
 def test_it_loads_in_a_process_that_cannot_import_this_project(
     store: Store, tmp_path: Path
 ) -> None:

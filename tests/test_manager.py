@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BOTH_STORES, Pictures, Store, train_epoch
+from conftest import Pictures, Store, train_epoch
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
@@ -50,6 +50,12 @@ def test_get_runs_gives_every_combination_with_the_first_name_slowest() -> None:
 def test_get_runs_refuses_a_name_that_no_named_tuple_has() -> None:
     with pytest.raises(ArgumentError, match="params has a name that is not allowed"):
         RunBuilder.get_runs({"batch size": [1]})
+
+
+@pytest.mark.parametrize("value", [0.01, "adam"])
+def test_get_runs_refuses_a_value_that_is_no_list(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"params\['x'\]=.* must be a list of values"):
+        RunBuilder.get_runs({"x": value})
 
 
 def tutorial(train_set: Any, epochs: int, manager: RunManager | None) -> tuple[Any, list[Any]]:
@@ -129,7 +135,6 @@ def test_weights_are_bit_equal_with_and_without_tracking(train_set: Any, store: 
         assert torch.equal(parameter, tracked.state_dict()[name]), name
 
 
-@BOTH_STORES
 def test_a_run_holds_all_that_is_worth_looking_at(
     store: Store, network: FashionCNN, loader: Any, tmp_path: Path
 ) -> None:
@@ -466,6 +471,15 @@ def test_verbs_out_of_order_say_which_comes_first(
         manager.begin_epoch()
     manager.end_epoch()
     manager.end_run()
+
+
+def test_labels_of_the_wrong_shape_are_not_compared_each_with_each(
+    manager: RunManager, network: FashionCNN, loader: Any
+) -> None:
+    manager.begin_run({}, network, loader)
+    manager.begin_epoch()
+    with pytest.raises(ArgumentError, match=r"preds has the shape \(4, 3\) and labels \(4, 1\)"):
+        manager.track_num_correct(torch.rand(4, 3), torch.zeros(4, 1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH_STORES, Store
+from conftest import Store
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
@@ -19,7 +19,6 @@ from torch import nn
 from tracker import ArgumentError, CallOrderError, StoreError, start_run
 
 
-@BOTH_STORES
 def test_everything_logged_arrives(store: Store, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a note")
     (tmp_path / "plots").mkdir()
@@ -191,7 +190,6 @@ def test_more_metrics_and_params_than_a_request_holds(store: Store) -> None:
 # -- joining a run that `mlflow run` made ----------------------------------------------------------
 
 
-@BOTH_STORES
 def test_it_adopts_the_run_that_mlflow_run_made(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

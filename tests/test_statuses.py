@@ -54,8 +54,9 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
             None,
         ),
         ("os.kill(os.getpid(), signal.SIGINT)", "KILLED", "KeyboardInterrupt"),
+        ("if os.fork() == 0: sys.exit(3)\nos.wait(); manager.end_run()", "FINISHED", None),
     ],
-    ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT"],
+    ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT", "a fork"],
 )
 def test_the_status_is_what_happened(
     store: Store, tmp_path: Path, ending: str, status: str, reason: str | None

@@ -155,7 +155,7 @@ def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
     store: Store,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     database = Path(store.uri.removeprefix("sqlite:///"))
     with start_run() as run:
@@ -174,6 +174,7 @@ def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
     assert messages[1].endswith(f"deliver them: tracker sync {journal}")
 
     (tmp_path / "away.db").replace(database)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the journal knows where it goes
     code = subprocess.run(
         [sys.executable, "-m", "tracker.cli", "sync", str(journal)], check=False
     ).returncode

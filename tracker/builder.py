@@ -19,8 +19,11 @@ class RunBuilder:
     def get_runs(params: Mapping[str, Iterable[Any]]) -> list[Any]:
         """Every combination of the values in `params`, as `Run` named tuples, first name slowest.
 
-        Raises ArgumentError for a name that cannot be a field of one.
+        Raises ArgumentError for a name that cannot be a field of one, or a value that is no list.
         """
+        for name, several in params.items():
+            if isinstance(several, str) or not isinstance(several, Iterable):
+                raise ArgumentError(f"params[{name!r}]={several!r} must be a list of values.")
         values = {name: list(several) for name, several in params.items()}
         try:
             kind: Any = namedtuple("Run", values)  # type: ignore[misc]

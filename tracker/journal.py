@@ -44,7 +44,9 @@ CREATE TABLE records (
 );
 CREATE INDEX records_of_a_run ON records (run, kind);
 CREATE TABLE runs (run TEXT PRIMARY KEY, run_id TEXT NOT NULL);
-CREATE TABLE writer (host TEXT NOT NULL, pid INTEGER NOT NULL, closed INTEGER NOT NULL);
+CREATE TABLE writer (
+    host TEXT NOT NULL, pid INTEGER NOT NULL, closed INTEGER NOT NULL, tracking_uri TEXT
+);
 CREATE TABLE delivered (seq INTEGER NOT NULL);
 INSERT INTO delivered VALUES (0);
 """
@@ -102,7 +104,8 @@ class Journal:
                 db.executescript(_SCHEMA)
                 with db:
                     db.execute(
-                        "INSERT INTO writer VALUES (?, ?, 0)", (socket.gethostname(), os.getpid())
+                        "INSERT INTO writer VALUES (?, ?, 0, NULL)",
+                        (socket.gethostname(), os.getpid()),
                     )
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
@@ -195,6 +198,18 @@ class Journal:
         with self._db_lock:
             row = self._db.execute("SELECT run_id FROM runs WHERE run = ?", (run,)).fetchone()
         return row[0] if row else None
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """Where this journal is delivered to, without a password; None before it first was."""
+        with self._db_lock:
+            (uri,) = self._db.execute("SELECT tracking_uri FROM writer").fetchone()
+        return None if uri is None else str(uri)
+
+    @tracking_uri.setter
+    def tracking_uri(self, uri: str) -> None:
+        with self._db_lock, self._db:
+            self._db.execute("UPDATE writer SET tracking_uri = ?", (uri,))
 
     def remaining(self) -> int:
         """How many records are not delivered, those still in memory included."""

@@ -17,6 +17,7 @@ manager.save("results")
 from __future__ import annotations
 
 import math
+import os
 import time
 import uuid
 import weakref
@@ -325,11 +326,14 @@ class _Open:
     """What of a manager must be closed: apart from it, so that it can be dropped."""
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
         self.delivery: InlineDelivery | None = None
         self.run: Run | None = None
 
     def abandon(self, where: str) -> None:
         """Close a run that was never ended, and the journal."""
+        if os.getpid() != self.pid:  # a fork has nothing to say about its parent's run
+            return
         if self.run is not None:
             self.run.end(self.run.left(where))
             self.run = None

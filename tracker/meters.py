@@ -24,7 +24,13 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
     """How many predictions are right, as a scalar on the device of `preds`.
 
     `preds` are scores of shape (N, classes, …), `labels` class numbers of shape (N, …).
+    Raises ArgumentError for other shapes, which might be compared each with each.
     """
+    if preds.dim() < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
+        raise ArgumentError(
+            f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
+            "be scores (N, classes, …) and class numbers (N, …)."
+        )
     return preds.detach().argmax(dim=1).eq(labels.to(preds.device, non_blocking=True)).sum()
 
 

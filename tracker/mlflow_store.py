@@ -247,7 +247,7 @@ def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def public_uri(uri: str) -> str:
-    """`uri` without the password it may hold."""
+    """`uri` with `***` for the password it may hold."""
     parts = urllib.parse.urlsplit(uri)
     if parts.password is None:
         return uri

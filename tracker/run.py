@@ -86,6 +86,7 @@ class Run:
         self._delivery = delivery
         self._journal = delivery.journal
         self._owns_delivery = owns_delivery
+        self._pid = os.getpid()
         self._key = uuid.uuid4().hex
         self._params: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -346,7 +347,8 @@ class Run:
 
     def abandon(self) -> None:
         """Close the run at the program's end, if nothing else has."""
-        self.end(self.left("when the program ended"))
+        if os.getpid() == self._pid:  # a fork has nothing to say about its parent's run
+            self.end(self.left("when the program ended"))
 
     def __enter__(self) -> Run:
         return self

@@ -129,9 +129,10 @@ class InlineDelivery:
 
     def _open(self) -> MlflowStore:
         if self._store is None:
-            from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
+            from tracker.mlflow_store import MlflowStore, public_uri  # importing takes a second
 
             self._store = MlflowStore(self._given_uri)
+            self.journal.tracking_uri = public_uri(self._store.tracking_uri)
             self._uploader = Uploader(self.journal, self._store)
         return self._store
 
@@ -196,8 +197,10 @@ def _own_randomness() -> Iterator[None]:
 def sync(folder: Path, tracking_uri: str | None = None) -> int:
     """Deliver the journal in `folder`, of a process that has ended; returns how many records.
 
-    A run that it did not live to end becomes FAILED. Raises StoreError where the folder is no
-    journal, its process still runs, or the store cannot be used.
+    They go where the process delivered them, or to `tracking_uri`: needed where that has a
+    password, which a journal does not keep. A run that the process did not live to end becomes
+    FAILED. Raises StoreError where the folder is no journal, its process still runs, or the store
+    cannot be used.
     """
     if not (folder / "journal.sqlite").is_file():
         raise StoreError(f"path={str(folder)!r} is not a journal's folder.")
@@ -211,9 +214,12 @@ def sync(folder: Path, tracking_uri: str | None = None) -> int:
     journal.flush()
     left = journal.remaining()
     try:
-        from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
+        from tracker.mlflow_store import MlflowStore, public_uri  # importing takes a second
 
-        Uploader(journal, MlflowStore(tracking_uri)).drain()
+        known = journal.tracking_uri
+        if tracking_uri is None and known is not None and public_uri(known) != known:
+            raise StoreError(f"{folder} goes to {known}; give --tracking-uri with its password.")
+        Uploader(journal, MlflowStore(tracking_uri or known)).drain()
         left -= journal.remaining()
     finally:
         journal.close()

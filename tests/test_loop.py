@@ -1,0 +1,442 @@
+"""The training loop does what the same lines written out would do, and says so in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from tracker import ArgumentError, Epoch, evaluate, fit
+
+patient = settings(deadline=None, max_examples=25)
+
+Array = npt.NDArray[np.float64]
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def lines(*sizes: int, seed: int = 0) -> Batches:
+    """Batches of points near a plane, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in sizes]
+    return [(x, x.sum(1, keepdim=True) + 0.1 * torch.sin(9 * x[:, :1])) for x in inputs]
+
+
+def clouds(*sizes: int) -> Batches:
+    """Batches of points of three classes."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 2, generator=generator), torch.randint(3, (size,), generator=generator))
+        for size in sizes
+    ]
+
+
+def plane() -> nn.Linear:
+    network = nn.Linear(2, 1).double()
+    nn.init.constant_(network.weight, 0.5)
+    nn.init.zeros_(network.bias)
+    return network
+
+
+class Descent:
+    """Least squares by gradient descent, with the derivatives worked out by hand."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.weight, self.bias = np.full((2, 1), 0.5), 0.0
+        self.gradient = np.zeros((2, 1))
+
+    def step(self, inputs: Array, targets: Array) -> float:
+        """The loss of a batch, before the step that it leads to."""
+        error = inputs @ self.weight + self.bias - targets
+        self.gradient = 2 * inputs.T @ error / len(inputs)
+        self.weight = self.weight - self.rate * self.gradient
+        self.bias -= self.rate * 2 * error.mean()
+        return float(np.square(error).mean())
+
+    def loss(self, batches: Batches) -> float:
+        inputs, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
+        return float(np.square(inputs @ self.weight + self.bias - targets).mean())
+
+
+# -- what fit computes ---------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 4))
+@patient
+def test_training_is_what_a_hand_computation_finds(sizes: list[int], epochs: int) -> None:
+    """Batches of unequal sizes: the loss of an epoch is the mean over its samples."""
+    batches, held_out = lines(*sizes), lines(7, 2, seed=1)
+    network, by_hand = plane(), Descent(rate=0.05)
+    training = fit(
+        network,
+        batches,
+        SGD(network.parameters(), lr=0.05),
+        F.mse_loss,
+        epochs=epochs,
+        val_loader=held_out,
+    )
+
+    for number, epoch in enumerate(training, start=1):
+        losses = [by_hand.step(x.numpy(), y.numpy()) for x, y in batches]
+        assert epoch.number == number
+        np.testing.assert_allclose(epoch.batch_losses, losses)
+        assert epoch.metrics["loss"] == pytest.approx(np.average(losses, weights=sizes))
+        assert epoch.metrics["val_loss"] == pytest.approx(by_hand.loss(held_out))
+        np.testing.assert_allclose(network.weight.detach(), by_hand.weight.T)
+        np.testing.assert_allclose(network.bias.detach(), [by_hand.bias])
+    assert number == epochs
+
+
+def test_the_gradients_of_the_last_step_are_there_after_each_epoch() -> None:
+    batches = lines(5, 3)
+    network, by_hand = plane(), Descent(rate=0.1)
+
+    for _ in fit(
+        network,
+        batches,
+        SGD(network.parameters(), lr=0.1),
+        F.mse_loss,
+        epochs=3,
+        val_loader=lines(4, seed=1),
+    ):
+        for inputs, targets in batches:
+            by_hand.step(inputs.numpy(), targets.numpy())
+        assert network.weight.grad is not None
+        np.testing.assert_allclose(network.weight.grad, by_hand.gradient.T)
+
+
+def test_accuracy_is_the_share_of_samples_that_were_right_when_their_turn_came() -> None:
+    batches = clouds(40, 40, 7)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+    twin = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+    twin.load_state_dict(network.state_dict())
+    optimizer = Adam(twin.parameters(), lr=0.1)
+
+    for epoch in fit(
+        network,
+        batches,
+        Adam(network.parameters(), lr=0.1),
+        F.cross_entropy,
+        epochs=3,
+        val_loader=batches,
+        accuracy=True,
+    ):
+        right = 0
+        for inputs, labels in batches:
+            scores = twin(inputs)
+            right += (scores.argmax(1) == labels).sum().item()
+            optimizer.zero_grad()
+            F.cross_entropy(scores, labels).backward()
+            optimizer.step()
+        after = sum((twin(x).argmax(1) == y).sum().item() for x, y in batches)
+        assert epoch.metrics["accuracy"] == right / 87
+        assert epoch.metrics["val_accuracy"] == after / 87
+
+
+def test_metrics_are_those_that_were_asked_for() -> None:
+    network = nn.Linear(2, 3)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    batches = clouds(4, 4)
+
+    def keys(**options: Any) -> list[str]:
+        (epoch,) = fit(network, batches, optimizer, F.cross_entropy, epochs=1, **options)
+        return list(epoch.metrics)
+
+    assert keys() == ["loss", "epoch_duration"]
+    assert keys(accuracy=True) == ["loss", "accuracy", "epoch_duration"]
+    assert keys(val_loader=batches) == ["loss", "val_loss", "epoch_duration"]
+    assert keys(val_loader=batches, accuracy=True) == [
+        *("loss", "accuracy", "val_loss", "val_accuracy", "epoch_duration"),
+    ]
+
+
+def test_each_batch_has_its_time_and_each_epoch_its_duration() -> None:
+    network = plane()
+    before, started = time.time(), time.perf_counter()
+    epochs = list(
+        fit(network, lines(4, 4, 1), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=2)
+    )
+    took, after = time.perf_counter() - started, time.time()
+
+    times = [int(before * 1000), *(at for each in epochs for at in each.batch_times), after * 1000]
+    assert times == sorted(times)
+    assert [len(each.batch_times) for each in epochs] == [3, 3]
+    assert all(each.metrics["epoch_duration"] > 0 for each in epochs)
+    assert sum(each.metrics["epoch_duration"] for each in epochs) <= took
+
+
+def test_an_epoch_is_not_changed_by_the_next() -> None:
+    network = plane()
+    training = fit(network, lines(4, 4), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=2)
+
+    first = next(training)
+    losses, metrics = first.batch_losses.tolist(), dict(first.metrics)
+    second = next(training)
+
+    assert isinstance(first, Epoch)
+    assert first.batch_losses.tolist() == losses
+    assert first.metrics == metrics
+    assert second.metrics["loss"] < first.metrics["loss"]
+
+
+# -- how fit is left -----------------------------------------------------------------------------
+
+
+class Counted:
+    """Batches that know how many of them were taken."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.taken = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.taken += 1
+            yield batch
+
+
+def test_nothing_is_trained_before_the_first_epoch_is_asked_for() -> None:
+    network, batches = plane(), Counted(lines(4, 4))
+
+    training = fit(network, batches, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=3)
+    assert batches.taken == 0
+
+    next(training)
+    assert batches.taken == 2
+
+
+def test_break_ends_the_training() -> None:
+    network, batches = plane(), Counted(lines(4, 4))
+
+    for epoch in fit(network, batches, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=9):
+        weight = network.weight.detach().clone()
+        if epoch.number == 2:
+            break
+
+    assert batches.taken == 4
+    assert torch.equal(network.weight, weight)
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_less_than_one_epoch_is_refused_at_once(epochs: int) -> None:
+    network = plane()
+
+    with pytest.raises(ArgumentError, match=rf"^epochs={epochs} is not allowed; .* at least 1\.$"):
+        fit(network, lines(4), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=epochs)
+
+
+def test_an_error_of_the_network_is_the_user_s_to_see() -> None:
+    network = plane()
+    wrong = [(torch.ones(4, 5, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64))]
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        list(fit(network, wrong, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1))
+
+
+def test_an_epoch_without_batches_has_a_duration_alone() -> None:
+    network = plane()
+
+    (epoch,) = fit(network, [], SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1)
+
+    assert list(epoch.metrics) == ["epoch_duration"]
+    assert epoch.batch_losses.tolist() == epoch.batch_times == []
+
+
+# -- modes ---------------------------------------------------------------------------------------
+
+
+class Witness(nn.Module):
+    """Notes the mode that it ran in, and whether a gradient was wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.drop = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(1).double().eval()
+        self.seen: list[tuple[bool, bool, bool]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen.append((self.training, self.drop.training, torch.is_grad_enabled()))
+        return self.frozen(self.drop(inputs.sum(1, keepdim=True) * self.scale))
+
+
+def modes(network: nn.Module) -> list[bool]:
+    return [module.training for module in network.modules()]
+
+
+def test_the_network_trains_in_its_own_mode_and_is_evaluated_in_evaluation_mode() -> None:
+    network = Witness()
+    before = modes(network)
+    assert len(set(before)) == 2  # a frozen layer among others
+
+    for _ in fit(
+        network,
+        lines(3, 3),
+        SGD(network.parameters(), lr=0.1),
+        F.mse_loss,
+        epochs=2,
+        val_loader=lines(2),
+    ):
+        assert modes(network) == before
+
+    training, evaluating = (True, True, True), (False, False, False)
+    assert network.seen == [training, training, evaluating] * 2
+
+
+def test_a_network_in_evaluation_mode_is_trained_in_it() -> None:
+    network = Witness().eval()
+    list(fit(network, lines(3), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1))
+
+    assert network.seen == [(False, False, True)]
+    assert not any(modes(network))
+
+
+def test_modes_come_back_after_a_failure() -> None:
+    network = Witness()
+    before = modes(network)
+
+    def fail(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ArithmeticError("no loss today")
+
+    with pytest.raises(ArithmeticError, match="no loss today"):
+        evaluate(network, lines(3), fail)
+    assert modes(network) == before
+    assert torch.is_grad_enabled()
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_mean_over_all_samples() -> None:
+    network, batches = plane(), lines(8, 8, 3)
+    expected = Descent(rate=0.0).loss(batches)
+
+    assert evaluate(network, batches, F.mse_loss) == {"loss": pytest.approx(expected)}
+
+
+def test_evaluation_counts_what_is_right() -> None:
+    batches = clouds(8, 3)
+    network = nn.Linear(2, 3)
+
+    found = evaluate(network, batches, F.cross_entropy, accuracy=True)
+
+    inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert found == {
+        "loss": pytest.approx(F.cross_entropy(network(inputs), labels).item(), rel=1e-5),
+        "accuracy": (network(inputs).argmax(1) == labels).sum().item() / 11,
+    }
+
+
+def test_accuracy_of_segmentation_is_that_of_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.randn(size, 3, 4, 5, generator=generator),
+            torch.randint(3, (size, 4, 5), generator=generator),
+        )
+        for size in (6, 1)
+    ]
+
+    found = evaluate(nn.Identity(), batches, F.cross_entropy, accuracy=True)
+
+    inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert found["accuracy"] == (inputs.argmax(1) == labels).sum().item() / labels.numel()
+    assert found["loss"] == pytest.approx(F.cross_entropy(inputs, labels).item(), rel=1e-5)
+
+
+def test_evaluation_leaves_the_network_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1)).double()
+    network[0].weight.grad = torch.ones(1, 2, dtype=torch.float64)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+
+    evaluate(network, lines(8, 3), F.mse_loss)
+
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert torch.equal(network[0].weight.grad, torch.ones(1, 2, dtype=torch.float64))
+    assert network[1].training
+
+
+def test_an_evaluation_of_nothing_has_no_metrics() -> None:
+    assert evaluate(plane(), [], F.mse_loss, accuracy=True) == {}
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
+def test_batches_go_where_the_network_is_or_where_they_are_told(device: Any) -> None:
+    network, batches = plane(), lines(4)
+
+    found = evaluate(network, batches, F.mse_loss, device=device)
+
+    assert found == evaluate(network, batches, F.mse_loss)
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_a_network_without_parameters_is_where_one_says(device: str | None) -> None:
+    places: set[str] = set()
+
+    class Nowhere(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            places.add(inputs.device.type)
+            return torch.zeros(len(inputs))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        places.add(targets.device.type)
+        return outputs.mean()
+
+    assert evaluate(Nowhere(), lines(4), loss, device=device) == {"loss": 0.0}
+    assert places == {device or "cpu"}
+
+
+def on_gpu(batches: Iterable[Any]) -> Batches:
+    return [(inputs.cuda(), targets.cuda()) for inputs, targets in batches]
+
+
+@pytest.mark.cuda
+def test_a_network_on_a_gpu_is_trained_there_with_batches_from_the_cpu() -> None:
+    network, there = plane(), plane().cuda()
+    options: dict[str, Any] = {"epochs": 3, "val_loader": lines(7, 2, seed=1)}
+    here = fit(network, lines(5, 3), SGD(network.parameters(), lr=0.1), F.mse_loss, **options)
+    away = fit(there, lines(5, 3), SGD(there.parameters(), lr=0.1), F.mse_loss, **options)
+
+    for one, other in zip(here, away, strict=True):
+        np.testing.assert_allclose(one.batch_losses, other.batch_losses)
+        assert one.metrics["val_loss"] == pytest.approx(other.metrics["val_loss"])
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_no_step_waits_for_the_gpu() -> None:
+    network = nn.Linear(2, 3).cuda()
+    batches = on_gpu(clouds(8, 8, 8))
+    steps: list[Tensor] = []
+
+    def watched() -> Iterator[Any]:
+        yield batches[0]  # the first use of a kernel loads it
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        steps.append(outputs)
+        return F.cross_entropy(outputs, targets)
+
+    (epoch,) = fit(
+        network, watched(), SGD(network.parameters(), lr=0.1), loss, epochs=1, accuracy=True
+    )
+
+    assert len(steps) == 4
+    assert np.isfinite(epoch.batch_losses).all()
