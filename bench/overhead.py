@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import platform
+import random
 import re
 import tempfile
 import time
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, redirect_stderr
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -36,12 +38,14 @@ from tracker import RunBuilder, RunManager
 from tracker.histograms import histograms, network_histograms
 
 T = TypeVar("T")
+Batches = Sequence[tuple[Tensor, Tensor]]
 Work = Callable[[], object]
 
 EPOCH, BATCH = 600, 100  # steps, and images in each: the tutorial's 60,000
-TURN = 20  # steps that a contestant trains before it is the next one's turn
+TURN = 20  # steps that a contestant trains before it is another one's turn
 GOAL_RATIO, GOAL_MS = 1.05, 0.6
 RUN = RunBuilder.get_runs({"lr": [0.001], "batch_size": [BATCH]})[0]
+ORDER = random.Random(0)
 
 
 def main() -> None:
@@ -54,28 +58,25 @@ def main() -> None:
     os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"}
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")  # the tutorial's
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     importing = seconds(lambda: importlib.import_module("mlflow"))
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
     print(
-        f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, 1 thread, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, MLflow {version('mlflow')}\n"
+        f"{date.today()}, {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"1 thread, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"MLflow {version('mlflow')}\n"
         f"medians of {given.rounds} rounds; importing mlflow, {importing:.1f} s, is in no figure"
     )
     if importlib.import_module("bench.peers").SummaryWriter is None:
         print("skipped: TensorBoard and the tutorial's RunManager; tensorboard is not installed")
     # MLflow makes ./mlruns, so the current directory is a temporary one too.
     with tempfile.TemporaryDirectory() as name, chdir(name):
-        parts = {"training": training, "histograms": tensors, "calls": calls}
-        for part, run in parts.items():
-            if given.only in (None, part):
-                run(given.rounds, given.steps, Path(name))
-
-
-def cpu_model() -> str:
-    """As Linux names it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
-    return found[1] if found else platform.machine()
+        if given.only in (None, "training"):
+            training(given.rounds, given.steps, Path(name))
+        if given.only in (None, "histograms"):
+            tensors(given.rounds, Path(name))
+        if given.only in (None, "calls"):
+            calls(given.rounds, Path(name))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -102,18 +103,16 @@ def seconds(work: Work, times: int = 1) -> float:
     return (time.perf_counter() - started) / times
 
 
-def turns(contestants: Sequence[T], number: int) -> Sequence[T]:
-    """Their order at turn `number`: another is first, and each second time it goes backwards."""
-    start = number // 2 % len(contestants)
-    order = [*contestants[start:], *contestants[:start]]
-    return order[::-1] if number % 2 else order
+def shuffled(contestants: Sequence[T]) -> list[T]:
+    """Another order for each turn: what comes and goes on the machine hits all alike."""
+    return ORDER.sample(contestants, len(contestants))
 
 
 def compare(works: dict[str, Work], rounds: int, times: int = 1) -> dict[str, float]:
     """Seconds that one call of each takes."""
     took: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name in turns(list(works), number):
+    for _ in range(rounds + 1):
+        for name in shuffled(list(works)):
             took[name].append(seconds(works[name], times))
     return {name: median(values[1:]) for name, values in took.items()}  # the first warms up
 
@@ -131,21 +130,22 @@ class Lane:
 
     name: str
     manager: Any
-    network: nn.Module = field(default_factory=FashionCNN)
     steps: list[float] = field(default_factory=list)
     """Seconds of one step, a turn each."""
     ends: list[float] = field(default_factory=list)
     """Seconds of begin_epoch and end_epoch, a round each."""
 
     def __post_init__(self) -> None:
+        torch.manual_seed(0)  # the same weights for all, hence the same work
+        self.network: nn.Module = FashionCNN()
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RUN.lr)
 
     def begin_run(self, loader: Any) -> float:
         """Begin a run; returns the seconds that it took."""
         return seconds(lambda: self.manager.begin_run(RUN, self.network, loader))
 
-    def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The tutorial's loop, one turn."""
+    def train(self, batches: Batches) -> None:
+        """One turn of the tutorial's loop."""
         started = time.perf_counter()
         for batch in batches:
             images, labels = batch
@@ -159,14 +159,14 @@ class Lane:
         self.steps.append((time.perf_counter() - started) / len(batches))
 
 
-def epoch(lanes: Sequence[Lane], batches: Sequence[tuple[Tensor, Tensor]], number: int) -> None:
+def epoch(lanes: Sequence[Lane], batches: Batches) -> None:
     """An epoch of each, turn by turn."""
-    for lane in turns(lanes, number):
+    for lane in shuffled(lanes):
         lane.ends.append(seconds(lane.manager.begin_epoch))
-    for turn, start in enumerate(range(0, len(batches), TURN)):
-        for lane in turns(lanes, number + turn):
+    for start in range(0, len(batches), TURN):
+        for lane in shuffled(lanes):
             lane.train(batches[start : start + TURN])
-    for lane in turns(lanes, number):
+    for lane in shuffled(lanes):
         lane.ends[-1] += seconds(lane.manager.end_epoch)
 
 
@@ -174,6 +174,7 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     """Epochs of the tutorial's loop under each contestant."""
     from bench import peers  # imports mlflow, for which `main` sets the environment first
 
+    torch.manual_seed(0)
     labels = torch.randint(10, (steps * BATCH,))
     images = torch.randn(10, 1, 28, 28)[labels] + 4 * torch.randn(len(labels), 1, 28, 28)
     loader = DataLoader(TensorDataset(images, labels), BATCH)
@@ -187,13 +188,13 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     first = []  # a run of one short epoch warms up
     for lane in lanes:
         first.append(lane.begin_run(loader))
-        epoch([lane], batches[: 2 * TURN], 0)
+        epoch([lane], batches[: 2 * TURN])
         first.append(seconds(lane.manager.end_run))
         lane.steps.clear()
         lane.ends.clear()
     began = [lane.begin_run(loader) for lane in lanes]
-    for number in range(rounds):
-        epoch(lanes, batches, number)
+    for _ in range(rounds):
+        epoch(lanes, batches)
     ended = [seconds(lane.manager.end_run) for lane in lanes]
     ours.manager.close()
 
@@ -202,11 +203,11 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     for lane, begin, end in zip(lanes, began, ended, strict=True):
         ratios = [mine / theirs for mine, theirs in zip(lane.steps, bare.steps, strict=True)]
         low, middle, high = np.percentile(ratios, [25, 50, 75])
-        found[lane.name] = middle + (median(lane.ends) - median(bare.ends)) / bare_epoch
-        row = [lane.name, f"{bare_epoch * found[lane.name] / EPOCH * 1e6:,.0f}"]
-        row += [f"{found[lane.name]:.3f}x", f"{low:.2f}-{high:.2f}"]
-        ends = (median(lane.ends), begin, end)
-        rows.append([*row, *(f"{value * 1e3:,.1f}" for value in ends)])
+        ratio = middle + (median(lane.ends) - median(bare.ends)) / bare_epoch
+        row = [lane.name, f"{ratio * bare_epoch / EPOCH * 1e6:,.0f}", f"{ratio:.3f}x"]
+        row += [f"{low:.2f}-{high:.2f}"]
+        rows.append(row + [f"{s * 1e3:,.1f}" for s in (median(lane.ends), begin, end)])
+        found[lane.name] = ratio
     table(
         f"Training the tutorial's CNN, batch {BATCH}, {steps} steps a round. µs and ratio are of "
         f"an epoch of {EPOCH}\nsteps with its begin_epoch and end_epoch, `epoch`; begin_run and "
@@ -219,7 +220,7 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     goal("tracker to bare", found[ours.name], GOAL_RATIO)
 
 
-def tensors(rounds: int, _: int, folder: Path) -> None:
+def tensors(rounds: int, folder: Path) -> None:
     """Histograms of all weights and gradients of two networks."""
     from torchvision.models import resnet18
 
@@ -227,7 +228,7 @@ def tensors(rounds: int, _: int, folder: Path) -> None:
     resnet = compare(histogram_works(resnet18(), torch.randn(2, 3, 64, 64), folder), rounds)
     rows = [[name, f"{cnn[name] * 1e3:.2f}", f"{resnet[name] * 1e3:.1f}"] for name in cnn]
     table("All weights and gradients, once.", ["histograms", "CNN, ms", "ResNet-18, ms"], rows)
-    goal("tracker, CNN, ms", next(iter(cnn.values())) * 1e3, GOAL_MS)
+    goal("tracker histograms(), CNN, ms", next(iter(cnn.values())) * 1e3, GOAL_MS)
 
 
 def histogram_works(network: nn.Module, inputs: Tensor, folder: Path) -> dict[str, Work]:
@@ -248,28 +249,37 @@ def histogram_works(network: nn.Module, inputs: Tensor, folder: Path) -> dict[st
     return works
 
 
-def calls(rounds: int, _: int, folder: Path) -> None:
-    """What a step of the loop waits for."""
-    network, labels = FashionCNN(), torch.randint(10, (BATCH,))
-    batch = torch.randn(BATCH, 1, 28, 28), labels
-    preds = network(batch[0])
-    loss, total = F.cross_entropy(preds, labels), torch.zeros(())
-    manager = manager_in(folder)
-    manager.begin_run(RUN, network, [batch])
-    manager.begin_epoch()
+def calls(rounds: int, folder: Path) -> None:
+    """What a step of the loop waits for: called after a step, with cold caches, and in a row."""
+    lane = Lane("tracker", manager_in(folder))
+    batch = images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    lane.begin_run([batch])
+    lane.manager.begin_epoch()
+    total = torch.zeros(())
+    # `preds` and `loss` are those of the step below.
     works: dict[str, Work] = {
-        "tracker track_loss": lambda: manager.track_loss(loss, batch),
-        "tracker track_num_correct": lambda: manager.track_num_correct(preds, labels),
-        "total.add_(loss.detach())": lambda: total.add_(loss.detach()),
-        "loss.item()": lambda: loss.item(),
-        "preds.argmax(1).eq(labels).sum().item()": lambda: preds.argmax(1).eq(labels).sum().item(),
+        "tracker track_loss": lambda: lane.manager.track_loss(loss, batch),
+        "tracker track_num_correct": lambda: lane.manager.track_num_correct(preds, labels),
+        "bare total.add_(loss.detach())": lambda: total.add_(loss.detach()),
+        "tutorial loss.item()": lambda: loss.item(),
+        "tutorial argmax, eq, sum, .item()": lambda: preds.argmax(1).eq(labels).sum().item(),
     }
-    took = compare(works, rounds, 1000)
-    manager.close()
-    ours, theirs = list(took.values())[:2], list(took.values())[3:]
-    took |= {"tracker, both": sum(ours), "the tutorial's .item(), both": sum(theirs)}
-    rows = [[name, f"{each * 1e6:.2f}"] for name, each in took.items()]
-    table("One call in the loop, on the CPU.", ["calls", "µs"], rows)
+    for who in ("tracker", "tutorial"):
+        first, second = [work for name, work in works.items() if name.startswith(who)]
+        works[f"{who}, both"] = partial(lambda first, second: (first(), second()), first, second)
+    after: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(20 * rounds):
+        for name in shuffled(list(works)):
+            preds = lane.network(images)
+            loss = F.cross_entropy(preds, labels)
+            lane.optimizer.zero_grad()
+            loss.backward()
+            lane.optimizer.step()
+            after[name].append(seconds(works[name]))
+    repeated = compare(works, 5 * rounds, 200)
+    lane.manager.close()
+    rows = [[n, f"{median(after[n]) * 1e6:.1f}", f"{repeated[n] * 1e6:.2f}"] for n in works]
+    table("Calls of the loop, on the CPU.", ["calls", "after a step, µs", "in a row, µs"], rows)
 
 
 if __name__ == "__main__":

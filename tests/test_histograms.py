@@ -307,6 +307,16 @@ def test_a_tensor_of_millions_of_elements_is_counted_exactly() -> None:
     assert found.nan == 6
 
 
+def test_millions_of_elements_in_tensors_of_all_sizes_are_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2_200_000, 7, 0, 2_200_000, 4_200_000, 1]
+    several = [torch.randn(size, generator=generator) * 2.0**n for n, size in enumerate(sizes)]
+
+    assert list(map(plain, histograms(several))) == [
+        plain(counted_by_hand(values_of(tensor))) for tensor in several
+    ]
+
+
 def test_no_tensors_have_no_histograms() -> None:
     assert histograms([]) == []
 

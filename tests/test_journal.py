@@ -148,8 +148,18 @@ def test_records_of_one_kind_of_a_run_are_found_delivered_or_not(journal: Journa
     assert journal.bodies("c", "epoch") == []
 
 
+@pytest.fixture
+def hectic() -> Iterator[None]:
+    """Threads take turns as often as python lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hectic")
 def test_threads_that_append_at_once_lose_nothing(journal: Journal) -> None:
-    threads, each = 8, 500
+    threads, each = 8, 1000
     start = threading.Barrier(threads + 1)
 
     def append(name: str) -> None:

@@ -211,9 +211,8 @@ def test_sync_leaves_a_living_process_alone(
 
 def test_sync_of_what_is_no_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == (
-        f"tracker: path={str(tmp_path)!r} is not a journal's folder.\n"
-    )
+    assert capsys.readouterr().err == f"tracker: {tmp_path} is not a journal of this program.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_opens_the_same_file_again(store: Store) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -30,7 +30,8 @@ _PER_OCTAVE = 1 << _MANTISSA_BITS
 _SMALLEST = -126  # exponent of the smallest normal float32, the first bin that is not zero's
 _INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # beyond the 2**14 bins of a float64 on either side
 _STRIDE = 1 << 17
-_CHUNK = 1 << 22  # elements binned at a time: bounds the memory that their indices take
+_CHUNK = 1 << 17  # elements binned at a time
+_CHUNK_ON_DEVICE = 1 << 22  # there a launch costs more than a cache
 
 
 class _Layout(NamedTuple):
@@ -68,15 +69,15 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
     if not tensors:
         return []
     rows = [_values(tensor) for tensor in tensors]
-    counts = [_cells(values, zeros) for values, zeros in rows]
-    flat = torch.cat(counts).cpu().numpy()
+    # Networks of one dtype, nearly all of them, are counted and decoded in one go.
+    groups = [(_LAYOUTS[t], list(some)) for t, some in groupby(rows, lambda row: row[0].dtype)]
+    counts = [_count(some, layout) for layout, some in groups]
+    flat = (torch.cat(counts) if len(counts) > 1 else counts[0]).cpu().numpy()
     found: list[Histogram] = []
     start = 0
-    # Networks of one dtype, nearly all of them, are decoded in one go.
-    for dtype, group in groupby(values.dtype for values, _ in rows):
-        layout, size = _LAYOUTS[dtype], len(list(group))
-        end = start + size * layout.cells
-        found += _decode(flat[start:end].reshape(size, layout.cells), layout)
+    for layout, some in groups:
+        end = start + len(some) * layout.cells
+        found += _decode(flat[start:end], layout)
         start = end
     return found
 
@@ -85,36 +86,61 @@ def _values(tensor: Tensor) -> tuple[Tensor, int]:
     """The elements as one row of float32 or float64, and how many zeros stand beside them."""
     tensor, zeros = tensor.detach(), 0
     if tensor.layout != torch.strided:  # the gradient of nn.Embedding(sparse=True), for one
+        tensor = tensor if tensor.layout == torch.sparse_coo else tensor.to_dense().to_sparse()
         size, tensor = tensor.numel(), tensor.coalesce().values()
-        zeros = size - tensor.numel()
+        zeros = (size - tensor.numel()) * (2 if tensor.is_complex() else 1)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.dtype not in _LAYOUTS:  # half, bfloat16 and float8 are float32s with fewer bits
         tensor = tensor.float() if tensor.is_floating_point() else tensor.double()
-    return tensor.reshape(-1), zeros
+        tensor.add_(0.0)  # makes a NaN of float8 a quiet one
+    return tensor.resolve_neg().reshape(-1), zeros
 
 
-def _cells(values: Tensor, zeros: int) -> Tensor:
-    """Counts by sign, exponent and mantissa bits, with those of negative numbers first."""
-    layout = _LAYOUTS[values.dtype]
+def _count(rows: Sequence[tuple[Tensor, int]], layout: _Layout) -> Tensor:
+    """Counts by sign, exponent and mantissa bits, those of negative numbers first, row by row."""
     half = layout.cells // 2
+    counts: list[Tensor | None] = [None] * len(rows)
+    for numbers, pieces in _packs([values for values, _ in rows]):
+        values = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        index = (values.view(layout.integer) >> layout.shift).add_(half)
+        parts = index.split([len(piece) for piece in pieces])
+        for number, part in zip(numbers, parts, strict=True):
+            counted, before = _bincount(part, layout.cells), counts[number]
+            counts[number] = counted if before is None else before + counted
+    for (_, zeros), count in zip(rows, counts, strict=True):
+        if zeros and count is not None:
+            count[half] += zeros
+    return torch.cat([count for count in counts if count is not None])
 
-    def count(chunk: Tensor) -> Tensor:
-        index = (chunk.view(layout.integer) >> layout.shift) + half
-        if index.device.type == "cpu":
-            return torch.bincount(index, minlength=layout.cells)
-        # torch.bincount asks a GPU for the largest index, and waits for the answer.
-        empty = torch.zeros(layout.cells, dtype=torch.int64, device=index.device)
-        one = torch.ones((), dtype=torch.int64, device=index.device)
-        return empty.scatter_add_(0, index.long(), one.expand_as(index))
 
-    chunks = values.split(_CHUNK) or (values,)
-    counts = count(chunks[0])
-    for chunk in chunks[1:]:
-        counts += count(chunk)
-    if zeros:
-        counts[half] += zeros
-    return counts
+def _packs(rows: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The rows, by number and piece, in packs of so many elements at most.
+
+    Small tensors together, for an operation on each costs more than its elements; large ones in
+    pieces that stay in the cache and bound the memory that indices take.
+    """
+    numbers: list[int] = []
+    pieces: list[Tensor] = []
+    size, most = 0, _CHUNK if rows[0].device.type == "cpu" else _CHUNK_ON_DEVICE
+    for number, row in enumerate(rows):
+        for piece in row.split(most) if len(row) > most else (row,):
+            if pieces and size + len(piece) > most:
+                yield numbers, pieces
+                numbers, pieces, size = [], [], 0
+            numbers.append(number)
+            pieces.append(piece)
+            size += len(piece)
+    yield numbers, pieces
+
+
+def _bincount(index: Tensor, cells: int) -> Tensor:
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=cells)
+    # torch.bincount asks a GPU for the largest index, and waits for the answer.
+    counts = torch.zeros(cells, dtype=torch.int64, device=index.device)
+    one = torch.ones((), dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index.long(), one.expand_as(index))
 
 
 @cache
@@ -131,8 +157,7 @@ def _bins(layout: _Layout) -> npt.NDArray[np.int64]:
     return np.concatenate([np.where(bins == _NAN, bins, -bins), bins])
 
 
-def _decode(cells: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
-    flat = cells.reshape(-1)
+def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
     used = np.flatnonzero(flat != 0)  # of bools: twice as fast
     row, cell = np.divmod(used, layout.cells)
     found = flat[used]
@@ -144,7 +169,7 @@ def _decode(cells: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
     counts = np.add.reduceat(found, starts) if len(starts) else found
     row, bins = np.divmod(key[starts], _STRIDE)
     bins -= _STRIDE // 2
-    ends = np.searchsorted(row, np.arange(len(cells) + 1))
+    ends = np.searchsorted(row, np.arange(len(flat) // layout.cells + 1))
     return [_split(bins[start:end], counts[start:end]) for start, end in pairwise(ends)]
 
 
@@ -199,7 +224,10 @@ def bin_edges(
 
     def lower(k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         exponent, eighth = np.divmod(k - 1, _PER_OCTAVE)
-        edges: npt.NDArray[np.float64] = np.ldexp(1 + eighth / _PER_OCTAVE, exponent + _SMALLEST)
+        with np.errstate(over="ignore"):  # the last bin of float64 ends at infinity
+            edges: npt.NDArray[np.float64] = np.ldexp(
+                1 + eighth / _PER_OCTAVE, exponent + _SMALLEST
+            )
         return edges
 
     size = np.abs(number)
@@ -224,7 +252,7 @@ def load_histograms(run_id: str, tracking_uri: str | None = None) -> pd.DataFram
                 "step": record["step"],
                 "left": left,
                 "right": right,
-                "count": item["counts"],
+                "count": np.asarray(item["counts"], dtype=np.int64),
             }
         )
         for record in _load(run_id, tracking_uri)

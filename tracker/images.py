@@ -22,15 +22,17 @@ _PREVIEW = 256  # pixels of the longer side; mlflow.tracking.multimedia, 3.17
 def to_pil(image: Any) -> Image.Image:
     """A PIL image from one, or from a tensor or array of floats in [0, 1] or of bytes.
 
-    Shapes: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels. Floats beyond [0, 1] are
-    clipped. Raises ArgumentError for any other shape.
+    Shapes: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels; where both fit, a tensor has
+    its channels first and an array last. Floats beyond [0, 1] are clipped. Raises ArgumentError
+    for any other shape.
     """
     if isinstance(image, Image.Image):
         return image
     array = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else image
     array = np.asarray(array)
     is_bytes = image.dtype in (torch.uint8, np.dtype(np.uint8))
-    if array.ndim == 3 and array.shape[0] in _MODES and array.shape[2] not in _MODES:
+    first, last = (array.shape[i] in _MODES if array.ndim == 3 else False for i in (0, -1))
+    if first and (isinstance(image, Tensor) or not last):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
         array = array[:, :, None]

@@ -74,10 +74,19 @@ def now() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _plain(value: Any) -> Any:
+    """A numpy scalar or a tensor of one number as python's own."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is no JSON")
+
+
 class Journal:
     """A journal open for writing (by training) and for delivering."""
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "journal.sqlite").is_file():
+            raise StoreError(f"{folder} is not a journal of this program.")
         self.folder = folder
         try:
             self._db = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False)
@@ -87,7 +96,7 @@ class Journal:
         except sqlite3.Error as error:
             raise StoreError(f"{folder} is not a journal of this program: {error}.") from error
         self._db_lock = threading.Lock()
-        self._pending: deque[tuple[str, int, Kind, Mapping[str, Any]]] = deque()
+        self._pending: deque[tuple[str, int, Kind, str]] = deque()
         self._closing = threading.Event()
         self._warned = False
         self._writer: threading.Thread | None = None
@@ -126,10 +135,11 @@ class Journal:
 
     def append(self, run: str, kind: Kind, body: Mapping[str, Any]) -> None:
         """Add a record of `run`, made now; returns before it is on disk."""
+        # As text from here on: what is wrong with a body shows where it was made.
+        self._pending.append((run, now(), kind, json.dumps(body, default=_plain)))
         if self._writer is None:
-            self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
-            self._writer.start()
-        self._pending.append((run, now(), kind, body))
+            with self._db_lock:
+                self._start_writer()
 
     def stage(self, name: str) -> Path:
         """A path for a file or folder called `name` that a later record refers to."""
@@ -153,13 +163,18 @@ class Journal:
                 with self._db:
                     self._db.executemany(
                         "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)",
-                        ((run, at, kind, json.dumps(body)) for run, at, kind, body in rows),
+                        rows,
                     )
             except sqlite3.Error as error:
                 self._pending.extendleft(reversed(rows))
                 if not self._warned:
                     self._warned = True
                     logger.warning("The journal %s cannot be written: %s.", self.folder, error)
+
+    def _start_writer(self) -> None:
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
+            self._writer.start()
 
     def _write(self) -> None:
         while not self._closing.wait(FLUSH_SECONDS):

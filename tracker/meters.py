@@ -5,8 +5,10 @@ A step appends scalars that stay on the device; they are read once, when somebod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
@@ -39,16 +41,17 @@ def batch_size(batch: Any) -> int:
 
     Raises ArgumentError for anything else.
     """
-    if isinstance(batch, int):
-        return batch
+    if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
+        return int(batch)
     if isinstance(batch, Tensor) and batch.dim() > 0:
         return batch.shape[0]
     if isinstance(batch, Mapping) and batch:
         return batch_size(next(iter(batch.values())))
     if isinstance(batch, (list, tuple)) and batch:
         return batch_size(batch[0])
+    shown = batch if isinstance(batch, Number) else type(batch).__name__
     raise ArgumentError(
-        f"batch={type(batch).__name__} has no size; allowed: a tensor, a tuple, list or mapping "
+        f"batch={shown} has no size; allowed: a tensor, a tuple, list or mapping "
         "that begins with one, or the number of samples."
     )
 
@@ -93,13 +96,15 @@ class EpochMeter:
 
         Raises ArgumentError for a loss that is not one number.
         """
-        if not isinstance(loss, Tensor):
-            loss = torch.tensor(loss, dtype=torch.float64)
-        elif loss.numel() != 1:
+        shape = tuple(getattr(loss, "shape", ()))
+        if math.prod(shape) != 1 or isinstance(loss, (list, tuple)):
             raise ArgumentError(
-                f"loss has the shape {tuple(loss.shape)}; it must be one number, the batch's mean."
+                f"loss has the shape {shape or len(loss)}; it must be one number, the batch's mean."
             )
-        self._losses.append(loss.detach().reshape(()))
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(float(loss), dtype=torch.float64)
+        # A copy: what the loop goes on to do with its loss is none of ours.
+        self._losses.append(loss.detach().reshape(()).clone())
         self._sizes.append(size)
 
     def add_correct(self, preds: Tensor, labels: Tensor) -> None:
@@ -144,10 +149,10 @@ class EpochMeter:
     def compute(self) -> dict[str, float]:
         """`loss` and `accuracy`, as far as they were tracked. Waits for the device."""
         metrics = {}
-        if len(self._losses):
-            metrics["loss"] = self.loss_sum / float(self.sizes.sum())
-        if seen := sum(labels for _, labels in self._labels):
-            metrics["accuracy"] = self.correct / seen
+        if seen := float(self.sizes.sum()):
+            metrics["loss"] = self.loss_sum / seen
+        if labels := sum(labels for _, labels in self._labels):
+            metrics["accuracy"] = self.correct / labels
         return metrics
 
 
@@ -157,7 +162,7 @@ def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
     if not isinstance(size, int):
         return [1] * batches
     sizes = [size] * batches
-    if isinstance(loader, DataLoader) and batches and not loader.drop_last:
+    if isinstance(loader, DataLoader) and batches:
         try:
             samples = len(loader.sampler)  # type: ignore[arg-type]
         except TypeError:  # a stream has no length

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -26,12 +27,19 @@ def sample_batch(loader: Any, size: int) -> Any:
     """
     if isinstance(loader, (list, tuple)):
         return loader[0] if loader else None
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    dataset: Any = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not _is_finite(dataset):
         return None
-    dataset: Any = loader.dataset
     with preserve_rng():
+        if loader.batch_size is None and loader.batch_sampler is None:  # samples are batches
+            return loader.collate_fn(dataset[0]) if len(dataset) else None
         samples = [dataset[index] for index in range(min(size, len(dataset)))]
         return loader.collate_fn(samples) if samples else None
+
+
+def _is_finite(dataset: Any) -> bool:
+    """Whether its samples can be asked for by number, and how many there are."""
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
 
 
 def inputs_of(batch: Any, size: int) -> Tensor | None:
@@ -81,14 +89,14 @@ def _content(dataset: Any) -> Any:
     data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
     if isinstance(data, (Tensor, np.ndarray)) and targets is not None:  # torchvision's
         return data, targets
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return repr(type(dataset))
+    if not _is_finite(dataset):
+        return None
     length = len(dataset)
-    step = max(1, length // _DIGEST_SAMPLES)
+    step = -(-length // _DIGEST_SAMPLES) or 1
     with preserve_rng():
         random.seed(0)
         np.random.seed(0)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA's too
         chosen = itertools.islice(range(0, length, step), _DIGEST_SAMPLES)
         return length, [dataset[index] for index in chosen]
 
@@ -96,32 +104,25 @@ def _content(dataset: Any) -> Any:
 def _feed(hasher: Any, value: Any) -> None:
     """Add `value` to the digest, by content and type."""
     if isinstance(value, Tensor):
-        _feed(
-            hasher,
-            value.detach().cpu().resolve_conj().contiguous().view(torch.uint8).numpy()
-            if value.dim()
-            else value.item(),
-        )
-        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-    elif isinstance(value, np.ndarray):
-        hasher.update(f"{value.dtype}{value.shape}".encode())
-        hasher.update(
-            np.ascontiguousarray(value).view(np.uint8).data
-            if value.dtype != object
-            else repr(value.tolist()).encode()
-        )
-    elif isinstance(value, (list, tuple)):
-        if value and all(isinstance(item, int) for item in value):
-            _feed(hasher, np.asarray(value))
-            return
-        hasher.update(f"[{len(value)}".encode())
-        for item in value:
-            _feed(hasher, item)
-    elif hasattr(value, "tobytes"):  # a PIL image
+        dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+        plain = dense.cpu().resolve_conj().resolve_neg().contiguous()
+        hasher.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        hasher.update(plain.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and value.dtype == object:
+        _feed(hasher, [value.shape, value.tolist()])
+    elif isinstance(value, (np.ndarray, np.generic)):
+        hasher.update(f"array {value.dtype} {value.shape};".encode())
+        hasher.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Image.Image):
+        hasher.update(f"image {value.mode} {value.size} {value.getpalette()};".encode())
         hasher.update(value.tobytes())
     elif isinstance(value, Mapping):
         _feed(hasher, list(value.items()))
-    elif isinstance(value, (str, bytes, bool, int, float, type(None))):
-        hasher.update(repr(value).encode())
+    elif isinstance(value, (list, tuple)):
+        hasher.update(f"{len(value)} items;".encode())
+        for item in value:
+            _feed(hasher, item)
+    elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        hasher.update(f"{type(value).__name__} {value!r};".encode())
     else:  # its repr may hold an address
-        hasher.update(type(value).__qualname__.encode())
+        hasher.update(f"{type(value).__qualname__};".encode())

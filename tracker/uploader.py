@@ -202,8 +202,6 @@ def sync(folder: Path, tracking_uri: str | None = None) -> int:
     FAILED. Raises StoreError where the folder is no journal, its process still runs, or the store
     cannot be used.
     """
-    if not (folder / "journal.sqlite").is_file():
-        raise StoreError(f"path={str(folder)!r} is not a journal's folder.")
     journal = Journal(folder)
     if journal.writer_lives():
         raise StoreError(f"path={str(folder)!r} is still written to by process {journal.pid}.")

@@ -18,7 +18,10 @@ def csv_text(rows: Sequence[Row]) -> str:
     """`rows` as CSV, with a column for every key that any row has, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    # Before Python 3.13 a lone carriage return is not seen as a reason for quotes.
+    returns = any(isinstance(cell, str) and "\r" in cell for row in rows for cell in row.values())
+    quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=quoting)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -44,6 +47,8 @@ def _finite(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return value
 
 
