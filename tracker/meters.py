@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Number
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def batch_size(batch: Any) -> int:
         return batch_size(next(iter(batch.values())))
     if isinstance(batch, (list, tuple)) and batch:
         return batch_size(batch[0])
-    shown = batch if isinstance(batch, Number) else type(batch).__name__
+    shown = batch if isinstance(batch, Integral) else type(batch).__name__
     raise ArgumentError(
         f"batch={shown} has no size; allowed: a tensor, a tuple, list or mapping "
         "that begins with one, or the number of samples."
@@ -96,10 +96,9 @@ class EpochMeter:
 
         Raises ArgumentError for a loss that is not one number.
         """
-        shape = tuple(getattr(loss, "shape", ()))
-        if math.prod(shape) != 1 or isinstance(loss, (list, tuple)):
+        if (shape := tuple(np.shape(loss))) and math.prod(shape) != 1:  # type: ignore[arg-type]
             raise ArgumentError(
-                f"loss has the shape {shape or len(loss)}; it must be one number, the batch's mean."
+                f"loss has the shape {shape}; it must be one number, the batch's mean."
             )
         if not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss), dtype=torch.float64)
