@@ -96,7 +96,7 @@ class EpochMeter:
 
         Raises ArgumentError for a loss that is not one number.
         """
-        if (shape := tuple(np.shape(loss))) and math.prod(shape) != 1:  # type: ignore[arg-type]
+        if (shape := tuple(np.shape(loss))) and math.prod(shape) != 1:
             raise ArgumentError(
                 f"loss has the shape {shape}; it must be one number, the batch's mean."
             )
@@ -163,7 +163,7 @@ def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
     sizes = [size] * batches
     if isinstance(loader, DataLoader) and batches:
         try:
-            samples = len(loader.sampler)  # type: ignore[arg-type]
+            samples = len(loader.sampler)
         except TypeError:  # a stream has no length
             return sizes
         if batches == -(-samples // size):
