@@ -163,7 +163,7 @@ def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
     sizes = [size] * batches
     if isinstance(loader, DataLoader) and batches:
         try:
-            samples = len(loader.sampler)
+            samples = len(loader.sampler)  # type: ignore[arg-type]
         except TypeError:  # a stream has no length
             return sizes
         if batches == -(-samples // size):
