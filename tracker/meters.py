@@ -5,7 +5,6 @@ A step appends scalars that stay on the device; they are read once, when somebod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -33,7 +32,9 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
             f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
             "be scores (N, classes, …) and class numbers (N, …)."
         )
-    return preds.detach().argmax(dim=1).eq(labels.to(preds.device, non_blocking=True)).sum()
+    if labels.device != preds.device:
+        labels = labels.to(preds.device, non_blocking=True)
+    return preds.argmax(dim=1).eq(labels).sum()
 
 
 def batch_size(batch: Any) -> int:
@@ -96,14 +97,17 @@ class EpochMeter:
 
         Raises ArgumentError for a loss that is not one number.
         """
-        if (shape := tuple(np.shape(loss))) and math.prod(shape) != 1:
-            raise ArgumentError(
-                f"loss has the shape {shape}; it must be one number, the batch's mean."
-            )
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss), dtype=torch.float64)
+            loss = torch.from_numpy(np.array(loss, dtype=float))
+        if loss.dim():
+            if loss.numel() != 1:
+                raise ArgumentError(
+                    f"loss has the shape {tuple(loss.shape)}; it must be one number, the batch's "
+                    "mean."
+                )
+            loss = loss.reshape(())
         # A copy: what the loop goes on to do with its loss is none of ours.
-        self._losses.append(loss.detach().reshape(()).clone())
+        self._losses.append(loss.detach().clone())
         self._sizes.append(size)
 
     def add_correct(self, preds: Tensor, labels: Tensor) -> None:
