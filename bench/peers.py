@@ -66,7 +66,11 @@ class PlainMlflow(Bare):
 
 
 class TutorialRunManager:
-    """deeplizard's RunManager on TensorBoard; only the display of its table is left out."""
+    """deeplizard's RunManager on TensorBoard, without the display of its table.
+
+    It flushes at the end of an epoch, which the tutorial's does not: the writer's thread would
+    else go on in the time of the next contestant, and hold the interpreter's lock.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,6 +108,7 @@ class TutorialRunManager:
             self.tb.add_histogram(f"{name}.grad", param.grad, self.epoch_count)
         self.run_data.append(results | self.run_params._asdict())
         pd.DataFrame.from_dict(self.run_data, orient="columns")
+        self.tb.flush()
 
     def track_loss(self, loss: Tensor, batch: Any) -> None:
         self.epoch_loss += loss.item() * batch[0].shape[0]

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     *("tracker RunManager", "bare loop", "bare loop again", "MLflow log_metric per epoch"),
     *("tutorial RunManager, TensorBoard", "tracker histograms()", "tracker network_histograms()"),
-    *("torch.histc, 64 bins", "numpy.histogram, 64 bins", "TensorBoard add_histogram"),
-    *("tracker track_loss", "tracker track_num_correct", "tracker, both", "loss.item()"),
+    *("torch.histc, 64 bins", "numpy.histogram, 64 bins", "TensorBoard add_histogram, flush"),
+    *("tracker track_loss", "tracker track_num_correct", "tracker, both", "tutorial, both"),
 ]
 
 

@@ -163,7 +163,7 @@ def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
     found = flat[used]
     # One number for tensor and bin, so that one sort orders, and joins, the cells of a bin.
     key = row * _STRIDE + _bins(layout)[cell] + _STRIDE // 2
-    order = np.argsort(key)
+    order = np.argsort(key, kind="stable")
     key, found = key[order], found[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     counts = np.add.reduceat(found, starts) if len(starts) else found

@@ -42,14 +42,14 @@ def batch_size(batch: Any) -> int:
 
     Raises ArgumentError for anything else.
     """
-    if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
-        return int(batch)
+    if isinstance(batch, (list, tuple)) and batch:
+        return batch_size(batch[0])
     if isinstance(batch, Tensor) and batch.dim() > 0:
         return batch.shape[0]
     if isinstance(batch, Mapping) and batch:
         return batch_size(next(iter(batch.values())))
-    if isinstance(batch, (list, tuple)) and batch:
-        return batch_size(batch[0])
+    if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
+        return int(batch)
     shown = batch if isinstance(batch, Integral) else type(batch).__name__
     raise ArgumentError(
         f"batch={shown} has no size; allowed: a tensor, a tuple, list or mapping "

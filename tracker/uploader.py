@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tracker.mlflow_store import MlflowStore
 
 PAGE_SECONDS = 60.0
-"""While a run goes on, its histogram page is drawn anew at most this often."""
+"""While a run goes on, its histogram page is drawn anew at most this often …"""
+PAGE_SHARE = 0.01
+"""… and takes at most this share of the time."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class Uploader:
     def __init__(self, journal: Journal, store: MlflowStore) -> None:
         self._journal = journal
         self._store = store
-        self._page_drawn: dict[str, float] = {}
+        self._page_due: dict[str, float] = {}
 
     def drain(self) -> None:
         """Deliver all that is on disk; StoreError at the first record that cannot be."""
@@ -75,8 +77,9 @@ class Uploader:
                 store.log_model(bound, staged, body["name"], body["step"])
             case "histograms":
                 store.log_text(bound, json_text(body), f"histograms/{body['step']:06d}.json")
-                last = self._page_drawn.setdefault(first.run, time.monotonic())
-                if time.monotonic() - last > PAGE_SECONDS:
+                if time.monotonic() > self._page_due.setdefault(
+                    first.run, time.monotonic() + PAGE_SECONDS
+                ):
                     self._draw_page(first.run, bound)
             case "epoch":
                 pass  # kept in the journal for the table at the end
@@ -88,10 +91,12 @@ class Uploader:
                 store.end_run(bound, body["status"], first.time)
 
     def _draw_page(self, run: str, run_id: str) -> None:
+        started = time.monotonic()
         if records := self._journal.bodies(run, "histograms"):
             page = histogram_page(records, self._store.run_name(run_id))
             self._store.log_text(run_id, page, "histograms.html")
-            self._page_drawn[run] = time.monotonic()
+        took = time.monotonic() - started
+        self._page_due[run] = started + max(PAGE_SECONDS, took / PAGE_SHARE)
 
 
 def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:

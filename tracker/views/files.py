@@ -39,7 +39,13 @@ def json_text(value: Any) -> str:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
+    def dumps(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+
+    try:
+        return dumps(value)
+    except ValueError:  # rare: most are finite, and looking at every number takes its time
+        return dumps(_finite(value))
 
 
 def _finite(value: Any) -> Any:
