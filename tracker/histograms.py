@@ -85,6 +85,8 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
 def _values(tensor: Tensor) -> tuple[Tensor, int]:
     """The elements as one row of float32 or float64, and how many zeros stand beside them."""
     tensor, zeros = tensor.detach(), 0
+    if tensor.layout == torch.strided and tensor.dtype in _LAYOUTS:
+        return tensor.resolve_neg().reshape(-1), 0
     if tensor.layout != torch.strided:  # the gradient of nn.Embedding(sparse=True), for one
         tensor = tensor if tensor.layout == torch.sparse_coo else tensor.to_dense().to_sparse()
         size, tensor = tensor.numel(), tensor.coalesce().values()
@@ -170,7 +172,10 @@ def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
     row, bins = np.divmod(key[starts], _STRIDE)
     bins -= _STRIDE // 2
     ends = np.searchsorted(row, np.arange(len(flat) // layout.cells + 1))
-    return [_split(bins[start:end], counts[start:end]) for start, end in pairwise(ends)]
+    pairs = pairwise(ends.tolist())
+    if len(bins) == 0 or (bins.max() < _INFINITE and bins.min() > -_INFINITE):
+        return [Histogram(bins[i:j], counts[i:j], 0, 0, 0) for i, j in pairs]
+    return [_split(bins[i:j], counts[i:j]) for i, j in pairs]
 
 
 def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histogram:
