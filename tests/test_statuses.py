@@ -12,7 +12,7 @@ from conftest import Store
 from mlflow.entities import Run as MlflowRun
 
 BEGIN = """
-import os, signal, sys
+import os, signal, sys, threading
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from tracker import RunManager, start_run
@@ -53,7 +53,11 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
             "FINISHED",
             None,
         ),
-        ("os.kill(os.getpid(), signal.SIGINT)", "KILLED", "KeyboardInterrupt"),
+        (
+            "os.kill(os.getpid(), signal.SIGINT); threading.Event().wait(60)",
+            "KILLED",
+            "KeyboardInterrupt",
+        ),
         ("if os.fork() == 0: sys.exit(3)\nos.wait(); manager.end_run()", "FINISHED", None),
     ],
     ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT", "a fork"],
