@@ -21,6 +21,7 @@ from models import DATASETS, MODELS, ModelsError, build, load
 from studies.arguments import boolean, positive_float, positive_int, seed
 from tracker import RunManager, TrackerError, choose_device, fit, set_seed
 from tracker.cli import OneSentenceParser
+from tracker.environment import public_uri
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,7 +86,7 @@ def ui_command(tracking_uri: str) -> str:
         mlflow = mlflow.relative_to(Path.cwd())
     allow = "MLFLOW_ALLOW_FILE_STORE=true " if tracking_uri.startswith("file:") else ""
     if tracking_uri.startswith("http"):
-        return f"open {tracking_uri}"
+        return tracking_uri
     return allow + shlex.join([str(mlflow), "ui", "--backend-store-uri", tracking_uri])
 
 
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     print(f"run           {run_id}")
+    tracking_uri = public_uri(tracking_uri)
     print(f"tracking URI  {tracking_uri}")
     print(f"compare runs  {ui_command(tracking_uri)}")
     return 0

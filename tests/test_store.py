@@ -17,7 +17,8 @@ from conftest import Store
 
 from tracker import StoreError, start_run
 from tracker.cli import main
-from tracker.mlflow_store import MlflowStore, public_uri
+from tracker.environment import public_uri
+from tracker.mlflow_store import MlflowStore
 
 
 def test_a_new_sqlite_file_keeps_its_artifacts_beside_it(

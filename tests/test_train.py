@@ -65,6 +65,8 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
         ("--model resnet", "model='resnet' is not known; allowed: fashion-cnn."),
         ("--dataset imagenet", "dataset='imagenet'"),
         ("--device cuda", "device='cuda' cannot be used on this machine; allowed here: auto, cpu"),
+        ("--device meta", "device='meta' cannot be used on this machine"),
+        ("--tracking-uri http://[bad", "tracking_uri='http://[bad' cannot be opened"),
         ("--device toaster", "device='toaster' cannot be used on this machine"),
         ("--lr 0", "argument --lr: '0' is not allowed; it must be a number above 0"),
         ("--lr nan", "argument --lr: 'nan' is not allowed"),
@@ -118,7 +120,7 @@ def test_a_typo_at_the_command_line_has_no_traceback(tmp_path: Path) -> None:
     [
         ("sqlite:////a/b.db", "mlflow ui --backend-store-uri sqlite:////a/b.db"),
         ("file:///a", "MLFLOW_ALLOW_FILE_STORE=true "),
-        ("http://localhost:5000", "open http://localhost:5000"),
+        ("http://localhost:5000", "http://localhost:5000"),
     ],
 )
 def test_the_command_that_opens_the_ui(uri: str, command: str) -> None:

@@ -5,6 +5,7 @@ Every function raises ArgumentError for what is not allowed.
 
 from __future__ import annotations
 
+import operator
 import posixpath
 import re
 from collections.abc import Mapping
@@ -47,6 +48,42 @@ def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def checked_step(step: Any) -> int:
+    """The step of a metric: a whole number of 64 bits."""
+    try:
+        number = operator.index(step)
+        if -(2**63) <= number < 2**63:
+            return number
+    except TypeError:
+        pass
+    raise ArgumentError(f"step={step!r} is not allowed; it must be a whole number of 64 bits.")
+
+
+def checked_path(path: str, what: str) -> str:
+    """The path of an artifact: plain, relative, and within the run's artifacts."""
+    if not path or posixpath.normpath(path) != path or path.startswith(("/", "..")) or path == ".":
+        raise ArgumentError(
+            f"{what}={path!r} is not allowed or leaves the run's artifacts; it must be a plain "
+            "relative path such as folder/file.txt."
+        )
+    return _encodable(path, what)
+
+
+def checked_model_name(name: str) -> str:
+    """The name of a logged model."""
+    if not name or any(sign in name for sign in "/:.%\"'"):  # mlflow.utils.validation, 3.17
+        raise ArgumentError(f"name={name!r} is not allowed; a model's has none of / : . % \" '.")
+    return _encodable(name, "name")
+
+
+def _encodable(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{what} {text!r} is no text: {error.reason}.") from error
+    return text
+
+
 def _checked_text(name: str, value: Any, what: str, longest: int) -> str:
     text = str(value)
     if len(text) > longest:
@@ -54,7 +91,7 @@ def _checked_text(name: str, value: Any, what: str, longest: int) -> str:
             f"{what} {name!r} has {len(text):,} characters; MLflow keeps {longest:,}. "
             "Log it with log_text() instead."
         )
-    return text
+    return _encodable(text, what)
 
 
 def checked_number(name: str, value: Any) -> float:
@@ -63,6 +100,6 @@ def checked_number(name: str, value: Any) -> float:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         shown = f"{type(value).__name__} {value!r}"[:100]
         raise ArgumentError(f"metric {name!r} is a {shown}; it must be one number.") from error

@@ -26,22 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser("sync", help="deliver a journal whose process has ended")
-    sync.add_argument("path", type=Path, help="the journal's folder, as the warning named it")
-    sync.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    sync.add_argument(
+        "path", type=Path, nargs="+", help="a journal's folder, as a warning named it"
+    )
+    sync.add_argument("--tracking-uri", help="by default where the process delivered to")
     given = parser.parse_args(arguments)
     try:
-        return _sync(given.path, given.tracking_uri)
+        for path in given.path:
+            _sync(path, given.tracking_uri)
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
-def _sync(path: Path, tracking_uri: str | None) -> int:
+def _sync(path: Path, tracking_uri: str | None) -> None:
     from tracker.uploader import sync  # importing mlflow takes a second
 
     delivered = sync(path, tracking_uri)
-    print(f"{delivered} records delivered.")
-    return 0
+    print(f"{path}: {delivered} records delivered.")
 
 
 if __name__ == "__main__":

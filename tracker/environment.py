@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from torch import nn
 from tracker._version import __version__
 from tracker.errors import ArgumentError
 
+_PASSWORD = re.compile(r"//([^/:@\s]*):[^/@\s]*@")  # in a URI: //user:password@
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device that `name` asks for; `auto` is CUDA where there is one, else the CPU.
@@ -30,8 +33,10 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU")
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
             f"device={name!r} cannot be used on this machine; "
             f"allowed here: auto, cpu{', cuda' if torch.cuda.is_available() else ''}."
@@ -99,14 +104,21 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
+def public_uri(text: str) -> str:
+    """`text`, a URI or what holds some, with `***` for each password in it."""
+    return _PASSWORD.sub(r"//\1:***@", text)
+
+
 def environment_tags() -> dict[str, str]:
     """Tags that tell how to run the same thing again: source, command, versions, git."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main and Path(main).name == "ipykernel_launcher.py":
+        main = None
     folder = Path(main).resolve().parent if main else Path.cwd()
     tags = {
-        "mlflow.source.name": main or sys.argv[0] or "notebook",
+        "mlflow.source.name": main or "notebook",
         "mlflow.source.type": "LOCAL",
-        "tracker.command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "tracker.command": public_uri(shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])),
         "tracker.version": __version__,
         "tracker.python": platform.python_version(),
         "tracker.torch": str(torch.__version__),

@@ -4,6 +4,7 @@ TrackerError             anything this library raises on purpose
 ├── ArgumentError        an argument's value is not allowed (also a ValueError)
 ├── CallOrderError       a method was called before the one it needs (also a RuntimeError)
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
+│   └── RefusedError     the store answered, and will never take what it was given
 └── NonFiniteLossError   the loss became NaN or infinite and the user asked to stop
 
 Every message is one sentence that names the argument, its value and what is allowed.
@@ -24,6 +25,10 @@ class CallOrderError(TrackerError, RuntimeError):
 
 class StoreError(TrackerError):
     """A tracking URI, an experiment, a run or a journal cannot be opened or written."""
+
+
+class RefusedError(StoreError):
+    """The store takes requests, but not this one, however often it is tried."""
 
 
 class NonFiniteLossError(TrackerError, ArithmeticError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tracker.environment import device_of, evaluation_mode, preserve_rng, unwrap
 
 EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
+_EXPORTING = threading.Lock()  # torch.export works in one thread at a time
 _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,8 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
     """Save `network` as an MLflow model in `folder`, which must not exist yet.
 
     `example` is a batch of inputs of which the first samples are used. What is saved is a copy in
-    evaluation mode on the CPU; the live network, its buffers and every random generator stay as
-    they are. After saving, the model is loaded and compared with the network on two batch sizes.
+    evaluation mode on the CPU; the live network's weights, modes and every random generator stay
+    as they are. After saving, the model is loaded and compared with the network on two batch sizes.
 
     Returns None, or one sentence that says why there is no such model: the network cannot be
     exported, or what was exported computes something else. `folder` is then left incomplete.
@@ -37,20 +39,25 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
     from mlflow.types import Schema, TensorSpec
 
     network = unwrap(network)
-    inputs = _batch(example, EXAMPLE_SIZE)
-    with preserve_rng(), warnings.catch_warnings():
+    if len(example) == 0:
+        return "the example of its inputs is empty"
+    with _EXPORTING, preserve_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own deprecations
-        model = _cpu_copy(network).eval()
         try:
+            inputs = _batch(example, EXAMPLE_SIZE)
+            model = _cpu_copy(network).eval()
             with torch.no_grad():
                 output = model(inputs)
         except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
-            return f"it does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
+            return f"a copy of it does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
         if not isinstance(output, Tensor):
             return f"it returns {type(output).__name__}, where a model in MLflow returns a tensor"
 
+        if torch.bfloat16 in (inputs.dtype, output.dtype):
+            return "it takes or returns bfloat16, which MLflow's signatures do not have"
+
         def spec(tensor: Tensor) -> TensorSpec:
-            return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]))
+            return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]) if tensor.dim() else ())
 
         try:
             mlflow.pytorch.save_model(
@@ -89,6 +96,10 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
 def _cpu_copy(network: nn.Module) -> nn.Module:
     """A deep copy on the CPU that takes no memory on the network's own device."""
     memo: dict[int, Any] = {}
+    for module in network.modules():  # activations that forward kept: they cannot be copied
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().cpu()
     for parameter in network.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().cpu().clone(), requires_grad=False)
     for buffer in network.buffers():

@@ -28,9 +28,17 @@ def to_pil(image: Any) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise ArgumentError(
+            f"image={type(image).__name__} is not allowed; allowed are a tensor, an array and a "
+            "PIL image."
+        )
+    is_bytes = image.dtype in (torch.uint8, np.dtype(np.uint8))
+    floats = image.is_floating_point() if isinstance(image, Tensor) else image.dtype.kind == "f"
+    if not is_bytes and not floats:
+        raise ArgumentError(f"image has the type {image.dtype}; allowed are floats and uint8.")
     array = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else image
     array = np.asarray(array)
-    is_bytes = image.dtype in (torch.uint8, np.dtype(np.uint8))
     first, last = (array.shape[i] in _MODES if array.ndim == 3 else False for i in (0, -1))
     if first and (isinstance(image, Tensor) or not last):
         array = array.transpose(1, 2, 0)

@@ -133,10 +133,10 @@ class Journal:
                 f"{self.folder} is a journal of format {version}; this version reads {_FORMAT}."
             )
 
-    def append(self, run: str, kind: Kind, body: Mapping[str, Any]) -> None:
-        """Add a record of `run`, made now; returns before it is on disk."""
+    def append(self, run: str, kind: Kind, body: Mapping[str, Any], at: int | None = None) -> None:
+        """Add a record of `run`, made now or `at` a time; returns before it is on disk."""
         # As text from here on: what is wrong with a body shows where it was made.
-        self._pending.append((run, now(), kind, json.dumps(body, default=_plain)))
+        self._pending.append((run, at or now(), kind, json.dumps(body, default=_plain)))
         if self._writer is None:
             with self._db_lock:
                 self._start_writer()
@@ -144,7 +144,7 @@ class Journal:
     def stage(self, name: str) -> Path:
         """A path for a file or folder called `name` that a later record refers to."""
         folder = self.folder / "files" / uuid.uuid4().hex
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return folder / name
 
     def flush(self) -> None:
@@ -247,6 +247,13 @@ class Journal:
             return True
         return True
 
+    def last_time(self, run: str) -> int | None:
+        """When the last record of `run` was made."""
+        with self._db_lock:
+            query = "SELECT max(time) FROM records WHERE run = ?"
+            (last,) = self._db.execute(query, (run,)).fetchone()
+        return None if last is None else int(last)
+
     def unended(self) -> list[str]:
         """The runs that have no end yet."""
         with self._db_lock:
@@ -263,18 +270,21 @@ class Journal:
         """
         self._stop()
         remaining = self.remaining()
-        with self._db:
-            self._db.execute("UPDATE writer SET closed = 1")
+        try:
+            with self._db:
+                self._db.execute("UPDATE writer SET closed = 1")
+        except sqlite3.Error as error:  # gone, locked or full: the records say enough
+            logger.warning("The journal %s cannot be closed: %s.", self.folder, error)
         self._db.close()
         if not remaining:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
         return remaining
 
     def discard(self) -> None:
         """Close and remove the folder with all that is in it."""
         self._stop()
         self._db.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _stop(self) -> None:
         self._closing.set()

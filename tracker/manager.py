@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.builder import hyperparameters, run_name
+from tracker.checks import checked_name, checked_number
 from tracker.environment import describe_device, device_of, unwrap
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.images import image_grid
@@ -88,7 +89,9 @@ class RunManager:
             self._views.append(TensorBoard(tensorboard))
         self._open = _Open()
         # Not atexit: a notebook's cell run again drops this manager with its run still open.
-        self._finalizer = weakref.finalize(self, _Open.abandon, self._open, "when it was dropped")
+        self._finalizer = weakref.finalize(
+            self, _Open.abandon, self._open, "when the program ended, or dropped its manager"
+        )
         self._example: Tensor | None = None
         self._meter = EpochMeter()  # of the epoch that goes on, or of the last one
         self._in_epoch = False
@@ -135,7 +138,8 @@ class RunManager:
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
         delivery = self._open.delivery or InlineDelivery(self._directory, self._tracking_uri)
         try:
-            began = Run(delivery, told | params, self._experiment, run_name(params), tags)
+            name = tags.get("mlflow.runName") or run_name(params)
+            began = Run(delivery, told | params, self._experiment, name, tags)
         except BaseException:
             if self._open.delivery is None:
                 delivery.close()
@@ -254,10 +258,14 @@ class RunManager:
         Raises CallOrderError outside an epoch, and NonFiniteLossError if that was asked for.
         """
         meter = self._in("end_epoch")
-        duration = {"epoch_duration": time.perf_counter() - self._epoch_started}
+        more = {
+            checked_name(name, "metric"): checked_number(name, value)
+            for name, value in (metrics or {}).items()
+        }
+        found = meter.compute() | more  # waits for the device, then the epoch is over
+        found["epoch_duration"] = time.perf_counter() - self._epoch_started
         self._in_epoch = False
-        losses = meter.losses if self._batch_loss else ()
-        self._log(meter.compute() | dict(metrics or {}) | duration, losses, self._batch_times)
+        self._log(found, meter.losses if self._batch_loss else (), self._batch_times)
 
     def log_epoch(self, epoch: Epoch) -> None:
         """Log an epoch of `fit`, as `begin_epoch` … `end_epoch` do for a loop of one's own.
@@ -290,7 +298,7 @@ class RunManager:
         self.run_data.append(_row(self.run_count, epoch, metrics, hyperparameters(self.run_params)))
         run.flush()
         for view in self._views:
-            view.end_epoch(self.run_data, recorded)
+            view.end_epoch(self.run_data, metrics, recorded)
         loss = metrics.get("loss", 0.0)
         if self._stop_on_nonfinite and not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")

@@ -27,10 +27,10 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
     `preds` are scores of shape (N, classes, …), `labels` class numbers of shape (N, …).
     Raises ArgumentError for other shapes, which might be compared each with each.
     """
-    if preds.dim() < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
+    if preds.dim() < 2 or preds.shape[1] < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
         raise ArgumentError(
             f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
-            "be scores (N, classes, …) and class numbers (N, …)."
+            "be scores (N, classes, …) of two classes or more, and class numbers (N, …)."
         )
     if labels.device != preds.device:
         labels = labels.to(preds.device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Every call of MLflow's client: runs, batches, artifacts, models, statuses.
 
-With `export.py` the only module that imports mlflow. MLflow's errors are translated here into
-StoreError; nothing above knows them.
+With `export.py` and `testing.py` the only module that imports mlflow. MLflow's errors are
+translated here into StoreError; nothing above knows them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import ssl
 import tempfile
 import urllib.error
 import urllib.parse
@@ -35,12 +36,14 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from tracker.errors import StoreError
+from tracker.environment import public_uri
+from tracker.errors import RefusedError, StoreError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RUN_TAG = "tracker.run"
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 _ANSWER_SECONDS = 3.0  # a server that does not answer a health check by then counts as down
 _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch holds no more
 
@@ -49,8 +52,14 @@ _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch
 def _translated(doing: str) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
-        raise StoreError(f"MLflow could not {doing}: {_first_line(error)}") from error
+    except StoreError:
+        raise
+    except Exception as error:
+        refused = isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) or (
+            isinstance(error, MlflowException) and error.error_code in _REFUSALS
+        )
+        kind = RefusedError if refused else StoreError
+        raise kind(f"MLflow could not {doing}: {_first_line(error)}") from error
 
 
 class MlflowStore:
@@ -61,9 +70,10 @@ class MlflowStore:
 
         Raises StoreError, in one sentence, where it cannot be opened or written.
         """
-        self.tracking_uri = tracking_uri or mlflow.get_tracking_uri()
+        self.tracking_uri = _absolute(tracking_uri or mlflow.get_tracking_uri())
         with _first_to_open(self.tracking_uri):
             _check_uri(self.tracking_uri)
+            opted_in = _is_file_store(self.tracking_uri) and _opt_in_to_file_store()
             try:
                 self._create_sqlite()
                 self._client = MlflowClient(self.tracking_uri)
@@ -73,6 +83,12 @@ class MlflowStore:
                     f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: "
                     f"{_first_line(error)}"
                 ) from error
+        if opted_in:
+            logger.warning(
+                "MLflow keeps its file store (%s) in maintenance only; sqlite:///mlflow.db is "
+                "what it recommends.",
+                self.tracking_uri,
+            )
 
     def answers(self) -> bool:
         """Whether a server, if the store is one, is there to answer."""
@@ -229,7 +245,7 @@ class MlflowStore:
 
     def end_run(self, run_id: str, status: str, end_time: int) -> None:
         """Give the run its final status, at `end_time` in milliseconds."""
-        with _translated(f"end the run {run_id}"):
+        with _translated(f"end the run {run_id}"), _no_url_on_stdout():
             self._client.set_terminated(run_id, status, end_time)
 
     def download(self, run_id: str, folder: str, into: Path) -> Path:
@@ -246,15 +262,6 @@ def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def public_uri(uri: str) -> str:
-    """`uri` with `***` for the password it may hold."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.password is None:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username}:***@{host}").geturl()
-
-
 def _same(had: str, new: str) -> bool:
     """Whether two spellings are one value: `1e-2` and `0.01`, `true` and `True`."""
     if had.lower() == new.lower():
@@ -269,21 +276,58 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _absolute(uri: str) -> str:
+    """A relative path in `uri` made absolute: a program may change its directory."""
+    if uri.startswith("sqlite:///") and ":memory:" not in uri:
+        return f"sqlite:///{_local_path(uri).absolute()}"
+    if _is_file_store(uri):
+        return _local_path(uri).absolute().as_uri()
+    return uri
+
+
+def _is_file_store(uri: str) -> bool:
+    return uri.startswith("file:") or (":" not in uri and uri not in ("databricks", "uc"))
+
+
+def _opt_in_to_file_store() -> bool:
+    """MLflow asks for this before it opens one; returns whether it had not been done."""
+    had = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() == "true"
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    return not had
+
+
+@contextmanager
+def _no_url_on_stdout() -> Iterator[None]:
+    """MLflow prints a server's URL, password and all, when a run ends."""
+    name = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _is_http(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
 def _why_silent(uri: str) -> str | None:
     """Why the server at `uri` does not answer; None if it does, with whatever answer."""
-    parts = urllib.parse.urlsplit(uri)
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     try:
+        parts = urllib.parse.urlsplit(uri)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()
         return f"answers {error.code}" if error.code >= 500 else None
     except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+        reason = getattr(error, "reason", error)
+        # It answers; whether its certificate will do is MLflow's to say, by its own settings.
+        return None if isinstance(reason, ssl.SSLError) else str(reason)
     return None
 
 
@@ -307,21 +351,13 @@ def _local_path(uri: str) -> Path:
 
 def _check_uri(uri: str) -> None:
     """Say in one sentence what MLflow would say in many, or only after minutes of retries."""
-    scheme = urllib.parse.urlsplit(uri).scheme
     problem = None
     if _is_http(uri):
         problem = _why_silent(uri)
-    elif scheme == "sqlite":
+    elif uri.startswith("sqlite:"):
         problem = _why_not_sqlite(_local_path(uri))
-    elif scheme in ("", "file"):
+    elif _is_file_store(uri):
         problem = _why_not_writable(_local_path(uri), folder=True)
-        if problem is None and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
-            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow asks for this opt-in
-            logger.warning(
-                "MLflow keeps its file store (%s) in maintenance only; sqlite:///mlflow.db is "
-                "what it recommends.",
-                uri,
-            )
     if problem is not None:
         raise StoreError(f"tracking_uri={public_uri(uri)!r} cannot be opened: {problem}.")
 
@@ -331,8 +367,18 @@ def _why_not_writable(path: Path, *, folder: bool) -> str | None:
         if place.exists():
             if place.is_dir() != (folder or place != path):
                 return f"{place} is {'not ' if folder or place != path else ''}a folder"
-            return None if os.access(place, os.W_OK) else f"{place} is not writable"
+            return None if _is_writable(place) else f"{place} is not writable"
     return None
+
+
+def _is_writable(place: Path) -> bool:
+    if not place.is_dir():
+        return os.access(place, os.W_OK)
+    try:
+        with tempfile.TemporaryFile(dir=place):  # os.access tells root that /proc is writable
+            return True
+    except OSError:
+        return False
 
 
 def _why_not_sqlite(path: Path) -> str | None:

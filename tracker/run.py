@@ -20,12 +20,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tracker.checks import checked_name, checked_number, checked_params, checked_tags
+from tracker.checks import (
+    checked_model_name,
+    checked_name,
+    checked_number,
+    checked_params,
+    checked_path,
+    checked_step,
+    checked_tags,
+)
 from tracker.environment import environment_tags, unwrap
 from tracker.errors import ArgumentError, CallOrderError
 from tracker.histograms import network_histograms
 from tracker.images import mlflow_image_files, to_pil
-from tracker.journal import now
+from tracker.journal import Kind, now
 from tracker.samples import dataset_name, describe_dataset
 from tracker.statuses import Outcome, Status, never_ended, outcome
 from tracker.uploader import InlineDelivery
@@ -104,7 +112,7 @@ class Run:
         self._log_params(checked)
         delivery.begin(self._key)
 
-    def _append(self, kind: Any, **body: Any) -> None:
+    def _append(self, kind: Kind, **body: Any) -> None:
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
         self._journal.append(self._key, kind, body)
@@ -154,7 +162,7 @@ class Run:
         A tensor on a GPU is waited for. NaN and infinity are recorded, and warned of once a name.
         Raises ArgumentError for a name that MLflow refuses or a value that is not a number.
         """
-        at = now()
+        at, step = now(), checked_step(step)
         points = [
             (checked_name(k, "metric"), checked_number(k, v), step, at) for k, v in metrics.items()
         ]
@@ -198,11 +206,11 @@ class Run:
         """
         picture = to_pil(image)
         if step is None:
-            folder, file = posixpath.split(name)
+            folder, file = posixpath.split(checked_path(name, "name"))
             staged = self._journal.stage(file)
             try:
                 picture.save(staged)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise ArgumentError(
                     f"image name {name!r} is not a file's; without a step it must end in .png, "
                     ".jpg or another format that pictures have."
@@ -227,9 +235,11 @@ class Run:
         A copy is made: the file may change or go after this call.
         Raises ArgumentError where `path` does not exist or `folder` leaves the run's artifacts.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         if not path.exists():
             raise ArgumentError(f"path={str(path)!r} does not exist.")
+        if folder is not None:
+            checked_path(folder, "folder")
         staged = self._journal.stage(path.name)
         if path.is_dir():
             shutil.copytree(path, staged)
@@ -240,14 +250,12 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Log `text` as the artifact `name`, `folder/file.ext`."""
-        folder, file = posixpath.split(name)
+        folder, file = posixpath.split(checked_path(name, "name"))
         staged = self._journal.stage(file)
-        staged.write_text(text, encoding="utf-8")
+        staged.write_text(text, encoding="utf-8", errors="surrogatepass")
         self._add_file(staged, folder)
 
     def _add_file(self, staged: Path, folder: str | None) -> None:
-        if folder and (folder.startswith("/") or ".." in folder.split("/")):
-            raise ArgumentError(f"folder={folder!r} leaves the run's artifacts.")
         self._append("file", staged=self._relative(staged), folder=folder or None)
 
     def _relative(self, staged: Path) -> str:
@@ -257,7 +265,7 @@ class Run:
         """Record a torch data set as an input of the run, with a digest of what it holds."""
         described = describe_dataset(dataset)
         fields = {
-            "name": name or dataset_name(dataset),
+            "name": (name or dataset_name(dataset))[:500],  # what MLflow keeps
             "digest": described.digest,
             "source_type": "code",
             "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
@@ -307,6 +315,7 @@ class Run:
         """
         from tracker.export import save_model
 
+        checked_model_name(name)
         folder = self._journal.stage(name)
         problem: str | None = "there is no example of its inputs"
         if example is not None:

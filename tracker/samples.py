@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
+import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from tracker.environment import preserve_rng
+
+logger = logging.getLogger(__name__)
 
 _DIGEST_SAMPLES = 64  # enough to tell data sets apart that must be decoded item by item
 
@@ -30,11 +35,15 @@ def sample_batch(loader: Any, size: int) -> Any:
     dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or not _is_finite(dataset):
         return None
-    with preserve_rng():
-        if loader.batch_size is None and loader.batch_sampler is None:  # samples are batches
-            return loader.collate_fn(dataset[0]) if len(dataset) else None
-        samples = [dataset[index] for index in range(min(size, len(dataset)))]
-        return loader.collate_fn(samples) if samples else None
+    with _untouched(dataset):
+        try:
+            if loader.batch_size is None and loader.batch_sampler is None:  # samples are batches
+                return loader.collate_fn(dataset[0]) if len(dataset) else None
+            samples = [dataset[index] for index in range(min(size, len(dataset)))]
+            return loader.collate_fn(samples) if samples else None
+        except Exception as error:  # noqa: BLE001 - a data set of the user's, with keys of its own
+            logger.warning("There are no sample pictures: %r from the data set.", error)
+            return None
 
 
 def _is_finite(dataset: Any) -> bool:
@@ -93,12 +102,50 @@ def _content(dataset: Any) -> Any:
         return None
     length = len(dataset)
     step = -(-length // _DIGEST_SAMPLES) or 1
-    with preserve_rng():
+    with _untouched(dataset):
         random.seed(0)
         np.random.seed(0)
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA's too
         chosen = itertools.islice(range(0, length, step), _DIGEST_SAMPLES)
-        return length, [dataset[index] for index in chosen]
+        try:
+            return length, [dataset[index] for index in chosen]
+        except Exception:  # noqa: BLE001 - a data set of the user's, with keys of its own
+            return length
+
+
+@contextmanager
+def _untouched(dataset: Any) -> Iterator[None]:
+    """Leave the global generators, and those that a data set holds, as they were found."""
+    held = list(_generators(dataset))
+    states = [copy.deepcopy(_state(generator)) for generator in held]
+    try:
+        with preserve_rng():
+            yield
+    finally:
+        for generator, state in zip(held, states, strict=True):
+            _state(generator, state)
+
+
+def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
+    """The random generators in the attributes of a data set, its parts and its transforms."""
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    values = owner if isinstance(owner, (list, tuple)) else getattr(owner, "__dict__", {}).values()
+    for value in list(values)[:_DIGEST_SAMPLES]:
+        if isinstance(value, kinds):
+            yield value
+        elif depth and (hasattr(value, "__dict__") or isinstance(value, (list, tuple))):
+            yield from _generators(value, depth - 1)
+
+
+def _state(generator: Any, state: Any = None) -> Any:
+    """The state of a generator of any of the four kinds; sets it where one is given."""
+    if isinstance(generator, np.random.Generator):
+        if state is not None:
+            generator.bit_generator.state = state
+        return generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate() if state is None else generator.setstate(state)
+    return generator.get_state() if state is None else generator.set_state(state)
 
 
 def _feed(hasher: Any, value: Any) -> None:

@@ -36,7 +36,10 @@ def tracking_uri(
     experiment or run is meant. It is a SQLite file; parametrised indirectly with "file", a folder.
     """
     folder = tmp_path_factory.mktemp("store")
-    if getattr(request, "param", "sqlite") == "file":
+    kind = getattr(request, "param", "sqlite")
+    if kind not in ("sqlite", "file"):
+        raise ValueError(f"tracking_uri has the parameter {kind!r}; allowed: 'sqlite', 'file'.")
+    if kind == "file":
         uri = f"file://{folder / 'mlruns'}"
         monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     else:

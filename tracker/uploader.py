@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.errors import StoreError
+from tracker.environment import public_uri
+from tracker.errors import RefusedError, StoreError
 from tracker.journal import Journal, Record
 from tracker.views.files import csv_text, json_text
 from tracker.views.histogram_page import histogram_page
@@ -38,7 +39,13 @@ class Uploader:
     def drain(self) -> None:
         """Deliver all that is on disk; StoreError at the first record that cannot be."""
         for group in _groups(self._journal.undelivered()):
-            self._deliver(group)
+            try:
+                self._deliver(group)
+            except RefusedError as error:
+                if group[0].kind == "begin":
+                    raise
+                # Trying again would change nothing, and all that comes after it would wait.
+                logger.warning("A record (%s) is lost: %s", group[0].kind, error)
             self._journal.mark_delivered(group[-1].seq)
             for record in group:
                 if staged := record.body.get("staged"):
@@ -134,7 +141,7 @@ class InlineDelivery:
 
     def _open(self) -> MlflowStore:
         if self._store is None:
-            from tracker.mlflow_store import MlflowStore, public_uri  # importing takes a second
+            from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
 
             self._store = MlflowStore(self._given_uri)
             self.journal.tracking_uri = public_uri(self._store.tracking_uri)
@@ -212,12 +219,13 @@ def sync(folder: Path, tracking_uri: str | None = None) -> int:
         raise StoreError(f"path={str(folder)!r} is still written to by process {journal.pid}.")
     for run in journal.unended():
         reason = f"Process {journal.pid} on {journal.host} ended without saying how."
-        journal.append(run, "tags", {"tags": {"tracker.failure": reason}})
-        journal.append(run, "end", {"status": "FAILED"})
+        last = journal.last_time(run)
+        journal.append(run, "tags", {"tags": {"tracker.failure": reason}}, last)
+        journal.append(run, "end", {"status": "FAILED"}, last)
     journal.flush()
     left = journal.remaining()
     try:
-        from tracker.mlflow_store import MlflowStore, public_uri  # importing takes a second
+        from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
 
         known = journal.tracking_uri
         if tracking_uri is None and known is not None and public_uri(known) != known:

@@ -40,12 +40,17 @@ def json_text(value: Any) -> str:
 
 def _dumps(value: Any) -> str:
     def dumps(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
 
     try:
         return dumps(value)
     except ValueError:  # rare: most are finite, and looking at every number takes its time
         return dumps(_finite(value))
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as python's own, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _finite(value: Any) -> Any:

@@ -27,8 +27,13 @@ class View(Protocol):
     def batch(self) -> None:
         """One batch is done. Called every step: it must cost next to nothing."""
 
-    def end_epoch(self, rows: Sequence[Row], histograms: Mapping[str, Any] | None) -> None:
-        """An epoch is done; the last of `rows` is its own, the others those before it."""
+    def end_epoch(
+        self,
+        rows: Sequence[Row],
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Any] | None,
+    ) -> None:
+        """An epoch is done, with `metrics`; the last of `rows` is its own."""
 
     def end_run(self, status: str) -> None:
         """The run has ended."""
@@ -48,12 +53,15 @@ class NotebookTable:
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self._cell: int | None = None
 
     def begin_run(
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
-        """A run in the cell that is running now: its table belongs under that cell."""
-        self._handle = None
+        """Another cell has a table of its own."""
+        cell = sys.modules["IPython"].get_ipython().execution_count
+        if cell != self._cell:
+            self._cell, self._handle = cell, None
 
     def begin_epoch(self, epoch: int, batches: int | None) -> None:
         """Nothing to show yet."""
@@ -61,7 +69,12 @@ class NotebookTable:
     def batch(self) -> None:
         """Nothing to show yet."""
 
-    def end_epoch(self, rows: Sequence[Row], histograms: Mapping[str, Any] | None) -> None:
+    def end_epoch(
+        self,
+        rows: Sequence[Row],
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Any] | None,
+    ) -> None:
         """Replace the table."""
         from IPython.display import display
 
@@ -80,14 +93,13 @@ class TerminalLines:
 
     def __init__(self) -> None:
         self._number = 0
-        self._params: Mapping[str, Any] = {}
         self._bar: tqdm[Any] | None = None
 
     def begin_run(
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
         """One line with the run's params."""
-        self._number, self._params = number, params
+        self._number = number
         shown = " ".join(f"{name}={value}" for name, value in params.items())
         tqdm.write(f"run {number}  {shown}", file=sys.stderr)
 
@@ -100,11 +112,15 @@ class TerminalLines:
         if self._bar is not None:
             self._bar.update()
 
-    def end_epoch(self, rows: Sequence[Row], histograms: Mapping[str, Any] | None) -> None:
+    def end_epoch(
+        self,
+        rows: Sequence[Row],
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Any] | None,
+    ) -> None:
         """One line with the epoch's metrics."""
         self._close()
-        hidden = ("run", "epoch", "run duration", *self._params)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k not in hidden)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "run_duration")
         tqdm.write(f"  epoch {rows[-1]['epoch']}  {shown}", file=sys.stderr)
 
     def end_run(self, status: str) -> None:

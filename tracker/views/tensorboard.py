@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from tracker.histograms import bin_edges
 from tracker.images import image_grid
 
 Row = Mapping[str, Any]
+
+
+logger = logging.getLogger(__name__)
 
 
 class TensorBoard:
@@ -53,8 +57,11 @@ class TensorBoard:
             )
         with preserve_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit.trace, which TensorBoard's graph needs
-            model = copy.deepcopy(unwrap(network)).eval()
-            self._writer.add_graph(model, example[:2].to(device_of(network)))
+            try:
+                model = copy.deepcopy(unwrap(network)).eval()
+                self._writer.add_graph(model, example[:2].to(device_of(network)))
+            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+                logger.warning("TensorBoard's graph is missing: %s", error)
 
     def begin_epoch(self, epoch: int, batches: int | None) -> None:
         """Nothing to write yet."""
@@ -62,17 +69,17 @@ class TensorBoard:
     def batch(self) -> None:
         """Nothing to write yet."""
 
-    def end_epoch(self, rows: Sequence[Row], histograms: Mapping[str, Any] | None) -> None:
+    def end_epoch(
+        self,
+        rows: Sequence[Row],
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Any] | None,
+    ) -> None:
         """Write the epoch's scalars and histograms."""
-        row = rows[-1]
-        epoch = row["epoch"]
-        self._last = {
-            name: float(value)
-            for name, value in row.items()
-            if name not in ("run", "epoch", *self._params)
-        }
-        for name, value in self._last.items():
-            self._writer.add_scalar(name.replace(" ", "_"), value, epoch)
+        epoch = rows[-1]["epoch"]
+        self._last = dict(metrics)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, epoch)
         for item in (histograms or {}).get("histograms", ()):
             self._add_histogram(item, epoch)
         self._writer.flush()
@@ -104,8 +111,7 @@ class TensorBoard:
 
         known = (bool, int, float, str)
         params = {k: v if isinstance(v, known) else str(v) for k, v in self._params.items()}
-        metrics = {name.replace(" ", "_"): value for name, value in self._last.items()}
-        for summary in hparams(params, metrics):
+        for summary in hparams(params, self._last):
             self._writer.file_writer.add_summary(summary)
         self._writer.close()
         self._writer = None
