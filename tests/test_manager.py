@@ -162,6 +162,9 @@ def test_a_run_holds_all_that_is_worth_looking_at(
     }
     for name in ("loss", "accuracy", "val_loss", "val_accuracy", "epoch_duration", "run_duration"):
         assert [step for step, _ in store.history(run, name)] == [1, 2], name
+    first, second = (value for _, value in store.history(run, "run_duration"))
+    assert 0 < first < second
+    assert all(0 < value < second for _, value in store.history(run, "epoch_duration"))
     assert [step for step, _ in store.history(run, "batch_loss")] == [1, 2, 3, 4, 5, 6]
     assert store.artifacts(run) == {
         *("samples.png", "network/layers.csv", "network/graph.svg"),
@@ -555,6 +558,43 @@ def test_a_loss_that_is_not_finite_ends_the_run_if_asked_to(
     ):
         nan_epoch(manager, network, loader)
     assert store.run().info.status == "FAILED"
+
+
+def test_metrics_that_are_refused_leave_the_epoch_open(
+    manager: RunManager, store: Store, network: FashionCNN, loader: Any
+) -> None:
+    manager.begin_run({}, network, loader)
+    manager.begin_epoch()
+    manager.track_loss(0.5, 4)
+    with pytest.raises(ArgumentError, match="metric name 'val loss!' is not allowed"):
+        manager.end_epoch({"val loss!": 1.0})
+    manager.end_epoch({"val loss": 1.0})
+    assert store.history(store.run(), "loss") == [(1, 0.5)]
+
+
+def test_a_hyperparameter_named_like_a_metric_is_told_apart(
+    manager: RunManager, network: FashionCNN, loader: Any
+) -> None:
+    manager.begin_run({"loss": "mse"}, network, loader)
+    manager.begin_epoch()
+    manager.track_loss(0.5, 4)
+    manager.end_epoch()
+    assert manager.run_data[0]["loss"] == 0.5
+    assert manager.run_data[0]["param loss"] == "mse"
+
+
+def test_a_data_set_with_keys_of_its_own_costs_the_sample_only(
+    manager: RunManager, store: Store, network: FashionCNN, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Keyed(Pictures):
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__({"a": 0, "b": 1}[key])
+
+    loader = DataLoader(Keyed(2), batch_size=2, sampler=["a", "b"])
+    manager.begin_run({}, network, loader)
+    manager.end_run()
+    assert store.run().info.status == "FINISHED"
+    assert "no sample pictures" in caplog.text
 
 
 def test_save_into_a_folder_that_is_not_there(manager: RunManager) -> None:

@@ -161,6 +161,32 @@ def test_values_that_mlflow_would_cut_or_change_are_refused(store: Store) -> Non
     assert len(store.run().data.params["text"]) == 6000
 
 
+@pytest.mark.parametrize("step", [1.5, None, "3", 2**63])
+def test_a_step_is_a_whole_number(store: Store, step: Any) -> None:
+    with start_run() as run, pytest.raises(ArgumentError, match=r"step=.* whole number"):
+        run.log_metrics({"loss": 1.0}, step)
+
+
+@pytest.mark.parametrize("name", ["", "a/", "./a.txt", "a//b.txt", "/a.txt", "..", "a/../b"])
+def test_an_artifact_has_a_plain_path(store: Store, name: str) -> None:
+    with start_run() as run, pytest.raises(ArgumentError, match="plain relative path"):
+        run.log_text("x", name)
+
+
+def test_a_record_that_the_store_refuses_costs_no_other(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start_run() as run:
+        run.log_text("x", "a")
+        run.log_text("x", "a/b")  # no store has a file and a folder of one name
+        run.log_metrics({"loss": 1.0})
+    lost = [r.getMessage() for r in caplog.records if r.name == "tracker.uploader"]
+    assert len(lost) == 1
+    assert lost[0].startswith("A record (file) is lost: ")
+    assert store.run().info.status == "FINISHED"
+    assert store.run().data.metrics == {"loss": 1.0}
+
+
 def test_nan_and_infinity_are_recorded_and_warned_of_once_a_name(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,6 +272,26 @@ def test_a_network_that_cannot_be_exported_leaves_its_weights_and_says_why(
     path = store.client.download_artifacts(store.run().info.run_id, "model.pt", str(tmp_path))
     weights = torch.load(path, weights_only=True)
     assert torch.equal(weights["linear.weight"], network.linear.weight)
+
+
+class KeepsActivations(nn.Module):
+    """Its forward keeps a tensor that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.features = self.linear(x)
+        return self.features * 2
+
+
+def test_a_network_that_keeps_its_activations_is_exported(store: Store) -> None:
+    network = KeepsActivations()
+    network(torch.rand(3, 4)).sum().backward()
+    with start_run() as run:
+        run.log_model(network, torch.rand(4, 4))
+    assert store.run().info.status == "FINISHED"
 
 
 def test_a_lazy_network_is_described_without_being_materialised(store: Store) -> None:

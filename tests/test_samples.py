@@ -188,16 +188,38 @@ def test_random_transforms_leave_every_generator_as_it_was() -> None:
     assert generators() == before
 
 
-def test_generators_are_left_alone_by_a_data_set_that_fails() -> None:
+def test_a_data_set_that_fails_costs_the_sample_and_leaves_generators_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(value: Tensor) -> Tensor:
         noisy(value)
         raise OSError("no such picture")
 
     before = generators()
 
-    with pytest.raises(OSError, match="no such picture"):
-        sample_batch(DataLoader(Items([torch.ones(1)], fail)), 1)
+    assert sample_batch(DataLoader(Items([torch.ones(1)], fail)), 1) is None
     assert generators() == before
+    assert "no such picture" in caplog.text
+
+
+def test_generators_that_a_data_set_holds_are_left_alone() -> None:
+    class Own(Items):
+        def __init__(self) -> None:
+            super().__init__([torch.ones(1)] * 4)
+            self.torch = torch.Generator().manual_seed(1)
+            self.others = [np.random.default_rng(1), np.random.RandomState(1), random.Random(1)]
+
+        def __getitem__(self, index: int) -> Any:
+            new, old, python = self.others
+            drawn = (new.random(), old.rand(), python.random())
+            return torch.rand(1, generator=self.torch) + sum(drawn)
+
+    looked_at, other = Own(), Own()
+    sample_batch(DataLoader(looked_at), 2)
+    describe_dataset(looked_at)
+    assert [float(item) for item in (looked_at[0], looked_at[1])] == [
+        float(item) for item in (other[0], other[1])
+    ]
 
 
 def test_the_loader_s_generator_and_order_are_those_without_a_look() -> None:

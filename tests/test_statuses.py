@@ -45,7 +45,7 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
         (
             "pass",
             "FAILED",
-            "The run was left when the program ended, or dropped its manager: end_run()",
+            "The run was left when the program ended, or dropped its manager: ",
         ),
         (
             "manager.close()",

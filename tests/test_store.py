@@ -128,11 +128,30 @@ def test_a_journal_that_cannot_be_made(tmp_path: Path, tracking_uri: str) -> Non
     [
         ("postgresql://me:secret@host:5432/db", "postgresql://me:***@host:5432/db"),
         ("https://token:secret@host/x", "https://token:***@host/x"),
+        (
+            "python train.py --tracking-uri http://a:b@c",
+            "python train.py --tracking-uri http://a:***@c",
+        ),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
     ],
 )
 def test_a_password_in_a_uri_is_not_shown(uri: str, public: str) -> None:
     assert public_uri(uri) == public
+
+
+def test_a_relative_uri_means_one_place_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for uri in ("sqlite:///relative.db", "file:runs"):
+        monkeypatch.chdir(tmp_path)
+        with start_run(tracking_uri=uri) as run:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            run.log_metrics({"loss": 1.0})
+            run.flush()
+        assert Store(run.tracking_uri).run().info.status == "FINISHED"
+        assert str(tmp_path) in run.tracking_uri
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_processes_that_start_on_an_empty_folder_all_succeed(tmp_path: Path) -> None:

@@ -81,12 +81,13 @@ def test_a_terminal_has_a_bar_and_one_line_an_epoch(store: Store) -> None:
 
 
 def test_a_notebook_has_one_table_that_replaces_itself(store: Store, tmp_path: Path) -> None:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PROGRAM)])
+    twice = PROGRAM + PROGRAM.partition("manager = RunManager(model=False)")[2]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(twice)])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = notebook.cells[0].outputs
     (output,) = (item for item in outputs if item.output_type == "display_data")
     table = output.data["text/html"]
-    assert table.count("<tr") == 4  # the heads and three epochs
+    assert table.count("<tr") == 7  # the heads, and three epochs of two runs
     assert "epoch duration" in table
 
 
@@ -107,7 +108,7 @@ def test_a_cell_that_raises_leaves_a_failed_run(store: Store, tmp_path: Path) ->
 def test_tensorboard_opens_the_event_files(
     store: Store, network: FashionCNN, loader: DataLoader[Any], tmp_path: Path
 ) -> None:
-    (grid,) = RunBuilder.get_runs({"lr": [0.1], "batch_size": [100]})
+    (grid,) = RunBuilder.get_runs({"lr": [0.1], "batch_size": [100], "loss": ["mse"]})
     optimizer = optim.SGD(network.parameters(), lr=grid.lr)
     with RunManager(tensorboard="runs", model=False) as manager:
         manager.begin_run(grid, network, loader)
@@ -118,7 +119,7 @@ def test_tensorboard_opens_the_event_files(
         manager.end_run()
 
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == "run001-lr=0.1-batch_size=100"
+    assert folder.name == "run001-lr=0.1-batch_size=100-loss=mse"
     everything = dict.fromkeys((SCALARS, HISTOGRAMS, IMAGES, TENSORS, COMPRESSED_HISTOGRAMS), 0)
     events = EventAccumulator(str(folder), everything).Reload()
     tags = events.Tags()

@@ -34,11 +34,12 @@ def to_pil(image: Any) -> Image.Image:
             "PIL image."
         )
     is_bytes = image.dtype in (torch.uint8, np.dtype(np.uint8))
-    floats = image.is_floating_point() if isinstance(image, Tensor) else image.dtype.kind == "f"
-    if not is_bytes and not floats:
-        raise ArgumentError(f"image has the type {image.dtype}; allowed are floats and uint8.")
+    is_whole = str(image.dtype).removeprefix("torch.").startswith(("int", "uint"))
+    if is_whole and not is_bytes and bool((image > 1).any()):  # no mask; is 255 white, then?
+        raise ArgumentError(
+            f"image has the type {image.dtype}; allowed are floats, uint8 and masks of 0 and 1."
+        )
     array = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else image
-    array = np.asarray(array)
     first, last = (array.shape[i] in _MODES if array.ndim == 3 else False for i in (0, -1))
     if first and (isinstance(image, Tensor) or not last):
         array = array.transpose(1, 2, 0)

@@ -235,9 +235,9 @@ class Run:
         A copy is made: the file may change or go after this call.
         Raises ArgumentError where `path` does not exist or `folder` leaves the run's artifacts.
         """
-        path = Path(path).absolute()
+        given, path = path, Path(path).absolute()
         if not path.exists():
-            raise ArgumentError(f"path={str(path)!r} does not exist.")
+            raise ArgumentError(f"path={str(given)!r} does not exist.")
         if folder is not None:
             checked_path(folder, "folder")
         staged = self._journal.stage(path.name)
