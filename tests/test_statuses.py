@@ -13,6 +13,8 @@ from mlflow.entities import Run as MlflowRun
 
 BEGIN = """
 import os, signal, sys, threading
+# A test run in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from tracker import RunManager, start_run
