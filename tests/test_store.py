@@ -208,11 +208,15 @@ def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Pat
     program = (
         "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
         "run.log_metrics({'loss': 0.5}, 1)\nrun.flush()\nrun.log_metrics({'loss': 0.25}, 2)\n"
-        "import time; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+        "import threading; from tracker.journal import FLUSH_SECONDS\n"
+        "threading.Event().wait(5 * FLUSH_SECONDS); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program], check=False, timeout=120)
     assert store.run().info.status == "RUNNING"
     (journal,) = (tmp_path / ".tracker").iterdir()
+    wrong = f"sqlite:///{tmp_path / 'wrong.db'}"
+    assert main(["sync", str(journal), "--tracking-uri", wrong]) == 2  # and loses nothing
+    assert journal.exists()
     assert main(["sync", str(journal)]) == 0
     assert store.run().info.status == "FAILED"
     assert "ended without saying how" in store.run().data.tags["tracker.failure"]

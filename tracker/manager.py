@@ -140,7 +140,7 @@ class RunManager:
         try:
             name = tags.get("mlflow.runName") or run_name(params)
             began = Run(delivery, told | params, self._experiment, name, tags)
-        except BaseException:
+        except BaseException:  # Ctrl-C too leaves nothing behind
             if self._open.delivery is None:
                 delivery.close()
             raise

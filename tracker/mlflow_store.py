@@ -43,7 +43,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RUN_TAG = "tracker.run"
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+_REFUSAL = "INVALID_PARAMETER_VALUE"  # not RESOURCE_DOES_NOT_EXIST: it may be the wrong store
 _ANSWER_SECONDS = 3.0  # a server that does not answer a health check by then counts as down
 _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch holds no more
 
@@ -54,9 +54,9 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except Exception as error:
+    except Exception as error:  # MLflow's file store raises plain ones
         refused = isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) or (
-            isinstance(error, MlflowException) and error.error_code in _REFUSALS
+            isinstance(error, MlflowException) and error.error_code == _REFUSAL
         )
         kind = RefusedError if refused else StoreError
         raise kind(f"MLflow could not {doing}: {_first_line(error)}") from error
@@ -78,7 +78,7 @@ class MlflowStore:
                 self._create_sqlite()
                 self._client = MlflowClient(self.tracking_uri)
                 self._client.search_experiments(max_results=1)
-            except Exception as error:
+            except Exception as error:  # what a third party's store raises on a bad URI
                 raise StoreError(
                     f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: "
                     f"{_first_line(error)}"

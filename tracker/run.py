@@ -66,7 +66,7 @@ def start_run(
     delivery = InlineDelivery(Path(directory), tracking_uri)
     try:
         run = Run(delivery, params, experiment, name, tags, owns_delivery=True)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves nothing behind
         delivery.close()
         raise
     atexit.register(run.abandon)
