@@ -6,12 +6,12 @@ python -m studies.train --model fashion-cnn --dataset auto --lr 0.01 --epochs 3
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from models import DATASETS, MODELS, ModelsError, build, load
 from studies.arguments import boolean, positive_float, positive_int, seed
-from tracker import RunManager, TrackerError, choose_device, fit, set_seed
+from tracker import Keep, RunManager, TrackerError, choose_device, fit, set_seed
 from tracker.cli import OneSentenceParser
-from tracker.environment import public_uri
+from tracker.redaction import public_uri
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
     parser.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
+    parser.add_argument("--resume", metavar="RUN_ID", help="continue a run from its checkpoint")
+    parser.add_argument(
+        "--checkpoints", type=positive_int, default=1, help="how many of the last epochs' to keep"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", default=None, help="keep the run for `tracker sync`"
+    )
     return parser.parse_args(arguments)
 
 
@@ -61,20 +68,34 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
         "seed": given.seed,
         "optimizer": type(optimizer).__name__,
     }
-    with RunManager(experiment=given.experiment, tracking_uri=given.tracking_uri) as manager:
+    settings: dict[str, Any] = {
+        "experiment": given.experiment,
+        "tracking_uri": given.tracking_uri,
+        "offline": given.offline,
+        "checkpoints": Keep(last=given.checkpoints),
+    }
+    if given.resume is None:
+        manager = RunManager(**settings)
+    else:
+        manager = RunManager.resume(given.resume, **settings)
+    with manager:
         run = manager.begin_run(params, network, loader)
         run.log_dataset(data.validation, "validation")
+        if manager.checkpoint is not None:
+            manager.checkpoint.restore(network=network, optimizer=optimizer, loader=loader)
         for epoch in fit(
             network,
             manager.watch(loader),
             optimizer,
             F.cross_entropy,
             epochs=given.epochs,
+            done=manager.epoch_count,
             device=device,
             val_loader=val_loader,
             accuracy=True,
         ):
             manager.log_epoch(epoch)
+            manager.save_checkpoint(optimizer=optimizer)
         manager.end_run()
         return run.run_id, run.tracking_uri
 
@@ -93,10 +114,6 @@ def ui_command(tracking_uri: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for a mistake in the arguments."""
     given = parse(arguments)
-    # A new SQLite store is migrated step by step, and says each.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         run_id, tracking_uri = train(given)
     except (TrackerError, ModelsError) as error:
@@ -104,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(f"run           {run_id}")
+    print(f"run           {run_id or 'not delivered yet: tracker status'}")
     tracking_uri = public_uri(tracking_uri)
     print(f"tracking URI  {tracking_uri}")
     print(f"compare runs  {ui_command(tracking_uri)}")

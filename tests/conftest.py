@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Journals and files with relative names go to the test's own folder."""
+    """Journals and files with relative names go to the test's own folder, and nobody else's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKER_INLINE", "1")
+    monkeypatch.delenv("TRACKER_OFFLINE", raising=False)
     return tmp_path
 
 
@@ -152,3 +159,41 @@ def train_epoch(
         optimizer.step()
         manager.track_loss(loss, batch)
         manager.track_num_correct(preds, labels)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real tracking server on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "server"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(uri):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        yield uri
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def answers(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

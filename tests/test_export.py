@@ -160,3 +160,14 @@ def test_a_network_on_cuda_is_saved_for_the_cpu(tmp_path: Path) -> None:
     loaded = mlflow.pytorch.load_model(str(tmp_path / "m"))
     assert next(loaded.parameters()).device.type == "cpu"
     assert next(network.parameters()).device.type == "cuda"
+
+
+def test_the_program_s_logging_stays_as_it_was(tmp_path: Path) -> None:
+    program = (
+        "import logging, torch\nfrom pathlib import Path\n"
+        "from tracker.export import save_model\n"
+        "assert save_model(torch.nn.Linear(2, 1), torch.ones(2, 2), Path('m')) is None\n"
+        "assert logging.root.handlers == []\n"
+        "assert logging.root.level == logging.WARNING"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tracker
 from tracker.errors import StoreError
-from tracker.journal import FLUSH_SECONDS, Journal, Record, now
+from tracker.journal import FLUSH_SECONDS, Journal, JournalWriter, Point, Record, now
 
 PROJECT = Path(tracker.__file__).parents[1]
 
-patient = settings(deadline=None, max_examples=30)
+patient = settings(deadline=None, max_examples=15)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -38,32 +40,42 @@ BODIES = st.dictionaries(st.text(), JSON, max_size=3)
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    journal = Journal.create(tmp_path / "journals")
-    yield journal
-    if journal.folder.exists():
-        journal.discard()
+def writer(tmp_path: Path) -> Iterator[JournalWriter]:
+    writer = JournalWriter(tmp_path / "journals")
+    yield writer
+    writer.close()
 
 
-def written(journal: Journal) -> list[Record]:
+@pytest.fixture
+def journal(writer: JournalWriter) -> Iterator[Journal]:
+    with closing(Journal(writer.folder)) as journal:
+        yield journal
+
+
+def written(journal: Journal, writer: JournalWriter) -> list[Record]:
     """All that was appended and not delivered, read back from the disk."""
-    journal.flush()
-    return list(journal.undelivered())
+    assert writer.flush(60)
+    return journal.undelivered()
 
 
-def alter(journal: Journal, *statements: str) -> None:
+def points(records: list[Record]) -> list[list[Any]]:
+    """The points of records of metrics, in order."""
+    return [point for record in records for point in record.body["metrics"]]
+
+
+def alter(folder: Path, *statements: str) -> None:
     """Change the file of a journal behind its back."""
-    with closing(sqlite3.connect(journal.folder / "journal.sqlite")) as db, db:
+    with closing(sqlite3.connect(folder / "journal.sqlite")) as db, db:
         for statement in statements:
             db.execute(statement)
 
 
-def left_behind(directory: Path) -> Journal:
-    """The journal of a process that has ended with a run undelivered."""
-    journal = Journal.create(directory)
-    journal.append("a", "begin", {})
-    journal.close()
-    return journal
+def left_behind(directory: Path) -> Path:
+    """The journal of a process that has given it up with a run undelivered."""
+    writer = JournalWriter(directory)
+    writer.append("a", "begin", {"name": "fox"})
+    writer.close()
+    return writer.folder
 
 
 def child(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -81,15 +93,17 @@ def child(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
 # -- writing and reading back --------------------------------------------------------------------
 
 
-def test_records_come_back_in_order_with_their_times(journal: Journal) -> None:
+def test_records_come_back_in_order_with_their_times(
+    journal: Journal, writer: JournalWriter
+) -> None:
     before = now()
-    journal.append("a", "begin", {"name": "fox"})
-    journal.append("b", "begin", {"name": "owl"})
-    journal.append("a", "metrics", {"metrics": [["loss", 0.5, 1, 2]]})
-    journal.append("a", "end", {"status": "FINISHED"})
+    writer.append("a", "begin", {"name": "fox"})
+    writer.append("b", "begin", {"name": "owl"})
+    writer.append("a", "metrics", {"metrics": [["loss", 0.5, 1, 2]]})
+    writer.append("a", "end", {"status": "FINISHED"})
     after = now()
 
-    records = written(journal)
+    records = written(journal, writer)
 
     assert [(record.seq, record.run, record.kind, record.body) for record in records] == [
         (1, "a", "begin", {"name": "fox"}),
@@ -106,41 +120,65 @@ def test_records_come_back_in_order_with_their_times(journal: Journal) -> None:
 def test_whatever_json_can_say_comes_back(
     tmp_path_factory: pytest.TempPathFactory, bodies: list[dict[str, Any]]
 ) -> None:
-    journal = Journal.create(tmp_path_factory.mktemp("journals"))
+    writer = JournalWriter(tmp_path_factory.mktemp("journals"))
     for body in bodies:
-        journal.append("a", "epoch", body)
+        writer.append("a", "epoch", body)
+    writer.close()
 
-    assert [record.body for record in written(journal)] == bodies
+    journal = Journal(writer.folder)
+    assert [record.body for record in journal.undelivered()] == bodies
     assert journal.bodies("a", "epoch") == bodies
-    journal.discard()
+    journal.remove()
 
 
-def test_numbers_that_are_not_finite_come_back(journal: Journal) -> None:
-    journal.append("a", "epoch", {"loss": math.nan, "norm": math.inf, "least": -math.inf})
+def test_numbers_that_are_not_finite_come_back(journal: Journal, writer: JournalWriter) -> None:
+    writer.append("a", "epoch", {"loss": math.nan, "norm": math.inf, "least": -math.inf})
+    writer.append_points("a", [Point("loss", math.nan, 0, 1), Point("norm", -math.inf, 0, 1)])
 
-    (record,) = written(journal)
+    row, metrics = written(journal, writer)
 
-    assert math.isnan(record.body["loss"])
-    assert (record.body["norm"], record.body["least"]) == (math.inf, -math.inf)
+    assert math.isnan(row.body["loss"])
+    assert (row.body["norm"], row.body["least"]) == (math.inf, -math.inf)
+    (_, loss, *_), (_, norm, *_) = metrics.body["metrics"]
+    assert math.isnan(loss)
+    assert norm == -math.inf
 
 
-def test_a_record_is_timed_when_it_is_made_not_when_it_is_written(journal: Journal) -> None:
-    journal.append("a", "epoch", {})
+def test_numbers_of_numpy_and_torch_become_python_s_own(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    import numpy as np
+
+    writer.append("a", "epoch", {"loss": torch.tensor(0.5), "right": np.int64(3)})
+
+    (record,) = written(journal, writer)
+
+    assert record.body == {"loss": 0.5, "right": 3}
+
+
+def test_a_record_is_timed_when_it_is_made_not_when_it_is_written(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    writer.append("a", "epoch", {})
+    writer.append("a", "epoch", {}, at=12)
     made = now()
     while now() <= made:
         pass
 
-    (record,) = written(journal)
+    first, second = written(journal, writer)
 
-    assert record.time <= made
+    assert first.time <= made
+    assert second.time == 12
 
 
-def test_records_of_one_kind_of_a_run_are_found_delivered_or_not(journal: Journal) -> None:
+def test_records_of_one_kind_of_a_run_are_found_delivered_or_not(
+    journal: Journal, writer: JournalWriter
+) -> None:
     for number in range(4):
-        journal.append("a", "epoch", {"number": number})
-        journal.append("a", "metrics", {"number": -number})
-        journal.append("b", "epoch", {"number": 10 * number})
-    journal.flush()
+        writer.append("a", "epoch", {"number": number})
+        writer.append("a", "metrics", {"number": -number})
+        writer.append("b", "epoch", {"number": 10 * number})
+    writer.flush()
     journal.mark_delivered(5)
 
     assert journal.bodies("a", "epoch") == [{"number": number} for number in range(4)]
@@ -158,61 +196,160 @@ def hectic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hectic")
-def test_threads_that_append_at_once_lose_nothing(journal: Journal) -> None:
-    threads, each = 8, 1000
+def test_threads_that_append_at_once_lose_nothing(journal: Journal, writer: JournalWriter) -> None:
+    threads, each = 6, 500
     start = threading.Barrier(threads + 1)
 
     def append(name: str) -> None:
         start.wait()
         for number in range(each):
-            journal.append(name, "epoch", {"number": number})
+            writer.append(name, "epoch", {"number": number})
+            writer.append_points(name, [Point("loss", float(number), number, 1)])
 
-    writers = [threading.Thread(target=append, args=(str(n),)) for n in range(threads)]
-    for writer in writers:
-        writer.start()
+    appending = [threading.Thread(target=append, args=(str(n),)) for n in range(threads)]
+    for thread in appending:
+        thread.start()
     start.wait()
-    while any(writer.is_alive() for writer in writers):
-        journal.flush()
+    while any(thread.is_alive() for thread in appending):
+        assert writer.flush(60)
         journal.remaining()
 
-    records = written(journal)
-    assert [record.seq for record in records] == list(range(1, threads * each + 1))
+    records = written(journal, writer)
+    assert [record.seq for record in records] == list(range(1, len(records) + 1))
     for name in map(str, range(threads)):
-        numbers = [record.body["number"] for record in records if record.run == name]
-        assert numbers == list(range(each))
+        own = [record for record in records if record.run == name]
+        rows = [record.body["number"] for record in own if record.kind == "epoch"]
+        metrics = points([record for record in own if record.kind == "metrics"])
+        assert rows == list(range(each))
+        assert [step for _, _, step, _ in metrics] == list(range(each))
 
 
-def test_a_record_that_is_no_json_costs_no_other_record(journal: Journal) -> None:
-    journal.append("a", "epoch", {"number": 1})
-    with suppress(TypeError, ValueError):
-        journal.append("a", "epoch", {"number": object()})
-    journal.append("a", "epoch", {"number": 3})
-    with suppress(TypeError, ValueError):
-        journal.flush()
+def test_a_record_that_is_no_json_is_said_where_it_is_made_and_costs_no_other(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    writer.append("a", "epoch", {"number": 1})
+    with pytest.raises(TypeError, match="a object is no JSON"):
+        writer.append("a", "epoch", {"number": object()})
+    writer.append("a", "epoch", {"number": 3})
 
-    numbers = [record.body["number"] for record in written(journal)]
-    assert (numbers[0], numbers[-1]) == (1, 3)
+    assert [record.body["number"] for record in written(journal, writer)] == [1, 3]
 
 
-def test_a_record_is_what_it_was_when_it_was_appended(journal: Journal) -> None:
+def test_a_record_is_what_it_was_when_it_was_appended(
+    journal: Journal, writer: JournalWriter
+) -> None:
     body = {"bins": [1, 2]}
-    journal.append("a", "histograms", body)
+    writer.append("a", "histograms", body)
     body["bins"].append(3)
 
-    (record,) = written(journal)
+    (record,) = written(journal, writer)
 
     assert record.body == {"bins": [1, 2]}
 
 
-def test_the_files_of_a_journal_lie_in_its_folder_under_their_own_names(journal: Journal) -> None:
-    one, other = journal.stage("model.pt"), journal.stage("model.pt")
+def test_the_files_of_a_journal_lie_in_its_folder_under_their_own_names(
+    writer: JournalWriter,
+) -> None:
+    one, other = writer.stage("model.pt"), writer.stage("model.pt")
     one.write_text("one")
     other.write_text("other")
 
     assert one.name == other.name == "model.pt"
     assert one.read_text() == "one"
-    assert one.is_relative_to(journal.folder / "files")
-    assert other.is_relative_to(journal.folder / "files")
+    assert one.is_relative_to(writer.folder / "files")
+    assert other.is_relative_to(writer.folder / "files")
+
+
+# -- points --------------------------------------------------------------------------------------
+
+
+def hold_the_writing_thread(writer: JournalWriter) -> threading.Event:
+    """Keep it from its next turn until the event that is returned is set."""
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        writer.on_tick = None
+        held.set()
+        assert go_on.wait(60)
+
+    writer.on_tick = hold
+    assert held.wait(60)
+    return go_on
+
+
+def test_neighbouring_points_of_a_run_become_one_record(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    go_on = hold_the_writing_thread(writer)
+    writer.append_points("a", [Point("loss", 0.5, 0, 7), Point("norm", 2.0, 0, 7)])
+    writer.append_points("a", [Point("loss", 0.25, 1, 8)])
+    writer.append_points("b", [Point("loss", 1.0, 0, 9)])
+    writer.append_points("a", [Point("loss", 0.125, 2, 10)])
+    writer.append("a", "epoch", {})
+    writer.append_points("a", [Point("loss", 0.0625, 3, 11)])
+    go_on.set()
+
+    records = written(journal, writer)
+
+    assert [(record.run, record.kind, record.time) for record in records] == [
+        ("a", "metrics", 7),
+        ("b", "metrics", 9),
+        ("a", "metrics", 10),
+        ("a", "epoch", records[3].time),
+        ("a", "metrics", 11),
+    ]
+    assert points(records[:1]) == [["loss", 0.5, 0, 7], ["norm", 2.0, 0, 7], ["loss", 0.25, 1, 8]]
+
+
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+)
+
+
+def test_points_may_be_tensors_of_any_type_which_the_writing_thread_reads(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    go_on = hold_the_writing_thread(writer)
+    values: list[Any] = [torch.tensor(1, dtype=dtype) for dtype in DTYPES]
+    values += [0.5, torch.tensor(0.25), torch.tensor([0.75]), torch.tensor(math.nan)]
+    values += [torch.tensor(1.5, requires_grad=True)]
+    writer.append_points("a", (Point(f"m{i}", value, i, 1) for i, value in enumerate(values)))
+    values[0].fill_(-1)  # it was not read yet
+    go_on.set()
+
+    found = points(written(journal, writer))
+
+    read = [value for _, value, _, _ in found]
+    assert [(name, step) for name, _, step, _ in found] == [
+        (f"m{i}", i) for i in range(len(values))
+    ]
+    assert read[: len(DTYPES)] == [-1.0, *[1.0] * (len(DTYPES) - 1)]
+    assert read[len(DTYPES) : -2] == [0.5, 0.25, 0.75]
+    assert math.isnan(read[-2])
+    assert read[-1] == 1.5
+    assert all(isinstance(value, float) for value in read)
+
+
+def test_a_tensor_that_cannot_be_read_costs_no_other_value_and_is_counted(
+    journal: Journal, writer: JournalWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an error of CUDA, from which on no tensor there can be read."""
+    unreadable = torch.empty((), device="meta")
+    for step in range(2):
+        writer.append_points("a", [Point("loss", 0.5, step, 1), Point("loss", unreadable, 9, 1)])
+        writer.append("a", "epoch", {"step": step})
+        assert writer.flush(60)
+
+    records = journal.undelivered()
+    assert points([record for record in records if record.kind == "metrics"]) == [
+        ["loss", 0.5, 0, 1],
+        ["loss", 0.5, 1, 1],
+    ]
+    assert journal.bodies("a", "epoch") == [{"step": 0}, {"step": 1}]
+    assert writer.lost == 2
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert message.startswith("A metric cannot be read ")
 
 
 # -- what ends a process -------------------------------------------------------------------------
@@ -220,13 +357,14 @@ def test_the_files_of_a_journal_lie_in_its_folder_under_their_own_names(journal:
 STEPS = """
 import sys
 from pathlib import Path
-from tracker.journal import Journal
+from tracker.journal import JournalWriter, Point
 
-journal = Journal.create(Path(sys.argv[1]))
-print(journal.folder, flush=True)
+writer = JournalWriter(Path(sys.argv[1]))
+writer.append("a", "begin", {})
+print(writer.folder, flush=True)
 for number, _ in enumerate(sys.stdin):
     sum(range(10_000))  # a step takes its time
-    journal.append("a", "metrics", {"number": number})
+    writer.append_points("a", [Point("loss", 0.5, number, 1)])
     print(number, flush=True)
 """
 
@@ -247,193 +385,346 @@ def test_what_was_logged_half_a_second_before_a_kill_is_on_disk(tmp_path: Path) 
         training.wait()
 
     assert training.returncode == -signal.SIGKILL
-    journal = Journal(folder)
-    found = [record.body["number"] for record in journal.undelivered()]
+    with closing(Journal(folder)) as journal:
+        begin, *metrics = journal.undelivered()
+        steps = [step for _, _, step, _ in points(metrics)]
+        assert begin.kind == "begin"
+        assert journal.unended() == ["a"]
     due = sum(at <= killed - 0.5 for at in logged)
     assert FLUSH_SECONDS < 0.5
     assert due > 0
-    assert found == list(range(len(found)))
-    assert len(found) >= due
-    assert not journal.writer_lives()
-    assert journal.unended() == ["a"]
-    journal.discard()
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= due
+    assert len(metrics) < len(steps)
 
 
-FULL_DISK = """
-import json, logging, resource, sys
+FORKS = """
+import os, sys
 from pathlib import Path
-from tracker.journal import Journal
+from tracker.journal import JournalWriter
 
-logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
-journal = Journal.create(Path(sys.argv[1]))
-journal.append("a", "begin", {})
-journal.flush()
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, hard))
-for number in range(5):
-    journal.append("a", "epoch", {"number": number, "text": "x" * 50_000})
-    journal.flush()
-waiting = journal.remaining()
-resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-journal.append("a", "end", {})
-written = len(journal.bodies("a", "epoch"))
-print(json.dumps([waiting, written, journal.close(), str(journal.folder)]))
+writer = JournalWriter(Path(sys.argv[1]))
+writer.append("a", "epoch", {"by": "parent", "number": 1})  # in memory when the child is made
+child = os.fork()
+if child == 0:
+    writer.append("a", "epoch", {"by": "child"})
+    flushed = writer.flush()
+    writer.close()
+    os._exit(int(flushed))
+writer.append("a", "epoch", {"by": "parent", "number": 2})
+_, status = os.waitpid(child, 0)
+assert status == 0
+assert writer.flush()
+writer.append("a", "epoch", {"by": "parent", "number": 3})
+print(writer.folder)
+writer.close()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a file's size as Linux does")
-def test_a_full_disk_is_warned_of_once_and_what_it_kept_waiting_is_written_later(
-    tmp_path: Path,
-) -> None:
-    with child(FULL_DISK, str(tmp_path)) as training:
-        assert training.stdout
-        *warned, last = training.stdout.read().splitlines()
+def test_a_fork_neither_writes_to_its_parent_s_journal_nor_closes_it(tmp_path: Path) -> None:
+    with child(FORKS, str(tmp_path)) as training:
+        out, _ = training.communicate(timeout=60)
     assert training.returncode == 0
 
-    waiting, written_meanwhile, undelivered, folder = json.loads(last)
-    assert len(warned) == 1
-    assert warned[0].startswith(f"WARNING The journal {folder} cannot be written: ")
-    assert waiting == 6
-    assert written_meanwhile < 5
-    assert undelivered == 7
-    journal = Journal(Path(folder))
-    kinds = [record.kind for record in journal.undelivered()]
-    assert kinds == ["begin", *["epoch"] * 5, "end"]
-    assert [body["number"] for body in journal.bodies("a", "epoch")] == list(range(5))
-    journal.discard()
+    with closing(Journal(Path(out.strip()))) as journal:
+        assert journal.bodies("a", "epoch") == [
+            {"by": "parent", "number": number} for number in (1, 2, 3)
+        ]
 
 
-def test_the_process_that_made_a_journal_lives(journal: Journal) -> None:
-    assert (journal.host, journal.pid) == (socket.gethostname(), os.getpid())
-    assert journal.writer_lives()
+SIGNALLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from tracker.journal import JournalWriter
+
+writer = JournalWriter(Path(sys.argv[1]))
+handled = 0
+
+def handle(*_):
+    global handled
+    writer.append("a", "signal", {"number": handled})
+    assert writer.flush(60)
+    handled += 1
+
+signal.signal(signal.SIGUSR1, handle)
+print(writer.folder, flush=True)
+
+def signal_again_and_again():
+    for _ in range(200):
+        before = handled
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while handled == before and running:
+            time.sleep(0.0001)
+
+running = True
+sender = threading.Thread(target=signal_again_and_again)
+sender.start()
+flushed = 0
+while sender.is_alive():  # busy in append and flush themselves when the signals come
+    writer.append("a", "epoch", {"number": flushed})
+    assert writer.flush(60)
+    flushed += 1
+sender.join()
+writer.close()
+print(handled, flushed, flush=True)
+"""
 
 
-def test_a_process_may_live_on_and_have_closed_its_journal(tmp_path: Path) -> None:
-    journal = Journal(left_behind(tmp_path).folder)
+def test_flush_is_safe_in_the_handler_of_a_signal_that_interrupts_flush(tmp_path: Path) -> None:
+    with child(SIGNALLED, str(tmp_path)) as training:
+        out, _ = training.communicate(timeout=120)
+    assert training.returncode == 0
+    folder, handled, flushed = out.split()
+    assert handled == "200"
 
-    assert journal.pid == os.getpid()
-    assert not journal.writer_lives()
-    journal.discard()
+    with closing(Journal(Path(folder))) as journal:
+        for kind, count in (("signal", int(handled)), ("epoch", int(flushed))):
+            assert journal.bodies("a", kind) == [{"number": number} for number in range(count)]
 
 
-def test_of_a_process_on_another_host_nothing_is_known(journal: Journal) -> None:
-    journal.append("a", "begin", {})
-    alter(journal, "UPDATE writer SET host = 'elsewhere.example'")
+# -- writing ends --------------------------------------------------------------------------------
 
-    there = Journal(journal.folder)
 
-    assert there.host == "elsewhere.example"
-    assert not there.writer_lives()
-    assert journal.writer_lives()
-    journal.flush()
-    there.close()
+def test_flushing_with_nothing_to_write_is_done_at_once(writer: JournalWriter) -> None:
+    assert writer.flush(60)
+    assert writer.flush()
+
+
+def test_closing_writes_what_is_still_in_memory(tmp_path: Path) -> None:
+    with closing(Journal(left_behind(tmp_path))) as journal:
+        assert [record.body for record in journal.undelivered()] == [{"name": "fox"}]
+
+
+def test_a_journal_that_is_closed_flushes_no_more_and_may_be_closed_again(
+    writer: JournalWriter,
+) -> None:
+    writer.close()
+    writer.append("a", "epoch", {})
+
+    assert not writer.flush()
+    writer.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name == "journal"] == []
+
+
+def test_a_journal_whose_folder_is_taken_away_stops_nothing(
+    writer: JournalWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(writer.folder)
+    for number in range(3):
+        writer.append("a", "epoch", {"number": number})
+        assert not writer.flush(60)
+    writer.close()
+
+    assert writer.lost == 3
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" (")[0] for message in messages] == [
+        f"The journal {writer.folder} cannot be written",
+        "3 records are lost: they could not be read or written.",
+    ]
+    assert not writer.folder.exists()
+
+
+def test_a_removed_journal_leaves_nothing(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    writer.stage("picture.png").write_bytes(b"picture")
+    writer.append("a", "begin", {})
+    writer.close()
+
+    Journal(writer.folder).remove()
+
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what is delivered ---------------------------------------------------------------------------
 
 
 def test_a_run_is_bound_to_one_of_mlflow_s(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path)
-    journal.append("a", "begin", {})
-    assert journal.run_id("a") is None
+    folder = left_behind(tmp_path)
+    with closing(Journal(folder)) as journal:
+        assert journal.run_id("a") is None
+        journal.bind("a", "0123")
+        journal.bind("b", "4567")
+        journal.bind("b", "89ab")
+        assert (journal.run_id("a"), journal.run_id("b")) == ("0123", "89ab")
 
-    journal.bind("a", "0123")
-    journal.bind("b", "4567")
-    journal.bind("b", "89ab")
-
-    assert (journal.run_id("a"), journal.run_id("b")) == ("0123", "89ab")
-    journal.close()
-    again = Journal(journal.folder)
-    assert (again.run_id("a"), again.run_id("b"), again.run_id("c")) == ("0123", "89ab", None)
-    again.discard()
+    with closing(Journal(folder)) as again:
+        assert (again.run_id("a"), again.run_id("b"), again.run_id("c")) == ("0123", "89ab", None)
 
 
 def test_delivery_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path)
+    writer = JournalWriter(tmp_path)
     for number in range(5):
-        journal.append("a", "epoch", {"number": number})
-    journal.flush()
+        writer.append("a", "epoch", {"number": number})
+    writer.flush()
+    with closing(Journal(writer.folder)) as journal:
+        journal.mark_delivered(2)
+        assert [record.seq for record in journal.undelivered()] == [3, 4, 5]
+        assert [record.seq for record in journal.undelivered(limit=2)] == [3, 4]
+        assert (journal.remaining(), journal.delivered, journal.last()) == (3, 2, 5)
+
+    with closing(Journal(writer.folder)) as again:
+        assert [record.seq for record in again.undelivered()] == [3, 4, 5]
+        writer.append("a", "epoch", {"number": 5})
+        assert [record.body["number"] for record in written(again, writer)] == [2, 3, 4, 5]
+        again.append("b", "epoch", {"number": 6}, at=12)
+        assert again.undelivered()[-1] == Record(7, "b", 12, "epoch", {"number": 6})
+        assert (again.last(), again.last("a"), again.last("c")) == (7, 6, 0)
+        again.mark_delivered(7)
+        assert again.undelivered() == []
+        assert again.remaining() == 0
+    writer.close()
+
+
+def test_what_was_sent_and_not_marked_is_in_doubt_and_nothing_else(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    for _ in range(9):
+        writer.append("a", "epoch", {})
+    writer.close()
+
+    with closing(Journal(writer.folder)) as journal:
+        assert not journal.sending(3)
+        journal.mark_delivered(3)
+        assert not journal.sending(5)  # nobody lives to mark it
+
+    with closing(Journal(writer.folder)) as again:
+        assert again.sending(5)
+        again.mark_delivered(5)
+        assert not again.sending(9)
+        assert again.sending(7)  # refused as one request, sent in parts: both may be there
+        again.mark_delivered(7)
+        assert again.sending(9)
+        again.mark_delivered(9)
+        assert not again.sending(10)
+
+
+DELIVERER = """
+import json, sys
+from pathlib import Path
+from tracker.journal import Journal
+
+journal = Journal(Path(sys.argv[1]))
+print("ready", flush=True)
+delivered = []
+while not delivered or delivered[-1] != "end":
+    for record in journal.undelivered(50):
+        journal.sending(record.seq)
+        delivered += [step for _, _, step, _ in record.body.get("metrics", [])]
+        delivered += ["end"] if record.kind == "end" else []
+        journal.mark_delivered(record.seq)
+    journal.append("system", "metrics", {"metrics": []}, 1)
+    journal.problem = "the server sleeps" if len(delivered) % 2 else None
+print(json.dumps(delivered))
+"""
+
+
+def test_a_writer_and_a_deliverer_in_two_processes_at_once_lose_nothing(
+    writer: JournalWriter, journal: Journal
+) -> None:
+    with child(DELIVERER, str(writer.folder)) as deliverer:
+        assert deliverer.stdout
+        assert deliverer.stdout.readline() == "ready\n"
+        for step in range(20_000):
+            writer.append_points("a", [Point("loss", 0.5, step, 1)])
+            if step % 50 == 0:
+                assert writer.flush(60)
+        writer.append("a", "end", {})
+        assert writer.flush(60)
+        out, _ = deliverer.communicate(timeout=120)
+    assert deliverer.returncode == 0
+
+    assert json.loads(out) == [*range(20_000), "end"]
+    assert writer.lost == 0
+    assert {record.run for record in journal.undelivered()} <= {"system"}
+
+
+def test_forgetting_a_run_removes_what_is_delivered_of_it_and_numbers_go_on(
+    writer: JournalWriter, journal: Journal
+) -> None:
+    for _ in range(2):
+        writer.append("a", "epoch", {})
+        writer.append("b", "epoch", {})
+    writer.flush()
     journal.mark_delivered(2)
 
-    assert [record.seq for record in journal.undelivered()] == [3, 4, 5]
-    assert journal.remaining() == 3
-    assert journal.close() == 3
+    journal.forget("a")
 
-    again = Journal(journal.folder)
-    assert [record.seq for record in again.undelivered()] == [3, 4, 5]
-    again.append("a", "epoch", {"number": 5})
-    assert again.remaining() == 4
-    assert [record.body["number"] for record in written(again)] == [2, 3, 4, 5]
-    again.mark_delivered(6)
-    assert list(again.undelivered()) == []
-    assert again.close() == 0
-    assert not journal.folder.exists()
+    assert journal.bodies("a", "epoch") == [{}]  # the one that is not delivered
+    assert journal.bodies("b", "epoch") == [{}, {}]
+    assert [record.seq for record in journal.undelivered()] == [3, 4]
+    journal.mark_delivered(4)
+    journal.forget("a")
+    journal.forget("b")
+    assert (journal.last(), journal.remaining(), journal.runs()) == (0, 0, 0)
+    writer.append("c", "epoch", {})
+    assert [record.seq for record in written(journal, writer)] == [5]
 
 
-def test_records_still_in_memory_remain_too(journal: Journal) -> None:
-    for number in range(1, 4):
-        journal.append("a", "epoch", {})
-        assert journal.remaining() == number
-    journal.flush()
-    assert journal.remaining() == 3
+def test_a_problem_keeps_the_time_at_which_it_began(journal: Journal) -> None:
+    assert journal.problem is None
+    before = time.time()
+
+    journal.problem = "the server is not there"
+    first = journal.problem
+    assert first is not None
+    assert first.text == "the server is not there"
+    assert before <= first.since <= time.time()
+
+    journal.problem = "the server answers 503"
+    second = journal.problem
+    assert second is not None
+    assert (second.text, second.since) == ("the server answers 503", first.since)
+
+    journal.problem = None
+    assert journal.problem is None
+    between = time.time()
+    journal.problem = "it is gone again"
+    third = journal.problem
+    assert third is not None
+    assert third.since >= between
 
 
-def test_closing_writes_what_is_still_in_memory(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path)
-    journal.append("a", "begin", {"name": "fox"})
+def test_notices_are_kept_in_order_and_read_from_any_of_them_on(tmp_path: Path) -> None:
+    folder = left_behind(tmp_path)
+    with closing(Journal(folder)) as journal:
+        assert journal.notices() == []
+        for text in ("one", "two", "two"):
+            journal.notice(text)
 
-    assert journal.close() == 1
-
-    again = Journal(journal.folder)
-    assert [record.body for record in again.undelivered()] == [{"name": "fox"}]
-    again.discard()
-
-
-def test_a_folder_goes_when_all_is_delivered_and_stays_otherwise(tmp_path: Path) -> None:
-    for delivered, left in ((2, 0), (1, 1), (0, 2)):
-        journal = Journal.create(tmp_path)
-        (journal.stage("picture.png")).write_bytes(b"picture")
-        journal.append("a", "begin", {})
-        journal.append("a", "end", {})
-        journal.flush()
-        journal.mark_delivered(delivered)
-
-        assert journal.close() == left
-        assert journal.folder.exists() == bool(left)
+    with closing(Journal(folder)) as again:
+        assert again.notices() == [(1, "one"), (2, "two"), (3, "two")]
+        assert again.notices(after=2) == [(3, "two")]
+        assert again.notices(after=3) == []
 
 
-def test_a_journal_without_records_leaves_nothing(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path / "journals")
+def test_where_it_goes_is_known_to_who_comes_later(tmp_path: Path) -> None:
+    folder = left_behind(tmp_path)
+    with closing(Journal(folder)) as journal:
+        assert journal.tracking_uri is None
+        journal.tracking_uri = "sqlite:///a.db"
 
-    assert journal.close() == 0
-
-    assert list((tmp_path / "journals").iterdir()) == []
-
-
-def test_a_discarded_journal_leaves_nothing(tmp_path: Path) -> None:
-    journal = Journal.create(tmp_path)
-    journal.stage("picture.png").write_bytes(b"picture")
-    journal.append("a", "begin", {})
-
-    journal.discard()
-
-    assert list(tmp_path.iterdir()) == []
+    with closing(Journal(folder)) as again:
+        assert again.tracking_uri == "sqlite:///a.db"
 
 
-def test_runs_without_an_end_are_named_in_the_order_of_their_beginning(journal: Journal) -> None:
+def test_runs_without_an_end_are_named_in_the_order_of_their_beginning(
+    writer: JournalWriter, journal: Journal
+) -> None:
     assert journal.unended() == []
-    for run in ("zebra", "ant", "fox"):
-        journal.append(run, "begin", {})
-    journal.append("ant", "end", {"status": "FINISHED"})
-    journal.append("zebra", "metrics", {})
-    journal.flush()
+    for number, run in enumerate(("zebra", "ant", "fox")):
+        writer.append(run, "begin", {}, at=10 * number + 1)
+    writer.append("ant", "end", {"status": "FINISHED"}, at=50)
+    writer.append("zebra", "metrics", {}, at=60)
+    writer.append("headless", "metrics", {}, at=70)
+    writer.flush()
     journal.mark_delivered(5)
 
     assert journal.unended() == ["zebra", "fox"]
+    assert (journal.begin_time("fox"), journal.last_time("zebra")) == (21, 60)
+    assert journal.runs() == 4
 
-    journal.append("zebra", "end", {})
-    journal.append("fox", "end", {})
-    journal.flush()
+    writer.append("zebra", "end", {})
+    writer.append("fox", "end", {})
+    writer.flush()
     assert journal.unended() == []
 
 
@@ -441,63 +732,62 @@ def test_runs_without_an_end_are_named_in_the_order_of_their_beginning(journal: 
 
 
 def test_journals_of_one_process_are_folders_of_their_own(tmp_path: Path) -> None:
-    journals = [Journal.create(tmp_path / "made" / "below") for _ in range(3)]
+    writers = [JournalWriter(tmp_path / "made" / "below") for _ in range(3)]
 
-    assert len({journal.folder for journal in journals}) == 3
-    assert {journal.folder.parent for journal in journals} == {tmp_path / "made" / "below"}
-    for journal in journals:
-        journal.discard()
+    assert len({writer.folder for writer in writers}) == 3
+    assert {writer.folder.parent for writer in writers} == {tmp_path / "made" / "below"}
+    for writer in writers:
+        writer.close()
+
+
+def test_a_journal_stays_where_it_is_when_the_program_changes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = JournalWriter(Path("journals"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    writer.append("a", "begin", {})
+    writer.stage("x.txt").write_text("x")
+    writer.close()
+
+    assert writer.folder.parent == tmp_path / "journals"
+    with closing(Journal(writer.folder)) as journal:
+        assert journal.remaining() == 1
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_folder_that_is_a_file_cannot_hold_journals(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("a note")
 
     with pytest.raises(StoreError, match=r"^directory='.*notes' cannot hold the journal .*\.$"):
-        Journal.create(tmp_path / "notes")
+        JournalWriter(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "a note"
 
 
-def test_a_folder_that_is_not_there_is_no_journal(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"^\S*nowhere is not a journal of this program.*\.$"):
-        Journal(tmp_path / "nowhere")
-    assert list(tmp_path.iterdir()) == []
+def test_a_journal_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "journals").mkdir()
+    monkeypatch.setattr("tracker.journal._SCHEMA", "CREATE TABLE records (")
 
-
-def test_a_file_is_no_journal(tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("a note")
-
-    with pytest.raises(StoreError, match=r"^\S*notes is not a journal of this program.*\.$"):
-        Journal(tmp_path / "notes")
-
-
-@pytest.mark.parametrize("content", [b"", b"a note", b"\0" * 5000], ids=["empty", "text", "zeros"])
-def test_a_file_in_the_place_of_a_journal_s_is_left_alone(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "journal.sqlite").write_bytes(content)
-
-    with pytest.raises(StoreError, match=r"^\S* is not a journal of this program.*\.$"):
-        Journal(tmp_path)
-    assert (tmp_path / "journal.sqlite").read_bytes() == content
+    with pytest.raises(StoreError, match=r"cannot hold the journal \(incomplete input\)"):
+        JournalWriter(tmp_path / "journals")
+    assert list((tmp_path / "journals").iterdir()) == []
 
 
 def test_looking_for_a_journal_makes_none(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
+    (tmp_path / "notes").write_text("a note")
 
-    with pytest.raises(StoreError, match=r"photos is not a journal of this program.*\.$"):
-        Journal(tmp_path / "photos")
-    assert list((tmp_path / "photos").iterdir()) == []
-
-
-def test_the_database_of_another_program_is_no_journal(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as db:
-        db.execute("CREATE TABLE records (x)")
-
-    with pytest.raises(StoreError, match=r"^\S* is not a journal of this program\.$"):
-        Journal(tmp_path)
+    for name in ("photos", "notes", "nowhere"):
+        with pytest.raises(StoreError, match=rf"^\S*{name} is not a journal of this program\.$"):
+            Journal(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes", "photos"]
 
 
 def test_a_journal_of_another_format_is_refused_by_number(tmp_path: Path) -> None:
-    closed = left_behind(tmp_path)
-    alter(closed, "PRAGMA user_version = 99")
+    folder = left_behind(tmp_path)
+    alter(folder, "PRAGMA user_version = 99")
 
     with pytest.raises(StoreError, match=r"^\S+ is a journal of format 99; this version reads \d"):
-        Journal(closed.folder)
+        Journal(folder)

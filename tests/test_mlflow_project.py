@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,44 +77,6 @@ def test_a_mistake_under_mlflow_run_ends_the_run_it_made(store: Store, project: 
     assert done.returncode != 0
     assert "argument --lr: '-1' is not allowed; it must be a number above 0" in done.stderr
     assert store.run().info.status == "FAILED"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen(
-        [
-            *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
-            *("--host", "127.0.0.1", "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not answers(uri):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def answers(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def test_a_server_holds_what_a_file_does(server: str, loader: Any) -> None:

@@ -17,8 +17,8 @@ from conftest import Store
 
 from tracker import StoreError, start_run
 from tracker.cli import main
-from tracker.environment import public_uri
 from tracker.mlflow_store import MlflowStore
+from tracker.redaction import public_uri
 
 
 def test_a_new_sqlite_file_keeps_its_artifacts_beside_it(
@@ -187,7 +187,7 @@ def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
         for step in (2, 3):
             run.log_metrics({"loss": 1.0 / step}, step)
             run.flush()
-    messages = [r.getMessage() for r in caplog.records if r.name == "tracker.uploader"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery"]
     assert len(messages) == 2
     assert messages[0].startswith("Training goes on, its records wait in the journal: ")
     (journal,) = (tmp_path / ".tracker").iterdir()

@@ -1,15 +1,18 @@
-"""The command `tracker`."""
+"""The command `tracker`: runs that are not (all) in MLflow yet."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tracker._version import __version__
-from tracker.errors import TrackerError
+from tracker.errors import StoreError, TrackerError
+
+DIRECTORY = Path(".tracker")
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -21,30 +24,100 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+    """Run the command; returns its exit code, 2 for a mistake or a journal that stays."""
     parser = OneSentenceParser(prog="tracker", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    sync = commands.add_parser("sync", help="deliver a journal whose process has ended")
-    sync.add_argument(
-        "path", type=Path, nargs="+", help="a journal's folder, as a warning named it"
+    sync = commands.add_parser(
+        "sync", help="deliver to MLflow what offline runs, dead servers and killed programs left"
     )
-    sync.add_argument("--tracking-uri", help="by default where the process delivered to")
+    status = commands.add_parser("status", help="list what is not delivered, and where it stands")
+    for command in (sync, status):
+        command.add_argument(
+            "path",
+            type=Path,
+            nargs="*",
+            default=[DIRECTORY],
+            help="a journal, or a folder with journals; by default .tracker",
+        )
+    sync.add_argument("--tracking-uri", help="by default where each was meant to go")
     given = parser.parse_args(arguments)
     try:
-        for path in given.path:
-            _sync(path, given.tracking_uri)
+        if given.command == "status":
+            return _status(given.path)
+        return _sync(given.path, given.tracking_uri)
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tracker: stopped; the same command goes on from here.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _journals(paths: Sequence[Path]) -> list[Path]:
+    from tracker.sync import journals
+
+    if list(paths) == [DIRECTORY] and not DIRECTORY.exists():
+        return []  # nothing was ever tracked here, or all of it was delivered
+    found = [(path, journals(path)) for path in paths]
+    for path, folders in found:
+        if not folders and path.name != DIRECTORY.name:
+            raise StoreError(f"{path} is not a journal of this program.")
+    return [folder for _, folders in found for folder in folders]
+
+
+def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
+    from tqdm import tqdm
+
+    from tracker.sync import standing, sync
+
+    folders = _journals(paths)
+    standings = {folder: standing(folder) for folder in folders}
+    total = sum(each.undelivered for each in standings.values() if each.state != "in use")
+    runs = records = kept = 0
+    bar = tqdm(total=total, unit="record", disable=None, leave=False)
+
+    def progress(some: int) -> None:
+        bar.update(some)
+
+    with bar:
+        for folder in folders:
+            if standings[folder].state == "in use" and len(folders) > 1:
+                kept += 1  # its own process delivers it
+                continue
+            try:
+                done = sync(folder, tracking_uri, progress)
+            except StoreError as error:
+                tqdm.write(f"tracker: {error}", file=sys.stderr)
+                kept += 1
+                continue
+            runs, records = runs + done.runs, records + done.records
+            for notice in done.notices:
+                tqdm.write(f"tracker: {notice}", file=sys.stderr)
+    print(f"delivered: {_count(records, 'record')} of {_count(runs, 'run')}", end="")
+    print(f"; {_count(kept, 'journal')} left, see `tracker status`" if kept else "")
+    return 2 if kept else 0
+
+
+def _status(paths: Sequence[Path]) -> int:
+    from tracker.sync import standing
+
+    found = [standing(folder) for folder in _journals(paths)]
+    if not found:
+        print("Nothing is undelivered.")
+    for each in found:
+        print(each.folder)
+        what = f"{_count(each.undelivered, 'record')} of {_count(each.runs, 'run')} undelivered"
+        print(f"  {each.state}: {what if each.state != 'unreadable' else each.problem}")
+        if each.tracking_uri:
+            print(f"  goes to {each.tracking_uri}")
+        if each.problem and each.state != "unreadable":
+            print(f"  {each.problem}")
     return 0
 
 
-def _sync(path: Path, tracking_uri: str | None) -> None:
-    from tracker.uploader import sync  # importing mlflow takes a second
-
-    delivered = sync(path, tracking_uri)
-    print(f"{path}: {delivered} records delivered.")
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

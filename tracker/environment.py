@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import platform
 import random
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +18,7 @@ from torch import nn
 
 from tracker._version import __version__
 from tracker.errors import ArgumentError
-
-_PASSWORD = re.compile(r"//([^/:@\s]*):[^/@\s]*@")  # in a URI: //user:password@
+from tracker.redaction import public_command
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -104,11 +101,6 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
-def public_uri(text: str) -> str:
-    """`text`, a URI or what holds some, with `***` for each password in it."""
-    return _PASSWORD.sub(r"//\1:***@", text)
-
-
 def environment_tags() -> dict[str, str]:
     """Tags that tell how to run the same thing again: source, command, versions, git."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
@@ -118,7 +110,7 @@ def environment_tags() -> dict[str, str]:
     tags = {
         "mlflow.source.name": main or "notebook",
         "mlflow.source.type": "LOCAL",
-        "tracker.command": public_uri(shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])),
+        "tracker.command": public_command([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "tracker.version": __version__,
         "tracker.python": platform.python_version(),
         "tracker.torch": str(torch.__version__),

@@ -9,6 +9,8 @@ import copy
 import logging
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
     Returns None, or one sentence that says why there is no such model: the network cannot be
     exported, or what was exported computes something else. `folder` is then left incomplete.
     """
-    import mlflow.pytorch  # takes a second, and only a run that ends needs it
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    with _logging_as_it_was():
+        import mlflow.pytorch  # takes a second, and only a run that ends needs it
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
 
     network = unwrap(network)
     if len(example) == 0:
@@ -72,6 +75,17 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
         except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
             return f"torch.export cannot follow the network: {_line(error)}"
         return _difference(network, saved, example)
+
+
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """mlflow.pytorch 3.17 sets the root logger to ERROR when it is imported: warnings would go."""
+    level, handlers = logging.root.level, list(logging.root.handlers)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
 
 
 def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:

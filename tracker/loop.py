@@ -34,7 +34,7 @@ class Epoch:
     metrics: dict[str, float]
     """`loss`, `accuracy`, their `val_` counterparts, `epoch_duration` in seconds."""
     batch_losses: npt.NDArray[np.float64]
-    """The mean loss of each batch, in order."""
+    """The mean loss of each batch, in order; of this process alone, where several train."""
     batch_times: list[int]
     """When each of them was done, in milliseconds since 1970."""
 
@@ -46,6 +46,7 @@ def fit(
     loss_fn: Loss,
     *,
     epochs: int,
+    done: int = 0,
     device: torch.device | str | None = None,
     val_loader: Iterable[Any] | None = None,
     accuracy: bool = False,
@@ -55,11 +56,18 @@ def fit(
     Batches are (inputs, targets). Both go to `device`, by default where the network is, and
     `loss_fn(outputs, targets)` is the mean over the batch. With `accuracy`, outputs are scores
     (N, classes, …) and targets class numbers (N, …). The network trains in the mode, of
-    `train()` and `eval()`, that it is in. Raises ArgumentError for epochs < 1.
+    `train()` and `eval()`, that it is in. `done` of the epochs were done before: a run that is
+    continued has `epochs` in all. Raises ArgumentError for epochs < 1 or done < 0.
+
+    In a process group, loss and accuracy are those of all ranks together, summed once an epoch.
+    All ranks must run it, for as many epochs, and with a `val_loader` or without one alike.
     """
     if epochs < 1:
         raise ArgumentError(f"epochs={epochs} is not allowed; it must be at least 1.")
-    return _fit(network, loader, optimizer, loss_fn, epochs, device, val_loader, accuracy)
+    if done < 0:
+        raise ArgumentError(f"done={done} is not allowed; it must be at least 0.")
+    numbers = range(done + 1, epochs + 1)
+    return _fit(network, loader, optimizer, loss_fn, numbers, device, val_loader, accuracy)
 
 
 def _fit(
@@ -67,12 +75,12 @@ def _fit(
     loader: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     loss_fn: Loss,
-    epochs: int,
+    numbers: range,
     device: torch.device | str | None,
     val_loader: Iterable[Any] | None,
     accuracy: bool,
 ) -> Iterator[Epoch]:
-    for number in range(1, epochs + 1):
+    for number in numbers:
         started = time.perf_counter()
         meter = EpochMeter()
         times: list[int] = []
@@ -105,6 +113,10 @@ def evaluate(
     """`loss` and, if asked for, `accuracy` of `network` over `loader`, as in `fit`.
 
     The network is in evaluation mode meanwhile, and gets its modes back.
+
+    In a process group it is a collective: all ranks must call, each with its share of the data,
+    which may be empty, and get the metrics of the whole. Shares of unequal numbers of batches
+    need the network that DistributedDataParallel wraps: its own forward may wait for the others.
     """
     meter = EpochMeter()
     with evaluation_mode(network):

@@ -30,17 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from tracker.builder import hyperparameters, run_name
+from tracker.checkpoint import Checkpoint, Keep
 from tracker.checks import checked_name, checked_number
+from tracker.delivery import Delivery, NoDelivery, delivery, mode_of
+from tracker.distributed import is_main
 from tracker.environment import describe_device, device_of, unwrap
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.images import image_grid
-from tracker.journal import now
 from tracker.loop import Epoch
 from tracker.meters import EpochMeter, batch_size
+from tracker.random_states import RandomStates
+from tracker.resume import Earlier, load_earlier
 from tracker.run import DIRECTORY, Run
 from tracker.samples import dataset_name, inputs_of, sample_batch
 from tracker.statuses import Outcome, outcome
-from tracker.uploader import InlineDelivery
 from tracker.views.files import csv_text, json_text, write_atomically
 from tracker.views.table import View, live_view
 from tracker.views.tensorboard import TensorBoard
@@ -61,8 +64,12 @@ class RunManager:
         batch_loss: bool = False,
         histograms: bool = True,
         model: bool = True,
+        checkpoints: Keep = Keep(),  # noqa: B008 - immutable
         tensorboard: str | Path | None = None,
         stop_on_nonfinite: bool = False,
+        parent: Run | str | None = None,
+        inline: bool | None = None,
+        offline: bool | None = None,
     ) -> None:
         """Nothing is opened before the first run begins.
 
@@ -73,9 +80,18 @@ class RunManager:
         batch_loss: log each batch's loss as the metric `batch_loss`, by global step from 1.
         histograms: log those of all weights and gradients, each epoch.
         model: log the trained network at the end of a run.
+        checkpoints: which of those that `save_checkpoint` saves are kept.
         tensorboard: also write event files below this folder.
         stop_on_nonfinite: raise NonFiniteLossError when an epoch's loss is NaN or infinite.
+        parent: the run that every run is a child of, or its id.
+        inline: deliver from this thread, at each epoch's and run's end, not by a second process;
+            by default as TRACKER_INLINE says.
+        offline: keep the runs in their journal until `tracker sync`; by default as
+            TRACKER_OFFLINE says.
         """
+        self._mode = mode_of(inline=inline, offline=offline)
+        self._parent = parent
+        self._keep = checkpoints
         self._experiment = experiment
         self._tracking_uri = tracking_uri
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
@@ -95,8 +111,13 @@ class RunManager:
         self._example: Tensor | None = None
         self._meter = EpochMeter()  # of the epoch that goes on, or of the last one
         self._in_epoch = False
-        self._batch_times: list[int] = []
         self._steps = 0
+        self._main = True
+        self._counts_epochs = True
+        self._epoch_states: RandomStates | None = None
+        self._metrics: dict[str, float] = {}  # of the last epoch
+        self._kept: dict[int, Mapping[str, float]] = {}  # checkpoints by step
+        self._earlier: Earlier | None = None
         self._run_started = self._epoch_started = 0.0
 
         self.network: nn.Module | None = None
@@ -111,6 +132,24 @@ class RunManager:
         """Epochs begun in this run."""
         self.run_data: list[dict[str, Any]] = []
         """A row for each epoch of each run: what `save` writes."""
+
+        self.checkpoint: Checkpoint | None = None
+        """The checkpoint of the run that is continued; None where there is none."""
+
+    @classmethod
+    def resume(cls, run_id: str, **settings: Any) -> RunManager:
+        """A manager whose next `begin_run` continues the MLflow run `run_id`.
+
+        `checkpoint` is then the run's last one, for `checkpoint.restore(…)`, and after `begin_run`
+        `epoch_count` is the number of epochs that are complete. Steps that the run has logged are
+        not logged again; hyperparameters that differ go to the tags `tracker.param.NAME`.
+        `settings` are those of `RunManager()`. Raises StoreError where there is no such run, or it
+        still goes on.
+        """
+        manager = cls(**settings)
+        manager._earlier = load_earlier(run_id, manager._tracking_uri, manager._directory)
+        manager.checkpoint = manager._earlier.checkpoint
+        return manager
 
     # -- runs ------------------------------------------------------------------------------
 
@@ -136,30 +175,64 @@ class RunManager:
         if isinstance(size := getattr(loader, "batch_size", None), int):
             told["batch_size"] = size
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
-        delivery = self._open.delivery or InlineDelivery(self._directory, self._tracking_uri)
+        earlier, self._earlier = self._earlier, None
+        self._main = is_main()
+        way = self._open.delivery or self._new_delivery()
         try:
             name = tags.get("mlflow.runName") or run_name(params)
-            began = Run(delivery, told | params, self._experiment, name, tags)
+            began = Run(
+                *(way, told | params, self._experiment, name, tags, self._parent), resume=earlier
+            )
         except BaseException:  # Ctrl-C too leaves nothing behind
             if self._open.delivery is None:
-                delivery.close()
+                way.close()
             raise
-        self._open.delivery, self._open.run = delivery, began
+        self._open.delivery, self._open.run = way, began
         self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
+        self._counts_epochs = "epochs" not in params
         self._meter, self._in_epoch = EpochMeter(loader), False
+        self._metrics, self._kept = {}, {}
         self._run_started = time.perf_counter()
         self._example = inputs_of(sample_batch(loader, _SAMPLES), _SAMPLES)
-        if (dataset := getattr(loader, "dataset", None)) is not None:
-            began.log_dataset(dataset)
-        if self._example is not None and (grid := image_grid(self._example)) is not None:
-            began.log_image("samples.png", grid)
-        began.log_network(network, self._example)
+        if earlier is not None:
+            self._continue(earlier)
+        if self._main:
+            self._describe(began, new=earlier is None)
         for view in self._views:
             view.begin_run(self.run_count, params, network, self._example)
-        began.flush()
+        began.deliver()
         return began
+
+    def _new_delivery(self) -> Delivery:
+        if not self._main:  # under torchrun rank 0 alone writes
+            self._views = []
+            return NoDelivery()
+        return delivery(self._directory, self._tracking_uri, self._mode)
+
+    def _continue(self, earlier: Earlier) -> None:
+        """Count on from where the run that is continued was."""
+        if earlier.checkpoint is not None:
+            self.epoch_count, self._steps = earlier.checkpoint.epoch, earlier.checkpoint.step
+            self._metrics = dict(earlier.checkpoint.metrics)
+        self._kept = dict(earlier.kept)
+        params = hyperparameters(self.run_params)
+        for row in earlier.rows:
+            metrics = {name: value for name, value in row.items() if name != "epoch"}
+            self.run_data.append(_row(self.run_count, row["epoch"], metrics, params))
+            self._run_started = time.perf_counter() - metrics.get("run_duration", 0.0)
+
+    def _describe(self, run: Run, *, new: bool) -> None:
+        """Log what the run works on and with."""
+        if (dataset := getattr(self.loader, "dataset", None)) is not None:
+            run.log_dataset(dataset)
+        if not new:
+            return
+        if self._example is not None and (grid := image_grid(self._example)) is not None:
+            run.log_image("samples.png", grid)
+        assert self.network is not None
+        run.log_network(self.network, self._example)
 
     def end_run(self) -> None:
         """End the run as FINISHED, and log the trained model.
@@ -173,9 +246,10 @@ class RunManager:
         run = self._current("end_run")
         if left := self._epoch_left():
             ended = Outcome("FAILED", f"The run ended {left}.") if ended.reason is None else ended
-        if "epochs" not in run.params:
+        if self._counts_epochs:
             run.log_params({"epochs": self.epoch_count - self._in_epoch})
-        if self._model and ended.status == "FINISHED" and self.network is not None:
+        model = self._model and self._main and ended.status == "FINISHED"
+        if model and self.network is not None:
             run.log_model(self.network, self._example, step=self.epoch_count)
         run.end(ended)
         for view in self._views:
@@ -220,8 +294,12 @@ class RunManager:
             )
         self._in_epoch = True
         self.epoch_count += 1
-        self._meter = EpochMeter(self.loader)
-        self._batch_times = []
+        if (checkpoint := self._cut_off()) is not None:
+            self._meter = EpochMeter.of(checkpoint.extra, self.loader)
+            self._epoch_states = checkpoint.epoch_start
+        else:
+            self._meter = EpochMeter(self.loader)
+            self._epoch_states = RandomStates.capture(self.loader)
         self._epoch_started = time.perf_counter()
         for view in self._views:
             view.begin_epoch(self.epoch_count, _length(self.loader))
@@ -233,9 +311,11 @@ class RunManager:
         labels tracked for the batch, else by what the loader makes of its length.
         Raises CallOrderError outside an epoch.
         """
-        self._in("track_loss").add_loss(loss, None if batch is None else batch_size(batch))
-        if self._batch_loss:
-            self._batch_times.append(now())
+        size = None if batch is None else batch_size(batch)
+        scalar = self._in("track_loss").add_loss(loss, size)
+        self._steps += 1
+        if self._batch_loss and self._open.run is not None:
+            self._open.run.log_later("batch_loss", scalar, self._steps)
         for view in self._views:
             view.batch()
 
@@ -257,15 +337,14 @@ class RunManager:
         `metrics` are more of them, of a validation for one: `{"val_loss": 0.4}`.
         Raises CallOrderError outside an epoch, and NonFiniteLossError if that was asked for.
         """
-        meter = self._in("end_epoch")
-        more = {
+        found = self._in("end_epoch").compute()  # waits for the device and the other ranks
+        found |= {
             checked_name(name, "metric"): checked_number(name, value)
             for name, value in (metrics or {}).items()
         }
-        found = meter.compute() | more  # waits for the device, then the epoch is over
         found["epoch_duration"] = time.perf_counter() - self._epoch_started
         self._in_epoch = False
-        self._log(found, meter.losses if self._batch_loss else (), self._batch_times)
+        self._log(found)
 
     def log_epoch(self, epoch: Epoch) -> None:
         """Log an epoch of `fit`, as `begin_epoch` … `end_epoch` do for a loop of one's own.
@@ -273,35 +352,94 @@ class RunManager:
         Raises CallOrderError outside a run or within an epoch, and NonFiniteLossError if that was
         asked for.
         """
-        self._current("log_epoch")
+        run = self._current("log_epoch")
         if self._in_epoch:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
-        self._log(epoch.metrics, epoch.batch_losses if self._batch_loss else (), epoch.batch_times)
+        if self._batch_loss and len(epoch.batch_losses):
+            run.log_series("batch_loss", epoch.batch_losses, self._steps + 1, epoch.batch_times)
+        self._steps += len(epoch.batch_losses)
+        self._log(epoch.metrics)
 
     def watch(self, loader: Iterable[Any]) -> Iterable[Any]:
         """`loader`, with the progress of each pass over it shown; for `fit`."""
         return _Watched(loader, self._views, self)
 
-    def _log(self, metrics: Mapping[str, float], losses: Any, times: list[int]) -> None:
+    def _log(self, metrics: Mapping[str, float]) -> None:
         run = self._current("end_epoch")
         epoch = self.epoch_count
         metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
+        self._metrics = metrics
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch, **metrics})
-        if len(losses):
-            run.log_series("batch_loss", losses, self._steps + 1, times)
-            self._steps += len(losses)
         recorded = None
-        if self._histograms and self.network is not None:
+        if self._histograms and self._main and self.network is not None:
             recorded = run.log_histograms(self.network, epoch)
         self.run_data.append(_row(self.run_count, epoch, metrics, hyperparameters(self.run_params)))
-        run.flush()
+        run.deliver()
         for view in self._views:
             view.end_epoch(self.run_data, metrics, recorded)
         loss = metrics.get("loss", 0.0)
         if self._stop_on_nonfinite and not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")
+
+    def save_checkpoint(
+        self,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Save all that `resume` needs to go on from here, as an artifact of the run.
+
+        That is the states of the network, of what is given, and of all random generators, between
+        two epochs or after a batch's `track_loss`. Those that are not to be kept are deleted.
+        Raises CallOrderError outside a run, and ArgumentError for a state that is not made of
+        tensors, numbers and texts.
+        """
+        run = self._current("save_checkpoint")
+        if not self._main or self.network is None:
+            return
+        run.log_checkpoint(
+            self._steps,
+            network=self.network,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            loader=self.loader,
+            epoch=self.epoch_count - self._in_epoch,
+            position=len(self._meter) if self._in_epoch else 0,
+            epoch_start=self._epoch_states if self._in_epoch else None,
+            metrics=self._metrics,
+            extra=self._meter.state() if self._in_epoch else None,
+        )
+        self._kept[self._steps] = self._metrics
+        for step in self._keep.superseded(self._kept):
+            run.delete_checkpoint(step)
+            del self._kept[step]
+
+    def rest_of_epoch(self) -> Iterable[Any]:
+        """The batches of the first epoch of a run that is continued from the middle of one.
+
+        Those that it was trained on are left out, their losses counted; later it is the loader.
+        """
+        checkpoint = self._cut_off()
+        return self.loader if checkpoint is None else checkpoint.remaining(self.loader)
+
+    def _cut_off(self) -> Checkpoint | None:
+        """The checkpoint that was made in the middle of the epoch that goes on, if one was."""
+        made = self.checkpoint
+        return made if made and made.position and self._steps == made.step else None
+
+    @property
+    def run(self) -> Run:
+        """The run that goes on. Raises CallOrderError where there is none."""
+        return self._current("run")
+
+    @property
+    def step(self) -> int:
+        """Steps done in this run: calls of `track_loss`."""
+        return self._steps
 
     @property
     def run_id(self) -> str | None:
@@ -310,12 +448,12 @@ class RunManager:
 
     @property
     def epoch_loss(self) -> float:
-        """The sum over this epoch's samples of their loss. Waits for the device."""
+        """The sum over this epoch's samples of their loss, of this rank. Waits for the device."""
         return self._meter.loss_sum
 
     @property
     def epoch_num_correct(self) -> int:
-        """How many predictions of this epoch were right. Waits for the device."""
+        """How many predictions of this epoch were right, on this rank. Waits for the device."""
         return self._meter.correct
 
     def save(self, name: str | Path) -> None:
@@ -324,8 +462,9 @@ class RunManager:
         Raises ArgumentError where the folder does not exist or cannot be written.
         """
         try:
-            write_atomically(Path(f"{name}.csv"), csv_text(self.run_data))
-            write_atomically(Path(f"{name}.json"), json_text(self.run_data))
+            if is_main():
+                write_atomically(Path(f"{name}.csv"), csv_text(self.run_data))
+                write_atomically(Path(f"{name}.json"), json_text(self.run_data))
         except OSError as error:
             raise ArgumentError(f"name={str(name)!r} cannot be written: {error}.") from error
 
@@ -335,7 +474,7 @@ class _Open:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.delivery: InlineDelivery | None = None
+        self.delivery: Delivery | None = None
         self.run: Run | None = None
 
     def abandon(self, where: str) -> None:

@@ -1,6 +1,7 @@
 """Loss and accuracy of an epoch, summed without waiting for the device.
 
-A step appends scalars that stay on the device; they are read once, when somebody asks.
+A step appends scalars that stay on the device; they are read once, when somebody asks. Where
+several processes train, their sums are added up then, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tracker.distributed import sum_over_ranks
 from tracker.errors import ArgumentError
 
 _CHUNK = 512  # scalars kept one by one before they become one tensor: each costs 512 bytes on a GPU
@@ -60,7 +62,8 @@ def batch_size(batch: Any) -> int:
 class _Scalars:
     """A growing row of scalars, on whatever device they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Tensor | None = None) -> None:
+        self._before = torch.zeros(0) if before is None else before  # on the host
         self._chunks: list[Tensor] = []
         self._last: list[Tensor] = []
 
@@ -71,19 +74,24 @@ class _Scalars:
             self._last.clear()
 
     def __len__(self) -> int:
-        return len(self._chunks) * _CHUNK + len(self._last)
+        return len(self._before) + len(self._chunks) * _CHUNK + len(self._last)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the last of them is; the CPU where there is none."""
+        newest = self._last or self._chunks
+        return newest[-1].device if newest else torch.device("cpu")
 
     def read(self) -> npt.NDArray[np.float64]:
         """All of them on the host; the one point that waits for the device."""
         rows = [*self._chunks, *([torch.stack(self._last)] if self._last else [])]
-        if not rows:
-            return np.zeros(0)
-        return torch.cat(rows).cpu().double().numpy()
+        read = torch.cat(rows).cpu().double() if rows else torch.zeros(0).double()
+        return torch.cat([self._before.double(), read]).numpy()
 
 
 @dataclass
 class EpochMeter:
-    """The sums of one epoch."""
+    """The sums of one epoch, in this process; `compute` alone speaks for all ranks."""
 
     loader: Any = None
     """What the batches come from; says how large they are where the loop does not."""
@@ -92,10 +100,11 @@ class EpochMeter:
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, labels in all
 
-    def add_loss(self, loss: Tensor | float, size: int | None = None) -> None:
+    def add_loss(self, loss: Tensor | float, size: int | None = None) -> Tensor:
         """Add the mean loss of a batch of `size` samples; None where it is not known yet.
 
-        Raises ArgumentError for a loss that is not one number.
+        Returns the copy of it that is kept, a scalar on its device. Raises ArgumentError for a
+        loss that is not one number.
         """
         if not isinstance(loss, Tensor):
             loss = torch.from_numpy(np.array(loss, dtype=float))
@@ -107,13 +116,30 @@ class EpochMeter:
                 )
             loss = loss.reshape(())
         # A copy: what the loop goes on to do with its loss is none of ours.
-        self._losses.append(loss.detach().clone())
+        kept = loss.detach().clone()
+        self._losses.append(kept)
         self._sizes.append(size)
+        return kept
 
     def add_correct(self, preds: Tensor, labels: Tensor) -> None:
         """Add a batch's right predictions; shapes as in `num_correct`."""
         self._correct.append(num_correct(preds, labels))
         self._labels.append((len(labels), labels.numel()))
+
+    def state(self) -> dict[str, Any]:
+        """All it holds, for a checkpoint. Waits for the device."""
+        return {
+            "losses": torch.from_numpy(self._losses.read()),
+            "sizes": list(self._sizes),
+            "correct": torch.from_numpy(self._correct.read()),
+            "labels": list(self._labels),
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], loader: Any) -> EpochMeter:
+        """A meter that goes on from `state`."""
+        losses, correct = _Scalars(state["losses"]), _Scalars(state["correct"])
+        return cls(loader, losses, list(state["sizes"]), correct, list(state["labels"]))
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -150,17 +176,37 @@ class EpochMeter:
         return int(self._correct.read().sum())
 
     def compute(self) -> dict[str, float]:
-        """`loss` and `accuracy`, as far as they were tracked. Waits for the device."""
+        """`loss` and `accuracy`, as far as they were tracked. Waits for the device.
+
+        In a process group they are those of all its ranks together, the same on each. That is one
+        collective: all ranks must call, those too that saw no batch. A rank that tracks nothing
+        of its own gets what others tracked. A sample that several ranks saw counts as often: a
+        DistributedSampler repeats some where the ranks do not divide the number of samples.
+        """
+        size = float(self.sizes.sum())
+        labels = sum(labels for _, labels in self._labels)
+        # The losses of no samples are not read: their mean is NaN.
+        own = (self.loss_sum if size else 0.0, size, self.correct, labels)
+        loss, seen, correct, answers = sum_over_ranks(own, self._device)
         metrics = {}
-        if seen := float(self.sizes.sum()):
-            metrics["loss"] = self.loss_sum / seen
-        if labels := sum(labels for _, labels in self._labels):
-            metrics["accuracy"] = self.correct / labels
+        if seen:
+            metrics["loss"] = loss / seen
+        if answers:
+            metrics["accuracy"] = correct / answers
         return metrics
+
+    @property
+    def _device(self) -> torch.device:
+        """A GPU if anything is there: losses may be plain numbers, and predictions on a GPU."""
+        devices = (self._losses.device, self._correct.device)
+        return max(devices, key=lambda device: device.type != "cpu")
 
 
 def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
-    """The sizes of the first `batches` batches of `loader`; all 1 where it does not tell."""
+    """The sizes of the first `batches` batches of `loader`; all 1 where it does not tell.
+
+    They are those of this process: the length of a DistributedSampler is that of its own share.
+    """
     size = getattr(loader, "batch_size", None)
     if not isinstance(size, int):
         return [1] * batches

@@ -6,28 +6,25 @@ translated here into StoreError; nothing above knows them.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import os
+import posixpath
 import re
-import ssl
+import sys
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import mlflow
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LoggedModel,
     LoggedModelOutput,
     Metric,
     Param,
@@ -35,16 +32,19 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from tracker.environment import public_uri
 from tracker.errors import RefusedError, StoreError
+from tracker.redaction import public_uri
+from tracker.shapes import RUN_TAG
+from tracker.tracking_uri import check, is_file_store, is_http, local_path, resolve, why_silent
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-RUN_TAG = "tracker.run"
+RECORD_TAG = "tracker.record"
+_LARGEST = sys.float_info.max
 _REFUSAL = "INVALID_PARAMETER_VALUE"  # not RESOURCE_DOES_NOT_EXIST: it may be the wrong store
-_ANSWER_SECONDS = 3.0  # a server that does not answer a health check by then counts as down
 _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch holds no more
 
 
@@ -62,6 +62,17 @@ def _translated(doing: str) -> Iterator[None]:
         raise kind(f"MLflow could not {doing}: {_first_line(error)}") from error
 
 
+class Past(NamedTuple):
+    """What is known of a run that is to be continued."""
+
+    params: Mapping[str, str]
+    key: str | None
+    """What it was tracked under; None for a run that is not ours."""
+    status: str
+    last_steps: Mapping[str, int]
+    """The last step of each metric."""
+
+
 class MlflowStore:
     """A tracking store: a SQLite file, a server, a `file:` folder or another URI MLflow knows."""
 
@@ -70,19 +81,22 @@ class MlflowStore:
 
         Raises StoreError, in one sentence, where it cannot be opened or written.
         """
-        self.tracking_uri = _absolute(tracking_uri or mlflow.get_tracking_uri())
-        with _first_to_open(self.tracking_uri):
-            _check_uri(self.tracking_uri)
-            opted_in = _is_file_store(self.tracking_uri) and _opt_in_to_file_store()
-            try:
-                self._create_sqlite()
-                self._client = MlflowClient(self.tracking_uri)
-                self._client.search_experiments(max_results=1)
-            except Exception as error:  # what a third party's store raises on a bad URI
-                raise StoreError(
-                    f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: "
-                    f"{_first_line(error)}"
-                ) from error
+        self.tracking_uri = resolve(tracking_uri)
+        check(self.tracking_uri)
+        if (problem := self.silence()) is not None:
+            raise StoreError(
+                f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: {problem}."
+            )
+        opted_in = is_file_store(self.tracking_uri) and _opt_in_to_file_store()
+        try:
+            self._create_sqlite()
+            self._client = MlflowClient(self.tracking_uri)
+            self._client.search_experiments(max_results=1)
+        except Exception as error:  # what a third party's store raises on a bad URI
+            raise StoreError(
+                f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: "
+                f"{_first_line(error)}"
+            ) from error
         if opted_in:
             logger.warning(
                 "MLflow keeps its file store (%s) in maintenance only; sqlite:///mlflow.db is "
@@ -90,18 +104,12 @@ class MlflowStore:
                 self.tracking_uri,
             )
 
-    def answers(self) -> bool:
-        """Whether a server, if the store is one, is there to answer."""
-        return not _is_http(self.tracking_uri) or _why_silent(self.tracking_uri) is None
+    def silence(self) -> str | None:
+        """Why the server, if the store is one, is not there to answer; None if it is."""
+        return why_silent(self.tracking_uri) if is_http(self.tracking_uri) else None
 
-    def experiment_id(self, name: str | None) -> str:
-        """The experiment called `name`, made if need be; None is what MLflow would use.
-
-        That is MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_ID, else `Default`.
-        """
-        name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        by_id = os.environ.get("MLFLOW_EXPERIMENT_ID") if name is None else None
-        name = name or "Default"
+    def experiment_id(self, name: str, by_id: str | None = None) -> str:
+        """The experiment called `name`, made if need be, or the one with the id `by_id`."""
         with _translated(f"open the experiment {by_id or name!r}"):
             if by_id is not None:
                 experiment = self._client.get_experiment(by_id)
@@ -123,13 +131,27 @@ class MlflowStore:
         return str(experiment.experiment_id)
 
     def _create_sqlite(self) -> None:
-        """Make a new SQLite store, whose `Default` experiment keeps its artifacts beside it."""
+        """Make a new SQLite store, whose `Default` experiment keeps its artifacts beside it.
+
+        Two processes that migrate one fresh file break it for good: each makes its own, and the
+        first to be ready is linked into place.
+        """
         folder = self._artifacts_folder()
-        if folder is None or _local_path(self.tracking_uri).exists():
+        if folder is None or (path := local_path(self.tracking_uri)).exists():
             return
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        SqlAlchemyStore(self.tracking_uri, str(folder)).engine.dispose()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as own:
+            fresh = Path(own) / path.name
+            SqlAlchemyStore(f"sqlite:///{fresh}", str(folder)).engine.dispose()
+            try:
+                os.link(fresh, path)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without links; the moment between is short
+                if not path.exists():
+                    fresh.rename(path)
 
     def _artifacts_folder(self) -> Path | None:
         """The folder of a SQLite store's artifacts; None where the store itself knows.
@@ -138,7 +160,7 @@ class MlflowStore:
         """
         if not self.tracking_uri.startswith("sqlite:"):
             return None
-        return _local_path(self.tracking_uri).absolute().parent / "mlruns"
+        return local_path(self.tracking_uri).absolute().parent / "mlruns"
 
     def _artifacts_of(self, experiment: str) -> str | None:
         folder = self._artifacts_folder()
@@ -149,27 +171,59 @@ class MlflowStore:
     def begin_run(
         self,
         *,
-        experiment: str | None,
+        experiment_id: str,
         name: str | None,
         start_time: int,
         tags: Mapping[str, str],
-        adopt: str | None,
+        adopt: str | None = None,
+        in_doubt: bool = False,
     ) -> str:
         """Create a run and return its id.
 
-        `adopt` is the id of a run that was made for us, by `mlflow run`: it is taken, with the
-        name and tags it has, unless a run of ours has taken it before.
+        `tags` hold the run's key under RUN_TAG. `adopt` is the id of a run that was made for us,
+        by `mlflow run`: it is taken, with the name and tags it has, unless a run of another key
+        has taken it before. `in_doubt` looks first whether the run was created before.
         """
         if adopt is not None:
             with _translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
                 had = self._client.get_run(adopt).data.tags
-            if RUN_TAG not in had:
+            if had.get(RUN_TAG, tags[RUN_TAG]) == tags[RUN_TAG]:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in had})
                 return adopt
-        experiment_id = self.experiment_id(experiment)
+        if in_doubt and (run_id := self.find_run(tags[RUN_TAG], experiment_id)) is not None:
+            return run_id
         with _translated("create a run"):
             run = self._client.create_run(experiment_id, start_time, dict(tags), name)
         return str(run.info.run_id)
+
+    def find_run(self, key: str, experiment_id: str | None = None) -> str | None:
+        """The id of the run that was tracked under `key`, None where it is not here (yet)."""
+        with _translated("look for a run"):
+            if experiment_id is None:
+                ids = [e.experiment_id for e in self._client.search_experiments()]
+            else:
+                ids = [experiment_id]
+            found = self._client.search_runs(ids, f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def reopen(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Have a run that has ended go on."""
+        with _translated(f"continue the run {run_id}"):
+            had = self._client.get_run(run_id).data.tags
+            self._client.update_run(run_id, "RUNNING")
+            if "tracker.failure" in had:
+                self._client.delete_tag(run_id, "tracker.failure")
+        self.log_batch(run_id, tags=tags)
+
+    def past(self, run_id: str) -> Past:
+        """What a run holds that one which continues it must know."""
+        with _translated(f"read run {run_id}"):
+            run = self._client.get_run(run_id)
+            steps = {
+                name: max(p.step for p in self._client.get_metric_history(run_id, name))
+                for name in run.data.metrics
+            }
+        return Past(run.data.params, run.data.tags.get(RUN_TAG), run.info.status, steps)
 
     def run_name(self, run_id: str) -> str:
         """The name of a run, which MLflow chose where none was given."""
@@ -181,15 +235,33 @@ class MlflowStore:
         run_id: str,
         metrics: Sequence[tuple[str, float, int, int]] = (),
         tags: Mapping[str, str] | None = None,
+        *,
+        in_doubt: bool = False,
     ) -> None:
-        """Log metrics (name, value, step, milliseconds) and tags, in requests MLflow accepts."""
+        """Log metrics (name, value, step, milliseconds) and tags, in requests MLflow accepts.
+
+        `in_doubt` leaves out the metrics that are there already: SQL stores do that by
+        themselves, the file store would keep them twice, and what is behind a server is not known.
+        """
         with _translated(f"log to run {run_id}"):
+            if in_doubt and not self.tracking_uri.startswith("sqlite:"):
+                metrics = self._not_there(run_id, metrics)
             for points in _in_groups(metrics, _LIMIT["metrics"]):
                 self._client.log_batch(
                     run_id, metrics=[Metric(n, v, at, step) for n, v, step, at in points]
                 )
             for pairs in _in_groups((tags or {}).items(), _LIMIT["tags"]):
                 self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in pairs])
+
+    def _not_there(
+        self, run_id: str, metrics: Sequence[tuple[str, float, int, int]]
+    ) -> list[tuple[str, float, int, int]]:
+        there = {
+            (name, _comparable(point.value), point.step, point.timestamp)
+            for name in {name for name, *_ in metrics}
+            for point in self._client.get_metric_history(run_id, name)
+        }
+        return [m for m in metrics if (m[0], _comparable(m[1]), *m[2:]) not in there]
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Log params. MLflow never changes one: a new value goes to the tag `tracker.param.NAME`.
@@ -223,13 +295,24 @@ class MlflowStore:
         with _translated(f"record the data set of run {run_id}"):
             self._client.log_inputs(run_id, [entity])
 
-    def log_model(self, run_id: str, folder: Path, name: str, step: int) -> str:
-        """Upload a model that mlflow saved to `folder`, as the run's output; returns its id."""
+    def log_model(
+        self, run_id: str, folder: Path, name: str, step: int, record: str, *, in_doubt: bool
+    ) -> str:
+        """Upload a model that mlflow saved to `folder`, as the run's output; returns its id.
+
+        `record` names this model for good: with `in_doubt`, one that was begun is completed.
+        """
         with _translated(f"store the model of run {run_id}"):
             run = self._client.get_run(run_id)
-            logged = self._client.create_logged_model(
-                run.info.experiment_id, name, run_id, params=run.data.params
-            )
+            logged = self._logged_model(run.info.experiment_id, record) if in_doubt else None
+            if logged is None:
+                logged = self._client.create_logged_model(
+                    run.info.experiment_id,
+                    name,
+                    run_id,
+                    tags={RECORD_TAG: record},
+                    params=run.data.params,
+                )
             model = Model.load(str(folder))
             model.run_id, model.model_id, model.model_uuid = (
                 run_id,
@@ -240,20 +323,46 @@ class MlflowStore:
             model.save(str(folder / "MLmodel"))
             self._client.log_model_artifacts(logged.model_id, str(folder))
             self._client.finalize_logged_model(logged.model_id, "READY")
-            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+            outputs = run.outputs.model_outputs if run.outputs else []
+            if logged.model_id not in [output.model_id for output in outputs]:
+                self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
         return str(logged.model_id)
+
+    def _logged_model(self, experiment_id: str, record: str) -> LoggedModel | None:
+        found = self._client.search_logged_models(
+            [experiment_id], f"tags.`{RECORD_TAG}` = '{record}'", max_results=1
+        )
+        return found[0] if found else None
+
+    def delete_artifact(self, run_id: str, path: str) -> None:
+        """Delete a file or folder of the run's artifacts, if it is there."""
+        with _translated(f"delete the artifact {path} of run {run_id}"):
+            root = self._client.get_run(run_id).info.artifact_uri
+            parent = posixpath.dirname(path) or None
+            if path in [item.path for item in self._client.list_artifacts(run_id, parent)]:
+                get_artifact_repository(root, self.tracking_uri).delete_artifacts(path)
 
     def end_run(self, run_id: str, status: str, end_time: int) -> None:
         """Give the run its final status, at `end_time` in milliseconds."""
-        with _translated(f"end the run {run_id}"), _no_url_on_stdout():
+        with _translated(f"end the run {run_id}"), _quiet():
             self._client.set_terminated(run_id, status, end_time)
 
-    def download(self, run_id: str, folder: str, into: Path) -> Path:
-        """Download a folder of the run's artifacts; StoreError where there is none."""
-        with _translated(f"download {folder} of run {run_id}"):
-            if not self._client.list_artifacts(run_id, folder):
-                raise StoreError(f"run_id={run_id!r} has no artifacts in {folder!r}.")
-            return Path(self._client.download_artifacts(run_id, folder, str(into)))
+    def download(self, run_id: str, path: str, into: Path) -> Path:
+        """Download a file or folder of the run's artifacts; StoreError where there is none."""
+        if path not in self.artifacts(run_id, posixpath.dirname(path) or None):
+            raise StoreError(f"run_id={run_id!r} has no artifact {path!r}.")
+        with _translated(f"download {path} of run {run_id}"), _quiet():
+            return Path(self._client.download_artifacts(run_id, path, str(into)))
+
+    def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
+        """The paths in one folder of the run's artifacts, by name."""
+        with _translated(f"list the artifacts of run {run_id}"):
+            return sorted(item.path for item in self._client.list_artifacts(run_id, folder))
+
+
+def _comparable(value: float) -> float | str:
+    """A metric's value as it compares after MLflow stored it: NaN equal, infinity cut."""
+    return "nan" if math.isnan(value) else max(-_LARGEST, min(value, _LARGEST))
 
 
 def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -276,19 +385,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _absolute(uri: str) -> str:
-    """A relative path in `uri` made absolute: a program may change its directory."""
-    if uri.startswith("sqlite:///") and ":memory:" not in uri:
-        return f"sqlite:///{_local_path(uri).absolute()}"
-    if _is_file_store(uri):
-        return _local_path(uri).absolute().as_uri()
-    return uri
-
-
-def _is_file_store(uri: str) -> bool:
-    return uri.startswith("file:") or (":" not in uri and uri not in ("databricks", "uc"))
-
-
 def _opt_in_to_file_store() -> bool:
     """MLflow asks for this before it opens one; returns whether it had not been done."""
     had = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() == "true"
@@ -297,95 +393,19 @@ def _opt_in_to_file_store() -> bool:
 
 
 @contextmanager
-def _no_url_on_stdout() -> Iterator[None]:
-    """MLflow prints a server's URL, password and all, when a run ends."""
-    name = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
+def _quiet() -> Iterator[None]:
+    """MLflow prints a server's URL, password and all, when a run ends, and bars for downloads."""
+    wanted = {
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _is_http(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-def _why_silent(uri: str) -> str | None:
-    """Why the server at `uri` does not answer; None if it does, with whatever answer."""
-    try:
-        parts = urllib.parse.urlsplit(uri)
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return f"answers {error.code}" if error.code >= 500 else None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        # It answers; whether its certificate will do is MLflow's to say, by its own settings.
-        return None if isinstance(reason, ssl.SSLError) else str(reason)
-    return None
-
-
-@contextmanager
-def _first_to_open(uri: str) -> Iterator[None]:
-    """One process at a time: two that migrate one fresh SQLite file break it for good."""
-    if not uri.startswith("sqlite:"):
-        yield
-        return
-    whose = f"{Path.home()} {_local_path(uri).resolve()}"
-    name = f"tracker-{hashlib.sha256(whose.encode()).hexdigest()[:16]}.lock"
-    with FileLock(Path(tempfile.gettempdir()) / name):
-        yield
-
-
-def _local_path(uri: str) -> Path:
-    path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path)
-    # sqlite:///relative.db and sqlite:////absolute.db; file:///absolute and file:relative
-    return Path(path.removeprefix("/") if uri.startswith("sqlite:") else path)
-
-
-def _check_uri(uri: str) -> None:
-    """Say in one sentence what MLflow would say in many, or only after minutes of retries."""
-    problem = None
-    if _is_http(uri):
-        problem = _why_silent(uri)
-    elif uri.startswith("sqlite:"):
-        problem = _why_not_sqlite(_local_path(uri))
-    elif _is_file_store(uri):
-        problem = _why_not_writable(_local_path(uri), folder=True)
-    if problem is not None:
-        raise StoreError(f"tracking_uri={public_uri(uri)!r} cannot be opened: {problem}.")
-
-
-def _why_not_writable(path: Path, *, folder: bool) -> str | None:
-    for place in (path, *path.absolute().parents):
-        if place.exists():
-            if place.is_dir() != (folder or place != path):
-                return f"{place} is {'not ' if folder or place != path else ''}a folder"
-            return None if _is_writable(place) else f"{place} is not writable"
-    return None
-
-
-def _is_writable(place: Path) -> bool:
-    if not place.is_dir():
-        return os.access(place, os.W_OK)
-    try:
-        with tempfile.TemporaryFile(dir=place):  # os.access tells root that /proc is writable
-            return True
-    except OSError:
-        return False
-
-
-def _why_not_sqlite(path: Path) -> str | None:
-    if problem := _why_not_writable(path, folder=False):
-        return problem
-    if path.exists():
-        with path.open("rb") as file:
-            if file.read(16) not in (b"", b"SQLite format 3\0"):
-                return f"{path} is not a SQLite file"
-    return None
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

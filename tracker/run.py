@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
+import errno
+import io
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracker.checkpoint import save_checkpoint
 from tracker.checks import (
     checked_model_name,
     checked_name,
@@ -29,14 +31,16 @@ from tracker.checks import (
     checked_step,
     checked_tags,
 )
+from tracker.delivery import DEADLINE_SECONDS, Delivery, delivery, mode_of
 from tracker.environment import environment_tags, unwrap
-from tracker.errors import ArgumentError, CallOrderError
+from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.histograms import network_histograms
 from tracker.images import mlflow_image_files, to_pil
-from tracker.journal import Kind, now
+from tracker.journal import Kind, Point, now
+from tracker.redaction import is_secret_name, public_values
+from tracker.resume import CHECKPOINTS, Earlier
 from tracker.samples import dataset_name, describe_dataset
 from tracker.statuses import Outcome, Status, never_ended, outcome
-from tracker.uploader import InlineDelivery
 from tracker.views.files import json_text
 
 if TYPE_CHECKING:
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 
 DIRECTORY = ".tracker"
 """Where journals lie by default, below the current directory."""
+
+_DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 logger = logging.getLogger(__name__)
 
@@ -54,73 +60,114 @@ def start_run(
     experiment: str | None = None,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
+    parent: Run | str | None = None,
     tracking_uri: str | None = None,
     directory: str | Path = DIRECTORY,
+    inline: bool | None = None,
+    offline: bool | None = None,
 ) -> Run:
     """Start one run; use it in a `with` block, which gives it its true status.
 
     `tracking_uri` and `experiment` are by default what MLflow itself would use, `name` is then one
-    of MLflow's own, and `directory` holds the journal while the run lasts. Raises ArgumentError or
-    StoreError, with nothing half-made, where an argument is not allowed or the store does not open.
+    of MLflow's own, `parent` is the run that this one is a child of, or its id, and `directory`
+    holds the journal while the run lasts. A second process delivers the journal; with `inline`
+    (or TRACKER_INLINE=1) this thread does when the run ends, with `offline` (TRACKER_OFFLINE=1)
+    nobody does before `tracker sync`. Raises ArgumentError or StoreError, with nothing half-made,
+    where an argument is not allowed or the store cannot be what was meant.
     """
-    delivery = InlineDelivery(Path(directory), tracking_uri)
+    way = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
     try:
-        run = Run(delivery, params, experiment, name, tags, owns_delivery=True)
+        return Run(way, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C too leaves nothing behind
-        delivery.close()
+        way.close()
         raise
-    atexit.register(run.abandon)
-    return run
 
 
 class Run:
     """One tracked run.
 
-    Everything logged goes to the journal and is on disk within a fifth of a second; it is
-    delivered to MLflow when `flush` is called and when the run ends.
+    Everything logged is on disk within a fifth of a second, and delivered to MLflow from there;
+    nothing here waits for it but `flush` and the run's end.
     """
 
     def __init__(
         self,
-        delivery: InlineDelivery,
+        delivery: Delivery,
         params: Mapping[str, Any] | None = None,
         experiment: str | None = None,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
+        parent: Run | str | None = None,
         *,
+        resume: Earlier | None = None,
         owns_delivery: bool = False,
     ) -> None:
-        """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone."""
+        """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
+
+        `resume` is an earlier run that goes on as this one.
+        """
         self._delivery = delivery
         self._journal = delivery.journal
         self._owns_delivery = owns_delivery
         self._pid = os.getpid()
         self._key = uuid.uuid4().hex
-        self._params: dict[str, str] = {}
+        self._params: dict[str, str] = dict(resume.params) if resume else {}
+        self._resumed = dict(self._params)
+        self._last_steps = dict(resume.last_steps) if resume else {}
+        self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
         self._warned: set[str] = set()
         self._status: Status | None = None
         self._raised_before = _last_uncaught()
         checked = checked_params(params or {})
-        tags = {**environment_tags(), **(tags or {}), "tracker.run": self._key}
+        told = {"tracker.resumed": "true"} if resume else environment_tags()
+        tags = checked_tags({**told, **(tags or {}), "tracker.run": self._key})
+        experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        by_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if isinstance(parent, Run):
+            above: dict[str, str] | None = {"key": parent._key}
+        else:
+            above = None if parent is None else {"run_id": parent}
         self._append(
             "begin",
-            experiment=experiment,
+            experiment=experiment or "Default",
+            experiment_id=by_id,
             name=name,
-            tags=checked_tags(tags),
+            tags=self._without_secrets(tags, "tag"),
+            parent=above,
             adopt=os.environ.get("MLFLOW_RUN_ID"),
+            resume=resume.run_id if resume else None,
+            samples=resume.samples if resume else 0,
         )
+        if resume:
+            for row in resume.rows:
+                self.log_epoch(row)
+            for record in resume.histograms:
+                self._append("histograms", **record, there=True)
         self._log_params(checked)
-        delivery.begin(self._key)
+        delivery.hold(self._key, self.abandon)
 
-    def _append(self, kind: Kind, **body: Any) -> None:
+    def _without_secrets(self, pairs: Mapping[str, str], what: str) -> dict[str, str]:
+        """`pairs` as others may see them, with a warning for each value that is left out."""
+        for name in pairs:
+            if is_secret_name(name) and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("The value of %s %r is not stored: a secret by name.", what, name)
+        return public_values(pairs)
+
+    def _check_open(self) -> None:
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
+
+    def _append(self, kind: Kind, **body: Any) -> None:
+        self._check_open()
         self._journal.append(self._key, kind, body)
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run, for calls of your own; None while it exists only here."""
-        return self._delivered_id if self._status else self._journal.run_id(self._key)
+        if self._status is not None:
+            return self._delivered_id
+        return self._delivery.run_id(self._key)
 
     @property
     def tracking_uri(self) -> str:
@@ -146,8 +193,12 @@ class Run:
         self._log_params(checked_params(params))
 
     def _log_params(self, checked: Mapping[str, str]) -> None:
+        checked = self._without_secrets(checked, "param")
         for name, value in checked.items():
-            if (had := self._params.get(name, value)) != value:
+            if self._resumed.pop(name, value) != value:  # a value that was changed to go on with
+                self._params[name] = value
+                self._append("tags", tags={f"tracker.param.{name}": value})
+            elif (had := self._params.get(name, value)) != value:
                 raise ArgumentError(
                     f"param {name!r} is {had!r} and cannot become {value!r}: "
                     "MLflow never changes a param."
@@ -163,26 +214,43 @@ class Run:
         Raises ArgumentError for a name that MLflow refuses or a value that is not a number.
         """
         at, step = now(), checked_step(step)
-        points = [
-            (checked_name(k, "metric"), checked_number(k, v), step, at) for k, v in metrics.items()
-        ]
-        for name, value, _, _ in points:
-            self._warn_nonfinite(name, value, step)
-        self._append("metrics", metrics=points)
+        self._append_points(
+            [
+                Point(checked_name(name, "metric"), checked_number(name, value), step, at)
+                for name, value in metrics.items()
+            ]
+        )
 
     def log_series(self, name: str, values: Any, first_step: int, times: list[int]) -> None:
         """Log one metric at consecutive steps, each with its own time in milliseconds."""
         checked_name(name, "metric")
-        points = [
-            (name, float(value), first_step + offset, at)
-            for offset, (value, at) in enumerate(zip(values, times, strict=True))
-        ]
-        for _, value, step, _ in points:
-            self._warn_nonfinite(name, value, step)
-        self._append("metrics", metrics=points)
+        self._append_points(
+            [
+                Point(name, float(value), first_step + offset, at)
+                for offset, (value, at) in enumerate(zip(values, times, strict=True))
+            ]
+        )
+
+    def log_later(self, name: str, value: Tensor, step: int) -> None:
+        """Log a number that may not be computed yet, a scalar that nobody will change.
+
+        It is read when the journal is written: this call does not wait for the device.
+        """
+        if step > self._last_steps.get(name, step - 1):
+            self._check_open()
+            self._journal.append_points(self._key, (Point(name, value, step, now()),))
+
+    def _append_points(self, points: Sequence[Point]) -> None:
+        self._check_open()
+        for name, value, step, _ in points:
+            if not math.isfinite(value):
+                self._warn_nonfinite(name, value, step)
+        if self._last_steps:  # what the run that is continued has logged already
+            points = [p for p in points if p.step > self._last_steps.get(p.name, p.step - 1)]
+        self._journal.append_points(self._key, points)
 
     def _warn_nonfinite(self, name: str, value: float, step: int) -> None:
-        if math.isfinite(value) or name in self._warned:
+        if name in self._warned:
             return
         self._warned.add(name)
         stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
@@ -193,7 +261,7 @@ class Run:
 
         Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
         """
-        self._append("tags", tags=checked_tags(tags))
+        self._append("tags", tags=self._without_secrets(checked_tags(tags), "tag"))
 
     def log_image(
         self, name: str, image: Tensor | npt.NDArray[Any] | Image, step: int | None = None
@@ -207,15 +275,13 @@ class Run:
         picture = to_pil(image)
         if step is None:
             folder, file = posixpath.split(checked_path(name, "name"))
-            staged = self._journal.stage(file)
             try:
-                picture.save(staged)
+                self._log_file(file, picture.save, folder)
             except (OSError, ValueError) as error:
                 raise ArgumentError(
                     f"image name {name!r} is not a file's; without a step it must end in .png, "
                     ".jpg or another format that pictures have."
                 ) from error
-            self._add_file(staged, folder)
             return
         if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", name):
             raise ArgumentError(
@@ -224,9 +290,7 @@ class Run:
             )
         for path, content in mlflow_image_files(name, picture, step, now()):
             folder, file = posixpath.split(path)
-            staged = self._journal.stage(file)
-            content.save(staged)
-            self._add_file(staged, folder)
+            self._log_file(file, content.save, folder)
         self.log_tags({"mlflow.loggedImages": True})
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -240,23 +304,40 @@ class Run:
             raise ArgumentError(f"path={str(given)!r} does not exist.")
         if folder is not None:
             checked_path(folder, "folder")
-        staged = self._journal.stage(path.name)
         if path.is_dir():
-            shutil.copytree(path, staged)
-            folder = posixpath.join(folder or "", path.name)
+            inside = posixpath.join(folder or "", path.name)
+            self._log_file(path.name, lambda staged: shutil.copytree(path, staged), inside)
         else:
-            shutil.copyfile(path, staged)
-        self._add_file(staged, folder)
+            self._log_file(path.name, lambda staged: shutil.copyfile(path, staged), folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Log `text` as the artifact `name`, `folder/file.ext`."""
         folder, file = posixpath.split(checked_path(name, "name"))
-        staged = self._journal.stage(file)
-        staged.write_text(text, encoding="utf-8", errors="surrogatepass")
-        self._add_file(staged, folder)
+        content = text.encode("utf-8", errors="surrogatepass")
+        self._log_file(file, lambda staged: staged.write_bytes(content), folder)
 
-    def _add_file(self, staged: Path, folder: str | None) -> None:
-        self._append("file", staged=self._relative(staged), folder=folder or None)
+    def _log_file(
+        self,
+        name: str,
+        write: Callable[[Path], object],
+        folder: str | None,
+        **more: Any,
+    ) -> Path | None:
+        """Log what `write` writes to the path it is given; None where the disk took nothing."""
+        self._check_open()
+        staged: Path | None = None
+        try:
+            staged = self._journal.stage(name)
+            write(staged)
+        except OSError as error:
+            if staged is not None:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+            if not _disk_fails(error):
+                raise
+            self._journal.lose(name, error)
+            return None
+        self._append("file", staged=self._relative(staged), folder=folder or None, **more)
+        return staged
 
     def _relative(self, staged: Path) -> str:
         return staged.relative_to(self._journal.folder).as_posix()
@@ -316,37 +397,74 @@ class Run:
         from tracker.export import save_model
 
         checked_model_name(name)
-        folder = self._journal.stage(name)
+        self._check_open()
+        try:
+            folder = self._journal.stage(name)
+        except OSError as error:
+            self._journal.lose(name, error)
+            return False
         problem: str | None = "there is no example of its inputs"
         if example is not None:
             problem = save_model(network, example, folder)
         if problem is None:
             self._append("model", staged=self._relative(folder), name=name, step=step)
             return True
-        shutil.rmtree(folder, ignore_errors=True)
-        logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
-        staged = self._journal.stage(f"{name}.pt")
-        torch.save(unwrap(network).state_dict(), staged)
-        self._add_file(staged, None)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        weights = io.BytesIO()
+        torch.save(unwrap(network).state_dict(), weights)
+        content = weights.getbuffer()
+        if self._log_file(f"{name}.pt", lambda path: path.write_bytes(content), None) is not None:
+            logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
         return False
 
-    def flush(self) -> None:
-        """Deliver what was logged so far."""
-        self._delivery.drain()
+    def log_checkpoint(self, step: int, **states: Any) -> None:
+        """Save a checkpoint, as `save_checkpoint` takes it, as the artifact `checkpoints/STEP`."""
+        folder = f"{CHECKPOINTS}/{step:08d}"
+
+        def write(staged: Path) -> None:
+            save_checkpoint(staged, step=step, **states)
+
+        try:
+            # Its upload is no loss if it was superseded by then.
+            staged = self._log_file(f"{step:08d}", write, folder, passing=True)
+        except StoreError as error:
+            self._journal.lose(folder, error)
+            return
+        if staged is not None:
+            self._checkpoints[step] = staged
+
+    def delete_checkpoint(self, step: int) -> None:
+        """Delete the checkpoint of a step, delivered or not."""
+        if (staged := self._checkpoints.pop(step, None)) is not None:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        self._append("delete", path=f"{CHECKPOINTS}/{step:08d}")
+
+    def deliver(self) -> None:
+        """An epoch has ended: a moment for delivering in-line. With an uploader, nothing."""
+        self._delivery.deliver()
+
+    def flush(self, timeout: float = DEADLINE_SECONDS) -> bool:
+        """Wait until what was logged so far is delivered; whether it was within `timeout` s."""
+        return self._delivery.flush(timeout)
 
     def end(self, ended: Outcome = Outcome("FINISHED")) -> None:  # noqa: B008 - immutable
-        """End the run with its final status; a second call does nothing."""
-        if self._status is not None:
-            return
+        """End the run with its final status; a second call does nothing.
+
+        Waits until the run is delivered, at most DEADLINE_SECONDS.
+        """
+        if self._status is not None or os.getpid() != self._pid:
+            return  # a fork has nothing to say about its parent's run
         if ended.reason:
             self.log_tags({"tracker.failure": ended.reason})
         self._append("end", status=ended.status)
-        self._delivery.drain()
-        self._delivered_id = self._journal.run_id(self._key)
-        self._status = ended.status
-        if self._owns_delivery:
-            atexit.unregister(self.abandon)
-            self._delivery.close()
+        self._status = ended.status  # from here on it has, even if somebody tires of waiting
+        self._delivered_id: str | None = None
+        try:
+            self._delivery.release(self._key)
+        finally:
+            self._delivered_id = self._delivery.run_id(self._key)
+            if self._owns_delivery:
+                self._delivery.close()
 
     def left(self, when: str, where: str | None = None) -> Outcome:
         """What the run comes to if it was left, at `when`, and its end never called."""
@@ -356,8 +474,7 @@ class Run:
 
     def abandon(self) -> None:
         """Close the run at the program's end, if nothing else has."""
-        if os.getpid() == self._pid:  # a fork has nothing to say about its parent's run
-            self.end(self.left("when the program ended"))
+        self.end(self.left("when the program ended"))
 
     def __enter__(self) -> Run:
         return self
@@ -369,6 +486,12 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.end(outcome(error))
+
+
+def _disk_fails(error: OSError) -> bool:
+    """Whether it is the disk's fault: shutil.copytree tells of that as text."""
+    several = str(error) if isinstance(error, shutil.Error) else ""
+    return any(error.errno == code or f"[Errno {code}]" in several for code in _DISK_FAILS)
 
 
 def _last_uncaught() -> BaseException | None:

@@ -50,6 +50,7 @@ def tracking_uri(
             db.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
         uri = f"sqlite:///{database}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("TRACKER_INLINE", "1")  # what was logged is there when the run has ended
     for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return uri

@@ -1,19 +1,18 @@
-"""From the journal to MLflow."""
+"""From the journal to MLflow: what each record becomes there, in order, once."""
 
 from __future__ import annotations
 
-import logging
-import random
+import posixpath
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tracker.environment import public_uri
-from tracker.errors import RefusedError, StoreError
-from tracker.journal import Journal, Record
+from tracker.checks import checked_path
+from tracker.errors import ArgumentError, RefusedError, StoreError
+from tracker.journal import Journal, Kind, Record
+from tracker.shapes import RUN_TAG, flaw
 from tracker.views.files import csv_text, json_text
 from tracker.views.histogram_page import histogram_page
 
@@ -25,93 +24,199 @@ PAGE_SECONDS = 60.0
 PAGE_SHARE = 0.01
 """… and takes at most this share of the time."""
 
-logger = logging.getLogger(__name__)
+_CHUNK = 1_000  # records read at a time
+_TOGETHER = 200  # records of metrics in a request; each holds what was logged in 0.2 s
+
+
+def never() -> bool:
+    """Goes on until all is delivered."""
+    return False
 
 
 class Uploader:
-    """Delivers one journal to one store, in order."""
+    """Delivers one journal to one store."""
 
-    def __init__(self, journal: Journal, store: MlflowStore) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        store: MlflowStore,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """`on_progress` is told how many records were delivered, after each few of them."""
         self._journal = journal
         self._store = store
+        self._on_progress = on_progress
         self._page_due: dict[str, float] = {}
+        self._headless: set[str] = set()
 
-    def drain(self) -> None:
-        """Deliver all that is on disk; StoreError at the first record that cannot be."""
-        for group in _groups(self._journal.undelivered()):
-            try:
-                self._deliver(group)
-            except RefusedError as error:
-                if group[0].kind == "begin":
-                    raise
-                # Trying again would change nothing, and all that comes after it would wait.
-                logger.warning("A record (%s) is lost: %s", group[0].kind, error)
-            self._journal.mark_delivered(group[-1].seq)
-            for record in group:
-                if staged := record.body.get("staged"):
-                    shutil.rmtree((self._journal.folder / staged).parent, ignore_errors=True)
+    def drain(self, stop: Callable[[], bool] = never) -> int:
+        """Deliver all that is on disk, unless `stop` says so; returns how many records.
 
-    def _deliver(self, group: list[Record]) -> None:
+        Raises StoreError at the first record that cannot be delivered now. A record that the store
+        will never take is dropped, and a notice left in the journal.
+        """
+        delivered = 0
+        while records := self._journal.undelivered(_CHUNK):
+            for group in _groups(records):
+                if stop():
+                    return delivered
+                self._send(group)
+                delivered += len(group)
+                if self._on_progress is not None:
+                    self._on_progress(len(group))
+        return delivered
+
+    def _send(self, group: list[Record]) -> None:
+        in_doubt = self._journal.sending(group[-1].seq)
+        problems = [flaw(record.kind, record.body, record.time) for record in group]
+        try:
+            if problem := next(filter(None, problems), None):
+                raise RefusedError(f"{problem}.")
+            self._deliver(group, in_doubt)
+        except RefusedError as error:
+            if group[0].kind == "begin" and not problem:
+                raise  # all that comes after it would be lost with it
+            if len(group) > 1:
+                for record in group:
+                    self._send([record])
+                return
+            # Trying again would change nothing, and all that comes after it would wait.
+            kind = repr(group[0].kind)[1:20].rstrip("'")
+            self._journal.notice(f"A record ({kind}) is lost: {error}")
+        self._journal.mark_delivered(group[-1].seq)
+        for record in group:
+            if record.kind in ("file", "model") and (path := self._staged(record)) is not None:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        if group[0].kind == "end":
+            self._journal.forget(group[0].run)
+
+    def _deliver(self, group: list[Record], in_doubt: bool) -> None:
         first = group[0]
         body, store = first.body, self._store
         if first.kind == "begin":
-            run_id = store.begin_run(
-                experiment=body["experiment"],
-                name=body["name"],
-                start_time=first.time,
-                tags=body["tags"],
-                adopt=body["adopt"],
-            )
-            self._journal.bind(first.run, run_id)
+            self._journal.bind(first.run, self._begin(first, in_doubt))
             return
         bound = self._journal.run_id(first.run)
         if bound is None:
-            raise StoreError(f"{self._journal.folder} lost the beginning of a run.")
+            if first.run not in self._headless:
+                self._headless.add(first.run)
+                self._journal.notice("The beginning of a run is lost, and what was logged to it.")
+            return
         match first.kind:
             case "metrics":
                 points = [tuple(point) for record in group for point in record.body["metrics"]]
-                store.log_batch(bound, metrics=points)
+                store.log_batch(bound, metrics=points, in_doubt=in_doubt)
             case "params":
                 store.log_params(bound, body["params"])
             case "tags":
                 store.log_batch(bound, tags=body["tags"])
-            case "file":
-                store.log_artifact(bound, self._journal.folder / body["staged"], body["folder"])
+            case "file" | "model":
+                self._deliver_files(first, bound, in_doubt)
+            case "delete":
+                store.delete_artifact(bound, _inside(body["path"]))
             case "dataset":
                 store.log_dataset(bound, body["dataset"], body["context"])
-            case "model":
-                staged = self._journal.folder / body["staged"]
-                store.log_model(bound, staged, body["name"], body["step"])
             case "histograms":
-                store.log_text(bound, json_text(body), f"histograms/{body['step']:06d}.json")
+                if not body.get("there"):
+                    record = {key: body[key] for key in ("step", "histograms")}
+                    store.log_text(bound, json_text(record), f"histograms/{body['step']:06d}.json")
                 if time.monotonic() > self._page_due.setdefault(
                     first.run, time.monotonic() + PAGE_SECONDS
                 ):
                     self._draw_page(first.run, bound)
-            case "epoch":
-                pass  # kept in the journal for the table at the end
+            case "epoch" | "signal":
+                pass  # kept in the journal for the end
             case "end":
                 self._draw_page(first.run, bound)
-                if rows := [record["row"] for record in self._journal.bodies(first.run, "epoch")]:
+                if rows := [record["row"] for record in _sound(self._journal, first.run, "epoch")]:
                     store.log_text(bound, csv_text(rows), "epochs.csv")
                     store.log_text(bound, json_text(rows), "epochs.json")
                 store.end_run(bound, body["status"], first.time)
 
+    def _begin(self, record: Record, in_doubt: bool) -> str:
+        body, store, tags = record.body, self._store, dict(record.body["tags"])
+        if (resumed := body.get("resume")) is not None:
+            del tags[RUN_TAG]  # it stays what it was
+            store.reopen(resumed, tags)
+            return str(resumed)
+        if (parent := body.get("parent")) is not None:
+            # A run's id in MLflow, or its key: of a run of this journal, or of another process.
+            known = parent.get("run_id") or self._journal.run_id(parent["key"])
+            known = known or store.find_run(parent["key"])
+            if known is None:
+                raise StoreError("the parent of a run is not delivered yet")
+            tags["mlflow.parentRunId"] = known
+        return store.begin_run(
+            experiment_id=store.experiment_id(body["experiment"], body["experiment_id"]),
+            name=body["name"],
+            start_time=record.time,
+            tags=tags,
+            adopt=body["adopt"],
+            in_doubt=in_doubt,
+        )
+
+    def _deliver_files(self, record: Record, run_id: str, in_doubt: bool) -> None:
+        body, store = record.body, self._store
+        if (path := self._staged(record)) is None:
+            raise RefusedError(f"{body['staged']!r} is no file of this journal")
+        if not path.exists():  # a checkpoint that was superseded before it was delivered
+            if not in_doubt and not body.get("passing"):
+                self._journal.notice(f"The artifact {path.name} is lost: its file is gone.")
+            return
+        if record.kind == "file":
+            folder = None if body["folder"] is None else _inside(body["folder"])
+            store.log_artifact(run_id, path, folder)
+        else:
+            key = f"{record.run}-{record.seq}"
+            store.log_model(run_id, path, body["name"], body["step"], key, in_doubt=in_doubt)
+
+    def _staged(self, record: Record) -> Path | None:
+        """The file or folder that `record` refers to; None if that is not within the journal's."""
+        if flaw(record.kind, record.body) is not None:
+            return None
+        files = self._journal.folder.resolve() / "files"  # itself no link
+        path = self._journal.folder / record.body["staged"]
+        try:
+            if ".." in path.parts or path.parent.parent.resolve() != files:
+                return None
+            places = [path.parent, path, *path.rglob("*")] if path.exists() else [path.parent, path]
+            return None if any(map(_leads_astray, places)) else path
+        except OSError:  # a name that no file can have
+            return None
+
     def _draw_page(self, run: str, run_id: str) -> None:
         started = time.monotonic()
-        if records := self._journal.bodies(run, "histograms"):
+        if records := _sound(self._journal, run, "histograms"):
             page = histogram_page(records, self._store.run_name(run_id))
             self._store.log_text(run_id, page, "histograms.html")
         took = time.monotonic() - started
         self._page_due[run] = started + max(PAGE_SECONDS, took / PAGE_SHARE)
 
 
-def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
+def _sound(journal: Journal, run: str, kind: Kind) -> list[Mapping[str, Any]]:
+    """The bodies of one kind of a run that are what they must be."""
+    return [body for body in journal.bodies(run, kind) if flaw(kind, body) is None]
+
+
+def _leads_astray(place: Path) -> bool:
+    """Whether it is a link, or anything but a file or folder: reading a pipe would not end."""
+    return place.is_symlink() or (place.exists() and not (place.is_file() or place.is_dir()))
+
+
+def _inside(path: str) -> str:
+    """`path`, if it is one within the run's artifacts; RefusedError where it is not."""
+    try:
+        return checked_path(posixpath.normpath(path), "artifact")
+    except ArgumentError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Neighbouring metrics of a run together, for one request; all else one by one."""
     group: list[Record] = []
     for record in records:
         together = record.kind == "metrics" and group and group[0].kind == "metrics"
-        if group and not (together and group[0].run == record.run):
+        if group and not (together and group[0].run == record.run and len(group) < _TOGETHER):
             yield group
             group = []
         group.append(record)
@@ -119,119 +224,15 @@ def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield group
 
 
-class InlineDelivery:
-    """Delivers the journal of this process from the training thread, when asked to.
-
-    The user's mistakes show when the first run begins. After that a store that cannot be reached
-    never stops training: one warning, and what is undelivered stays in the journal.
-    """
-
-    def __init__(self, directory: Path, tracking_uri: str | None) -> None:
-        self._given_uri = tracking_uri
-        self.journal = Journal.create(directory)
-        self._store: MlflowStore | None = None
-        self._uploader: Uploader | None = None
-        self._began = False
-        self._warned = False
-
-    @property
-    def tracking_uri(self) -> str:
-        """The URI of the store, resolved."""
-        return self._open().tracking_uri
-
-    def _open(self) -> MlflowStore:
-        if self._store is None:
-            from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
-
-            self._store = MlflowStore(self._given_uri)
-            self.journal.tracking_uri = public_uri(self._store.tracking_uri)
-            self._uploader = Uploader(self.journal, self._store)
-        return self._store
-
-    def begin(self, run: str) -> None:
-        """Deliver the beginning of `run`, so that its id is known.
-
-        Raises StoreError where the store cannot be used, as long as nothing was delivered to it.
-        """
-        try:
-            self._drain()
-        except StoreError as error:
-            if not self._began and self.journal.run_id(run) is None:
-                raise
-            self._warn(error)
-        self._began = True
-
-    def drain(self) -> None:
-        """Deliver what there is; a failure is a warning."""
-        try:
-            self._drain()
-        except StoreError as error:
-            self._warn(error)
-
-    def _drain(self) -> None:
-        self.journal.flush()
-        store = self._open()
-        if not store.answers():  # MLflow's client would try for minutes
-            raise StoreError("the server does not answer")
-        if self._uploader is not None:
-            with _own_randomness():
-                self._uploader.drain()
-
-    def _warn(self, error: StoreError) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning("Training goes on, its records wait in the journal: %s", error)
-
-    def close(self) -> None:
-        """Deliver the rest and close the journal; say what is left and how to deliver it."""
-        if not self._began:
-            self.journal.discard()
-            return
-        self.drain()
-        folder = self.journal.folder
-        if left := self.journal.close():
-            logger.warning(
-                "%d records are not delivered; deliver them: tracker sync %s", left, folder
-            )
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """MLflow draws its run names from python's generator, which belongs to the training."""
-    state = random.getstate()
-    random.seed()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-
-
-def sync(folder: Path, tracking_uri: str | None = None) -> int:
-    """Deliver the journal in `folder`, of a process that has ended; returns how many records.
-
-    They go where the process delivered them, or to `tracking_uri`: needed where that has a
-    password, which a journal does not keep. A run that the process did not live to end becomes
-    FAILED. Raises StoreError where the folder is no journal, its process still runs, or the store
-    cannot be used.
-    """
-    journal = Journal(folder)
-    if journal.writer_lives():
-        raise StoreError(f"path={str(folder)!r} is still written to by process {journal.pid}.")
+def close_unended(journal: Journal) -> None:
+    """Give every run that its process did not live to end the status that it truly has."""
+    who = f"Process {journal.writer.pid} on {journal.writer.host}"
     for run in journal.unended():
-        reason = f"Process {journal.pid} on {journal.host} ended without saying how."
-        last = journal.last_time(run)
-        journal.append(run, "tags", {"tags": {"tracker.failure": reason}}, last)
-        journal.append(run, "end", {"status": "FAILED"}, last)
-    journal.flush()
-    left = journal.remaining()
-    try:
-        from tracker.mlflow_store import MlflowStore  # importing mlflow takes a second
-
-        known = journal.tracking_uri
-        if tracking_uri is None and known is not None and public_uri(known) != known:
-            raise StoreError(f"{folder} goes to {known}; give --tracking-uri with its password.")
-        Uploader(journal, MlflowStore(tracking_uri or known)).drain()
-        left -= journal.remaining()
-    finally:
-        journal.close()
-    return left
+        at = journal.last_time(run)
+        if signals := _sound(journal, run, "signal"):
+            status, reason = "KILLED", f"{who} was stopped by {signals[-1]['signal']}."
+        else:
+            status = "FAILED"
+            reason = f"{who} ended without saying how: SIGKILL, no memory or no power."
+        journal.append(run, "tags", {"tags": {"tracker.failure": reason}}, at)
+        journal.append(run, "end", {"status": status}, at)

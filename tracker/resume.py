@@ -1,0 +1,155 @@
+"""What a run that is to be continued has in MLflow: its checkpoint, and what it has logged."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracker.checkpoint import Checkpoint, load_checkpoint
+from tracker.errors import StoreError
+from tracker.journal import Journal
+from tracker.ownership import Writer, writer_lives
+from tracker.redaction import public_uri
+from tracker.sync import deliver_left_behind, journals
+
+if TYPE_CHECKING:
+    from tracker.mlflow_store import MlflowStore
+
+CHECKPOINTS = "checkpoints"
+"""The folder of the run's artifacts with a checkpoint a folder, named after its step."""
+_SETTLE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A run that ended before its training did."""
+
+    run_id: str
+    params: Mapping[str, str]
+    last_steps: Mapping[str, int]
+    """The last step of each metric: up to there a continued run logs it no more."""
+    samples: int
+    """Samples of the system's metrics that there are."""
+    rows: list[dict[str, Any]]
+    """The rows of `epochs.json` up to the checkpoint."""
+    histograms: list[dict[str, Any]]
+    """The histograms' records up to the checkpoint."""
+    kept: Mapping[int, Mapping[str, float]]
+    """The checkpoints that there are, by step, with their metrics."""
+    checkpoint: Checkpoint | None
+    """The last one; None where there is none, and training begins anew."""
+
+
+def load_earlier(run_id: str, tracking_uri: str | None, directory: Path) -> Earlier:
+    """Read what is needed to continue `run_id`.
+
+    What its process left in `directory` is delivered first. Raises StoreError where there is no
+    such run, or its process still lives.
+    """
+    from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
+
+    store = MlflowStore(tracking_uri)
+    if directory.is_dir():
+        _settle(directory, store, run_id)
+    past = store.past(run_id)
+    with tempfile.TemporaryDirectory(prefix="tracker-resume-") as place:
+        kept, checkpoint = _checkpoints(store, run_id, Path(place))
+        epochs = checkpoint.epoch if checkpoint else 0
+        rows = [row for row in _rows(store, run_id, Path(place)) if row["epoch"] <= epochs]
+        histograms = _histograms(store, run_id, Path(place), epochs)
+    return Earlier(
+        run_id=run_id,
+        params=past.params,
+        last_steps=past.last_steps,
+        samples=1 + past.last_steps.get("system/cpu_utilization_percentage", -1),
+        rows=rows,
+        histograms=histograms,
+        kept=kept,
+        checkpoint=checkpoint,
+    )
+
+
+def _settle(directory: Path, store: MlflowStore, run_id: str) -> None:
+    """Have what dead processes left delivered, by us or by their own uploader if that lives."""
+    until = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        deliver_left_behind(directory, store)
+        waiting = False
+        for folder in journals(directory):
+            if not writer_lives(folder):
+                waiting |= _goes_to(folder, store)
+            elif Writer.of(folder).host == Writer.this_process().host and _tracks(folder, run_id):
+                raise StoreError(
+                    f"run_id={run_id!r} still goes on, in process {Writer.of(folder).pid}."
+                )
+        if not waiting or time.monotonic() > until:
+            return
+        time.sleep(0.2)
+
+
+def _goes_to(folder: Path, store: MlflowStore) -> bool:
+    try:
+        journal = Journal(folder)
+    except StoreError:  # delivered and gone, or for `tracker sync` to say what is wrong with it
+        return False
+    try:
+        return journal.tracking_uri == public_uri(store.tracking_uri)
+    finally:
+        journal.close()
+
+
+def _tracks(folder: Path, run_id: str) -> bool:
+    journal = Journal(folder)
+    try:
+        return run_id in [journal.run_id(run) for run in journal.unended()]
+    finally:
+        journal.close()
+
+
+def _checkpoints(
+    store: MlflowStore, run_id: str, place: Path
+) -> tuple[dict[int, Mapping[str, float]], Checkpoint | None]:
+    """The checkpoints' metrics by step, and the last that is whole."""
+    steps = sorted(
+        int(name)
+        for path in store.artifacts(run_id, CHECKPOINTS)
+        if (name := path.rpartition("/")[2]).isdecimal()
+    )
+    kept: dict[int, Mapping[str, float]] = {}
+    last = None
+    for step in reversed(steps):
+        folder = store.download(run_id, f"{CHECKPOINTS}/{step:08d}", place)
+        try:
+            checkpoint = load_checkpoint(folder)
+        except StoreError:  # its upload was cut off
+            continue
+        kept[step] = checkpoint.metrics
+        last = last or checkpoint
+    return kept, last
+
+
+def _rows(store: MlflowStore, run_id: str, place: Path) -> list[dict[str, Any]]:
+    if "epochs.json" not in store.artifacts(run_id):
+        return []
+    text = store.download(run_id, "epochs.json", place).read_text(encoding="utf-8")
+    return [{key: _number(value) for key, value in row.items()} for row in json.loads(text)]
+
+
+def _number(value: Any) -> Any:
+    """A value of a table's JSON, which spells what is no number there as text or null."""
+    return math.nan if value is None else float(value) if isinstance(value, str) else value
+
+
+def _histograms(store: MlflowStore, run_id: str, place: Path, epochs: int) -> list[dict[str, Any]]:
+    if not (paths := store.artifacts(run_id, "histograms")):
+        return []
+    folder = store.download(run_id, "histograms", place)
+    names = [path.rpartition("/")[2] for path in paths]
+    records = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
+    return [record for record in records if record["step"] <= epochs]

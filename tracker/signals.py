@@ -1,0 +1,40 @@
+"""SIGTERM: said in the journals before the process dies of it, as it would have without us."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def on_termination(listener: Callable[[str], None]) -> Callable[[], None]:
+    """Have `listener` called with the signal's name when this process is told to end.
+
+    Nothing is done where the program has a handler of its own, or outside the main thread: what
+    becomes of the signal is then the program's to say. Returns what takes the listener back.
+    """
+    if not _listeners and threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return lambda: None
+        signal.signal(signal.SIGTERM, _terminated)
+    _listeners.append(listener)
+
+    def forget() -> None:
+        if listener in _listeners:
+            _listeners.remove(listener)
+        main = threading.current_thread() is threading.main_thread()
+        if main and not _listeners and signal.getsignal(signal.SIGTERM) is _terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    return forget
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    for listener in list(_listeners):
+        listener(signal.Signals(number).name)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,189 @@
+"""The process that delivers the journal of another one while that trains.
+
+It alone imports mlflow for tracking, and never torch. It is told by the journal what there is to
+do and tells there how it stands; the two processes share nothing else. When the other one is gone
+it gives runs that were not ended their true status, delivers the rest, and removes the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tracker.errors import StoreError, TrackerError
+from tracker.journal import Journal, now
+from tracker.ownership import Lock, writer_lives
+from tracker.redaction import public_uri
+from tracker.sync import deliver_left_behind
+from tracker.uploader import Uploader, close_unended
+
+if TYPE_CHECKING:
+    from tracker.mlflow_store import MlflowStore
+    from tracker.system_metrics import SystemMetrics
+
+POLL_SECONDS = 0.1
+RETRY_SECONDS = 5.0
+"""A store that fails is tried again after half a second, then ever later, at last so often."""
+GIVE_UP_SECONDS = 60.0
+"""How long a store that fails is tried after the training process is gone."""
+IDLE_SECONDS = 30.0
+"""Without a run that goes on and with nothing to deliver the process ends; it is started again."""
+STOP_SECONDS = 5.0
+"""How long it goes on delivering after SIGTERM."""
+SAMPLE_SECONDS = 10.0
+"""Between two samples of the system's metrics."""
+REQUEST_SECONDS = 20
+"""A request that a server does not answer by then is tried again."""
+
+logger = logging.getLogger(__name__)
+
+
+class UploaderProcess:
+    """One journal, and the store that it goes to."""
+
+    def __init__(self, folder: Path, tracking_uri: str, system_metrics: bool) -> None:
+        self._journal = Journal(folder)
+        self._uri = tracking_uri
+        self._store: MlflowStore | None = None
+        self._uploader: Uploader | None = None
+        self._metrics: SystemMetrics | None = None
+        if system_metrics:
+            from tracker.system_metrics import SystemMetrics
+
+            self._metrics = SystemMetrics()
+        self._sample_at = 0.0
+        self._begun: dict[str, int] = {}
+        self._failures = 0
+        self._retry_at = 0.0
+        self._stop_at: float | None = None
+
+    def stop(self, *_: object) -> None:
+        """End soon: the handler of SIGTERM."""
+        self._stop_at = self._stop_at or time.monotonic() + STOP_SECONDS
+
+    def run(self) -> int:
+        """Deliver until there is nobody to deliver for; 0 if all is delivered."""
+        busy = time.monotonic()  # when there was something to do last
+        gone: float | None = None
+        swept = False
+        while True:
+            if gone is None and not writer_lives(self._journal.folder):
+                gone = time.monotonic()
+                close_unended(self._journal)
+            if gone is None:
+                self._sample()
+            delivered = self._deliver()
+            if delivered and not swept and self._store is not None and not self._failures:
+                swept = True
+                deliver_left_behind(self._journal.folder.parent, self._store)
+            moment = time.monotonic()
+            if delivered:
+                busy = moment
+                continue
+            left = self._journal.remaining()
+            if gone is not None and not left:
+                self._journal.remove()
+                return 0
+            if gone is not None and self._failures and moment > gone + GIVE_UP_SECONDS:
+                return 1
+            if self._stop_at is not None and (not left or self._failures or moment > self._stop_at):
+                return 1 if left else 0
+            if not left and moment > busy + IDLE_SECONDS:
+                if not self._journal.unended():
+                    return 0
+                busy = moment
+            time.sleep(POLL_SECONDS)
+
+    def _deliver(self) -> int:
+        """Deliver what there is, if it is time to try; returns how many records."""
+        if time.monotonic() < self._retry_at or not self._journal.remaining():
+            return 0
+        try:
+            if self._failures and self._store is not None and (why := self._store.silence()):
+                raise StoreError(f"the server does not answer: {why}")
+            delivered = self._open().drain(self._stopped)
+        except StoreError as error:
+            self._journal.problem = str(error)
+            self._failures += 1
+            wait = min(0.5 * 2 ** (self._failures - 1), RETRY_SECONDS)
+            self._retry_at = time.monotonic() + wait
+            return 0
+        if self._failures:
+            self._failures = 0
+            self._journal.problem = None
+        return delivered
+
+    def _stopped(self) -> bool:
+        return self._stop_at is not None and time.monotonic() > self._stop_at
+
+    def _open(self) -> Uploader:
+        if self._store is None or self._uploader is None:
+            from tracker.mlflow_store import MlflowStore  # takes two seconds
+
+            self._store = MlflowStore(self._uri)
+            self._uploader = Uploader(self._journal, self._store)
+        return self._uploader
+
+    def _sample(self) -> None:
+        """Append the system's metrics to every run that goes on."""
+        if self._metrics is None or time.monotonic() < self._sample_at:
+            return
+        self._sample_at = time.monotonic() + SAMPLE_SECONDS
+        if not (runs := self._journal.unended()):
+            return
+        at, sample = now(), self._metrics.sample()
+        for run in runs:
+            if run not in self._begun:
+                (begin,) = self._journal.bodies(run, "begin")
+                earlier = int(begin["samples"] * SAMPLE_SECONDS * 1_000)
+                self._begun[run] = self._journal.begin_time(run) - earlier
+            # From the clock, not from a count: whoever is started in our place goes on with it.
+            step = round((at - self._begun[run]) / (SAMPLE_SECONDS * 1_000))
+            points = [[name, value, step, at] for name, value in sample.items()]
+            self._journal.append(run, "metrics", {"metrics": points}, at)
+
+    def close(self) -> None:
+        """Let go of the GPUs and the journal."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self._journal.close()
+
+
+def main() -> NoReturn:
+    """Deliver the journal that standard input names; the exit code is 0 if all was delivered."""
+    code = _main()
+    logging.shutdown()
+    os._exit(code)  # nothing is left to tidy up, and mlflow's threads would take their time
+
+
+def _main() -> int:
+    given: dict[str, Any] = json.load(sys.stdin)
+    # Ctrl-C and a closed terminal are meant for the training, whose end we have to tell of.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(19)  # training comes first
+    # The client's own retries hold a call for minutes, and may send twice what must arrive once.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+    logging.basicConfig(level=logging.WARNING)
+    folder = Path(given["folder"])
+    lock = Lock(folder, "delivery")
+    try:
+        if not lock.take():
+            return 0
+        process = UploaderProcess(folder, given["tracking_uri"], given["system_metrics"])
+        signal.signal(signal.SIGTERM, process.stop)
+        try:
+            return process.run()
+        finally:
+            process.close()
+            lock.release()
+    except TrackerError as error:
+        logger.error("%s", public_uri(str(error)))
+        return 1
