@@ -27,6 +27,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.outage
 
 lock:
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade \

@@ -450,7 +450,6 @@ Path(f"rank{me}.json").write_text("{}")
 """
 
 
-@pytest.mark.skip(reason="until RunManager knows ranks")
 @pytest.mark.timeout(180)
 def test_two_ranks_are_one_run_that_rank_0_writes(store: Store, tmp_path: Path) -> None:
     torchrun(MANAGER, tmp_path)

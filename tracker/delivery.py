@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tracker.errors import ArgumentError, StoreError
-from tracker.journal import Journal, JournalWriter
+from tracker.journal import Journal, JournalWriter, Problem
 from tracker.redaction import public_uri
 from tracker.signals import on_termination
 from tracker.tracking_uri import check, resolve
@@ -37,6 +37,7 @@ WARN_SECONDS = 5.0
 """A store that fails this long is worth a warning: another process may only hold its lock."""
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1.0  # between two looks at what the uploader says
+_STOP_SECONDS = 2.0  # for an uploader that is told to stop, until it is killed: nothing is lost
 _RESTARTS = 3  # of an uploader that dies before it delivered anything, until we say so
 
 Mode = Literal["process", "inline", "offline"]
@@ -251,6 +252,7 @@ class BackgroundDelivery:
         self._look_at = 0.0
         self._noticed = 0
         self._warned = False
+        self._stuck_at: int | None = None  # what was delivered when waiting for more was given up
         self.journal = JournalWriter(directory)
         self._reader = Journal(self.journal.folder)
         self._reader.tracking_uri = public_uri(tracking_uri)
@@ -276,6 +278,7 @@ class BackgroundDelivery:
         while self._wants_uploader and self._reader.delivered < last:
             problem = self._reader.problem
             if time.monotonic() > until or (problem and time.time() > problem.since + timeout):
+                self._stuck_at = self._reader.delivered
                 return False
             time.sleep(_POLL_SECONDS)
         return self._wants_uploader
@@ -284,7 +287,8 @@ class BackgroundDelivery:
         """Wait for the run's delivery up to the deadline; then name the command that does it."""
         self._signalled.runs.pop(run, None)
         if self._wants_uploader and not self.flush(DEADLINE_SECONDS):
-            self._warn("the run has ended and is not delivered yet")
+            problem = self._reader.problem
+            self._warn(problem.text if problem else "the run has ended and is not delivered yet")
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of `run`, None while it is not delivered."""
@@ -299,7 +303,8 @@ class BackgroundDelivery:
         try:
             for abandon in list(self._signalled.runs.values()):
                 abandon()
-            delivered = self.flush(DEADLINE_SECONDS)
+            stuck = self._stuck_at == self._reader.delivered  # then the wait is over already
+            delivered = self.flush(0.0 if stuck else DEADLINE_SECONDS)
         except KeyboardInterrupt:  # somebody does not want to wait
             pass
         self._signalled.forget()
@@ -309,7 +314,7 @@ class BackgroundDelivery:
             if not delivered:
                 self._process.terminate()
             try:
-                self._process.wait(DEADLINE_SECONDS)
+                self._process.wait(DEADLINE_SECONDS if delivered else _STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -317,7 +322,7 @@ class BackgroundDelivery:
         folder = self.journal.folder
         if folder.exists():  # the uploader, if there was one, has left it
             if left := self._reader.remaining():
-                _say_left(left, folder)
+                _say_left(left, folder, self._reader.problem)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
         self._reader.close()
@@ -428,8 +433,11 @@ class NoDelivery:
         self._folder.cleanup()
 
 
-def _say_left(records: int, folder: Path) -> None:
-    logger.warning("%d records are not delivered; deliver them: tracker sync %s", records, folder)
+def _say_left(records: int, folder: Path, problem: Problem | None = None) -> None:
+    why = f" ({problem.text.rstrip('.')})" if problem else ""
+    logger.warning(
+        "%d records are not delivered; deliver them: tracker sync %s%s", records, folder, why
+    )
 
 
 @contextmanager

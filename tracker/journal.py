@@ -169,7 +169,8 @@ class JournalWriter:
 
     def append_points(self, run: str, points: Iterable[Point]) -> None:
         """Add values of metrics; neighbours become one record."""
-        self._pending.extend((run, point.time, "metrics", point) for point in points)
+        for point in points:  # mostly one: a generator would cost more than it
+            self._pending.append((run, point.time, "metrics", point))
 
     def stage(self, name: str) -> Path:
         """A path for a file or folder called `name` that a later record refers to."""
@@ -226,7 +227,10 @@ class JournalWriter:
                 with _no_error(self.folder):
                     self._lock.beat()
             if self.on_tick is not None and going_on:
-                self.on_tick()
+                try:
+                    self.on_tick()
+                except Exception:
+                    logger.debug("The uploader cannot be looked after.", exc_info=True)
         if db is not None:
             db.close()
 

@@ -266,7 +266,7 @@ class RunManager:
 
     def close(self) -> None:
         """Deliver what is left. A run that is still open is closed as one that was never ended."""
-        if self._open.run is not None:
+        if self._open.run is not None and not self._open.forked:
             self._end(self._open.run.left("when the manager was closed", self._epoch_left()))
         self._finalizer()
 
@@ -279,7 +279,7 @@ class RunManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._open.run is not None:
+        if self._open.run is not None and not self._open.forked:
             self._end(outcome(error))
         self.close()
 
@@ -473,13 +473,18 @@ class _Open:
     """What of a manager must be closed: apart from it, so that it can be dropped."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self._pid = os.getpid()
         self.delivery: Delivery | None = None
         self.run: Run | None = None
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a fork, which has nothing to say about its parent's run."""
+        return os.getpid() != self._pid
+
     def abandon(self, where: str) -> None:
         """Close a run that was never ended, and the journal."""
-        if os.getpid() != self.pid:  # a fork has nothing to say about its parent's run
+        if self.forked:
             return
         if self.run is not None:
             self.run.end(self.run.left(where))

@@ -6,7 +6,7 @@ several processes train, their sums are added up then, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -60,17 +60,17 @@ def batch_size(batch: Any) -> int:
 
 
 class _Scalars:
-    """A growing row of scalars, on whatever device they are."""
+    """A growing row of scalars: tensors, on whatever device they are, and numbers."""
 
     def __init__(self, before: Tensor | None = None) -> None:
         self._before = torch.zeros(0) if before is None else before  # on the host
         self._chunks: list[Tensor] = []
-        self._last: list[Tensor] = []
+        self._last: list[Tensor | float] = []
 
-    def append(self, scalar: Tensor) -> None:
+    def append(self, scalar: Tensor | float) -> None:
         self._last.append(scalar)
         if len(self._last) == _CHUNK:
-            self._chunks.append(torch.stack(self._last))
+            self._chunks.append(_row(self._last))
             self._last.clear()
 
     def __len__(self) -> int:
@@ -79,14 +79,23 @@ class _Scalars:
     @property
     def device(self) -> torch.device:
         """Where the last of them is; the CPU where there is none."""
-        newest = self._last or self._chunks
-        return newest[-1].device if newest else torch.device("cpu")
+        newest = (self._last or self._chunks or [0.0])[-1]
+        return newest.device if isinstance(newest, Tensor) else torch.device("cpu")
 
     def read(self) -> npt.NDArray[np.float64]:
         """All of them on the host; the one point that waits for the device."""
-        rows = [*self._chunks, *([torch.stack(self._last)] if self._last else [])]
+        rows = [*self._chunks, *([_row(self._last)] if self._last else [])]
         read = torch.cat(rows).cpu().double() if rows else torch.zeros(0).double()
         return torch.cat([self._before.double(), read]).numpy()
+
+
+def _row(scalars: Sequence[Tensor | float]) -> Tensor:
+    if all(isinstance(scalar, float) for scalar in scalars):
+        return torch.tensor(scalars, dtype=torch.float64)
+    double = torch.float64
+    return torch.stack(
+        [s if isinstance(s, Tensor) else torch.tensor(s, dtype=double) for s in scalars]
+    )
 
 
 @dataclass
@@ -100,11 +109,11 @@ class EpochMeter:
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, labels in all
 
-    def add_loss(self, loss: Tensor | float, size: int | None = None) -> Tensor:
+    def add_loss(self, loss: Tensor | float, size: int | None = None) -> Tensor | float:
         """Add the mean loss of a batch of `size` samples; None where it is not known yet.
 
-        Returns the copy of it that is kept, a scalar on its device. Raises ArgumentError for a
-        loss that is not one number.
+        Returns the copy of it that is kept: a number, or a scalar on its device. Raises
+        ArgumentError for a loss that is not one number.
         """
         if not isinstance(loss, Tensor):
             loss = torch.from_numpy(np.array(loss, dtype=float))
@@ -115,8 +124,9 @@ class EpochMeter:
                     "mean."
                 )
             loss = loss.reshape(())
-        # A copy: what the loop goes on to do with its loss is none of ours.
-        kept = loss.detach().clone()
+        # A copy: what the loop goes on to do with its loss is none of ours. Where nothing waits
+        # for it, a number costs a sixth of a tensor.
+        kept = float(loss.item()) if loss.is_cpu else loss.detach().clone()
         self._losses.append(kept)
         self._sizes.append(size)
         return kept

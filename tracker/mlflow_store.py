@@ -6,6 +6,7 @@ translated here into StoreError; nothing above knows them.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -28,6 +29,7 @@ from mlflow.entities import (
     LoggedModelOutput,
     Metric,
     Param,
+    Run,
     RunTag,
 )
 from mlflow.exceptions import MlflowException
@@ -55,8 +57,10 @@ def _translated(doing: str) -> Iterator[None]:
     except StoreError:
         raise
     except Exception as error:  # MLflow's file store raises plain ones
-        refused = isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) or (
-            isinstance(error, MlflowException) and error.error_code == _REFUSAL
+        refused = (
+            isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError))
+            or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG)
+            or (isinstance(error, MlflowException) and error.error_code == _REFUSAL)
         )
         kind = RefusedError if refused else StoreError
         raise kind(f"MLflow could not {doing}: {_first_line(error)}") from error
@@ -192,9 +196,29 @@ class MlflowStore:
                 return adopt
         if in_doubt and (run_id := self.find_run(tags[RUN_TAG], experiment_id)) is not None:
             return run_id
-        with _translated("create a run"):
+        if in_doubt and (run_id := self._half_made(experiment_id, start_time, tags)) is not None:
+            self.log_batch(run_id, tags=tags)
+            return run_id
+        with _translated("create a run"), _once():
             run = self._client.create_run(experiment_id, start_time, dict(tags), name)
         return str(run.info.run_id)
+
+    def _half_made(
+        self, experiment_id: str, start_time: int, tags: Mapping[str, str]
+    ) -> str | None:
+        """The run that the file store was making, a tag at a time, when its process died."""
+        with _translated("look for a run"):
+            at = f"attributes.start_time = {start_time}"
+            found = self._client.search_runs([experiment_id], at)
+        for run in found:
+            had = run.data.tags
+            if RUN_TAG not in had and had.items() <= tags.items():  # none has no name, but ours
+                if is_file_store(self.tracking_uri):
+                    place = local_path(self.tracking_uri) / experiment_id / run.info.run_id
+                    for folder in ("metrics", "params", "artifacts"):
+                        (place / folder).mkdir(exist_ok=True)
+                return str(run.info.run_id)
+        return None
 
     def find_run(self, key: str, experiment_id: str | None = None) -> str | None:
         """The id of the run that was tracked under `key`, None where it is not here (yet)."""
@@ -243,7 +267,7 @@ class MlflowStore:
         `in_doubt` leaves out the metrics that are there already: SQL stores do that by
         themselves, the file store would keep them twice, and what is behind a server is not known.
         """
-        with _translated(f"log to run {run_id}"):
+        with _translated(f"log to run {run_id}"), _once():
             if in_doubt and not self.tracking_uri.startswith("sqlite:"):
                 metrics = self._not_there(run_id, metrics)
             for points in _in_groups(metrics, _LIMIT["metrics"]):
@@ -302,9 +326,10 @@ class MlflowStore:
 
         `record` names this model for good: with `in_doubt`, one that was begun is completed.
         """
-        with _translated(f"store the model of run {run_id}"):
+        model = _model(folder)
+        with _translated(f"store the model of run {run_id}"), _once():
             run = self._client.get_run(run_id)
-            logged = self._logged_model(run.info.experiment_id, record) if in_doubt else None
+            logged = self._logged_model(run, name, record) if in_doubt else None
             if logged is None:
                 logged = self._client.create_logged_model(
                     run.info.experiment_id,
@@ -313,14 +338,15 @@ class MlflowStore:
                     tags={RECORD_TAG: record},
                     params=run.data.params,
                 )
-            model = Model.load(str(folder))
             model.run_id, model.model_id, model.model_uuid = (
                 run_id,
                 logged.model_id,
                 logged.model_id,
             )
             model.artifact_path = logged.artifact_location
-            model.save(str(folder / "MLmodel"))
+            fresh = folder.with_name(f"{folder.name}.MLmodel")  # who dies here leaves a whole one
+            model.save(str(fresh))
+            fresh.replace(folder / "MLmodel")
             self._client.log_model_artifacts(logged.model_id, str(folder))
             self._client.finalize_logged_model(logged.model_id, "READY")
             outputs = run.outputs.model_outputs if run.outputs else []
@@ -328,11 +354,17 @@ class MlflowStore:
                 self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
         return str(logged.model_id)
 
-    def _logged_model(self, experiment_id: str, record: str) -> LoggedModel | None:
-        found = self._client.search_logged_models(
-            [experiment_id], f"tags.`{RECORD_TAG}` = '{record}'", max_results=1
-        )
-        return found[0] if found else None
+    def _logged_model(self, run: Run, name: str, record: str) -> LoggedModel | None:
+        """The model that was begun for `record`, perhaps without its tag: see `_half_made`."""
+        query = f"source_run_id = '{run.info.run_id}'"
+        for model in self._client.search_logged_models([run.info.experiment_id], query):
+            if model.tags.get(RECORD_TAG) == record:
+                return model
+            if model.name == name and model.tags == {} and model.status == "PENDING":
+                self._client.log_model_params(model.model_id, run.data.params)
+                self._client.set_logged_model_tags(model.model_id, {RECORD_TAG: record})
+                return model
+        return None
 
     def delete_artifact(self, run_id: str, path: str) -> None:
         """Delete a file or folder of the run's artifacts, if it is there."""
@@ -358,6 +390,13 @@ class MlflowStore:
         """The paths in one folder of the run's artifacts, by name."""
         with _translated(f"list the artifacts of run {run_id}"):
             return sorted(item.path for item in self._client.list_artifacts(run_id, folder))
+
+
+def _model(folder: Path) -> Model:
+    try:
+        return Model.load(str(folder))
+    except Exception as error:  # what YAML raises, and MLflow on what that made of the file
+        raise RefusedError(f"{folder.name} is not a model: {_first_line(error)}") from error
 
 
 def _comparable(value: float) -> float | str:
@@ -392,13 +431,21 @@ def _opt_in_to_file_store() -> bool:
     return not had
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """MLflow prints a server's URL, password and all, when a run ends, and bars for downloads."""
-    wanted = {
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
+    return _setting(
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+    )
+
+
+def _once() -> AbstractContextManager[None]:
+    """MLflow's client sends again what was carried out but not answered: two runs for one."""
+    return _setting(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+
+
+@contextmanager
+def _setting(**wanted: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -117,6 +117,7 @@ class Run:
         self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
         self._warned: set[str] = set()
         self._status: Status | None = None
+        self._delivered_id: str | None = None  # once it has ended
         self._raised_before = _last_uncaught()
         checked = checked_params(params or {})
         told = {"tracker.resumed": "true"} if resume else environment_tags()
@@ -155,6 +156,8 @@ class Run:
         return public_values(pairs)
 
     def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise CallOrderError("a forked process cannot log to the run of its parent.")
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
 
@@ -231,7 +234,7 @@ class Run:
             ]
         )
 
-    def log_later(self, name: str, value: Tensor, step: int) -> None:
+    def log_later(self, name: str, value: Tensor | float, step: int) -> None:
         """Log a number that may not be computed yet, a scalar that nobody will change.
 
         It is read when the journal is written: this call does not wait for the device.
@@ -405,7 +408,10 @@ class Run:
             return False
         problem: str | None = "there is no example of its inputs"
         if example is not None:
-            problem = save_model(network, example, folder)
+            try:
+                problem = save_model(network, example, folder)
+            except OSError as error:  # without room for temporary files it cannot even be tried
+                problem = str(error)
         if problem is None:
             self._append("model", staged=self._relative(folder), name=name, step=step)
             return True
@@ -458,7 +464,6 @@ class Run:
             self.log_tags({"tracker.failure": ended.reason})
         self._append("end", status=ended.status)
         self._status = ended.status  # from here on it has, even if somebody tires of waiting
-        self._delivered_id: str | None = None
         try:
             self._delivery.release(self._key)
         finally:

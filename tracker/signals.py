@@ -17,8 +17,9 @@ def on_termination(listener: Callable[[str], None]) -> Callable[[], None]:
     Nothing is done where the program has a handler of its own, or outside the main thread: what
     becomes of the signal is then the program's to say. Returns what takes the listener back.
     """
-    if not _listeners and threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not _terminated:
+        elsewhere = threading.current_thread() is not threading.main_thread()
+        if elsewhere or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return lambda: None
         signal.signal(signal.SIGTERM, _terminated)
     _listeners.append(listener)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 State = Literal["in use", "being delivered", "left behind", "unreadable"]
 
-_MISSING_PARTS = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR)  # no such table, no such page
+_PART_IS_MISSING = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ)  # a table, a page
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _problem_of(path: Path) -> str | None:
             for (body,) in db.execute("SELECT body FROM records"):
                 json.loads(body)
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF in _MISSING_PARTS:
+        if error.sqlite_errorcode in _PART_IS_MISSING:
             return str(error)
         return None  # locked or read-only: Journal says which
     except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
@@ -231,10 +231,11 @@ def _copy_readable(path: Path, fresh: Path) -> int:
                     new.execute(f"INSERT INTO {table} VALUES ({marks})", row)
                     saved += table == "records"
         # Where the place is lost anything may have been sent; a number is never given again.
-        new.execute(
-            "INSERT INTO progress SELECT 0, coalesce(max(seq), 0), NULL, NULL, NULL FROM records"
-            " WHERE NOT EXISTS (SELECT 1 FROM progress)"
-        )
+        if not new.execute("SELECT count(*) FROM progress").fetchone()[0]:
+            new.execute(
+                "INSERT INTO progress"
+                " SELECT 0, coalesce(max(seq), 0), NULL, NULL, NULL FROM records"
+            )
         new.execute("DELETE FROM sqlite_sequence WHERE name = 'records'")
         new.execute(
             "INSERT INTO sqlite_sequence SELECT 'records', max(delivered, sending,"

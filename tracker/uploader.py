@@ -181,6 +181,8 @@ class Uploader:
                 return None
             places = [path.parent, path, *path.rglob("*")] if path.exists() else [path.parent, path]
             return None if any(map(_leads_astray, places)) else path
+        except FileNotFoundError:  # a checkpoint that is being superseded: look again
+            return self._staged(record)
         except OSError:  # a name that no file can have
             return None
 

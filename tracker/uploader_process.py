@@ -39,7 +39,9 @@ STOP_SECONDS = 5.0
 SAMPLE_SECONDS = 10.0
 """Between two samples of the system's metrics."""
 REQUEST_SECONDS = 20
-"""A request that a server does not answer by then is tried again."""
+"""A request that a server does not answer by then is tried again, with twice the time …"""
+LONGEST_REQUEST_SECONDS = 640
+"""… up to this: storing a large model may take a server so long."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class UploaderProcess:
         self._failures = 0
         self._retry_at = 0.0
         self._stop_at: float | None = None
+        self._user_timeout = "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
+        self._be_patient()
 
     def stop(self, *_: object) -> None:
         """End soon: the handler of SIGTERM."""
@@ -104,20 +108,34 @@ class UploaderProcess:
         """Deliver what there is, if it is time to try; returns how many records."""
         if time.monotonic() < self._retry_at or not self._journal.remaining():
             return 0
+        before = self._journal.delivered
         try:
             if self._failures and self._store is not None and (why := self._store.silence()):
                 raise StoreError(f"the server does not answer: {why}")
             delivered = self._open().drain(self._stopped)
         except StoreError as error:
+            if self._journal.delivered > before:  # fails now and then, and gets on
+                self._failures, self._journal.problem = 0, None
             self._journal.problem = str(error)
             self._failures += 1
             wait = min(0.5 * 2 ** (self._failures - 1), RETRY_SECONDS)
             self._retry_at = time.monotonic() + wait
+            self._be_patient()
             return 0
         if self._failures:
             self._failures = 0
             self._journal.problem = None
+            self._be_patient()
         return delivered
+
+    def _be_patient(self) -> None:
+        """Give requests more time the more of them have failed, unless the user has said how much.
+
+        A server that hangs altogether is found out by its health, in three seconds.
+        """
+        if not self._user_timeout:
+            seconds = min(REQUEST_SECONDS * 2**self._failures, LONGEST_REQUEST_SECONDS)
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
 
     def _stopped(self) -> bool:
         return self._stop_at is not None and time.monotonic() > self._stop_at
@@ -170,7 +188,6 @@ def _main() -> int:
     os.nice(19)  # training comes first
     # The client's own retries hold a call for minutes, and may send twice what must arrive once.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     logging.basicConfig(level=logging.WARNING)
     folder = Path(given["folder"])
     lock = Lock(folder, "delivery")

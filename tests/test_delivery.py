@@ -1,0 +1,150 @@
+"""The second process: what it costs the training process to have it, and what it is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Store
+
+from tracker import start_run
+from tracker.delivery import Mode, mode_of
+from tracker.errors import ArgumentError
+
+COUNTS = """
+import os, psutil, sys
+from tracker import RunManager, start_run
+
+def uploaders():
+    return [child.pid for child in psutil.Process().children()]
+"""
+
+
+def run_program(text: str, tracking_uri: str) -> str:
+    """Run a program that tracks by a second process; returns what it prints."""
+    env = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "TRACKER_INLINE": "0"}
+    command = [sys.executable, "-c", COUNTS + text]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200)
+    return done.stdout
+
+
+def test_training_imports_no_mlflow_and_its_uploader_no_torch(store: Store, tmp_path: Path) -> None:
+    printed = run_program(
+        "with start_run() as run:\n"
+        "    run.log_metrics({'loss': 1.0})\n"
+        "    while run.run_id is None: run.flush()\n"
+        "    (pid,) = uploaders()\n"
+        "    maps = open(f'/proc/{pid}/maps').read()\n"
+        "    assert 'libtorch' not in maps and 'sqlite' in maps\n"
+        "    assert psutil.Process(pid).nice() == 19\n"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'mlflow'])",
+        store.uri,
+    )
+    assert printed == "[]\n"
+    assert store.run().info.status == "FINISHED"
+    assert list((tmp_path / ".tracker").iterdir()) == []
+
+
+def test_one_uploader_serves_all_runs_of_a_process(store: Store) -> None:
+    printed = run_program(
+        "seen = set()\n"
+        "for number in range(3):\n"
+        "    with start_run(params={'number': number}) as run:\n"
+        "        while run.run_id is None: run.flush()\n"
+        "        seen.update(uploaders())\n"
+        "print(len(seen))",
+        store.uri,
+    )
+    assert printed == "1\n"
+    runs = store.runs()
+    assert [run.data.params["number"] for run in runs] == ["0", "1", "2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_the_uploader_samples_the_system_under_mlflow_s_names(store: Store) -> None:
+    run_program(
+        "with start_run() as run:\n    while run.run_id is None: run.flush()\n    run.flush()",
+        store.uri,
+    )
+    run = store.run()
+    assert store.history(run, "system/system_memory_usage_percentage")[0][0] == 0
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+
+
+def test_a_module_of_the_user_s_is_none_of_the_uploader_s(store: Store, tmp_path: Path) -> None:
+    for name in ("json", "mlflow", "sqlite3"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')")
+    program = tmp_path / "elsewhere" / "train.py"
+    program.parent.mkdir()
+    program.write_text("from tracker import start_run\nwith start_run(): pass")
+    env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
+    subprocess.run([sys.executable, str(program)], env=env, check=True, timeout=200)
+    assert store.run().info.status == "FINISHED"
+
+
+def test_a_deleted_experiment_is_said_and_nothing_is_lost(store: Store) -> None:
+    store.client.delete_experiment(store.client.create_experiment("gone"))
+    env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
+    program = (
+        "import time\nfrom pathlib import Path\nfrom tracker import start_run\n"
+        "from tracker.sync import journals, standing\n"
+        "with start_run(experiment='gone'):\n"
+        "    while standing(journals(Path('.tracker'))[0]).problem is None: time.sleep(0.1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0
+    assert "experiment='gone' was deleted; restore it with" in done.stderr
+    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+
+
+def test_a_uri_that_cannot_be_meant_shows_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no database")
+    program = (
+        "from tracker import start_run, StoreError\n"
+        "try:\n    start_run(tracking_uri='sqlite:///text.txt', inline=False)\n"
+        "except StoreError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert "text.txt is not a SQLite file." in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("inline", "offline", "env", "mode"),
+    [
+        (None, None, {}, "process"),
+        (True, None, {}, "inline"),
+        (None, True, {}, "offline"),
+        (None, None, {"TRACKER_INLINE": "1"}, "inline"),
+        (None, None, {"TRACKER_OFFLINE": "True"}, "offline"),
+        (False, False, {"TRACKER_INLINE": "1", "TRACKER_OFFLINE": "1"}, "process"),
+        (True, None, {"TRACKER_OFFLINE": "1"}, "inline"),
+        (None, True, {"TRACKER_INLINE": "1"}, "offline"),
+        (None, None, {"TRACKER_INLINE": "False"}, "process"),
+    ],
+)
+def test_how_it_is_delivered(
+    inline: bool | None,
+    offline: bool | None,
+    env: dict[str, str],
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TRACKER_INLINE", "TRACKER_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert mode_of(inline=inline, offline=offline) == mode
+
+
+def test_a_variable_that_says_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKER_INLINE", "perhaps")
+    with pytest.raises(ArgumentError, match="TRACKER_INLINE='perhaps' is not allowed"):
+        start_run()
