@@ -167,10 +167,10 @@ def measure(
             if (place / ".tracker").exists():  # as its user is told to, if its end came too soon
                 sync = [sys.executable, "-m", "tracker.cli", "sync"]
                 subprocess.run(sync, cwd=place, env=_environment(), stdout=log, stderr=log)
+    # Of each call when it started, and, unless that was never, how long it took.
     moments = [moment for (moment,) in struct.iter_unpack("d", calls.read_bytes())]
     cut = len(moments) % 2 == 1
-    ends = moments[1::2] + [now] * cut
-    took = [end - start for start, end in zip(moments[::2], ends, strict=True)]
+    took = moments[1::2] + [now - moments[-1]] * cut
     return Calls(took, cut, None if who == NOTHING else _arrived(server, f"{fault}, {who}"))
 
 
@@ -242,9 +242,12 @@ def work(who: str, uri: str, experiment: str, steps: int) -> None:
             until = time.perf_counter() + STEP_SECONDS
             while time.perf_counter() < until:
                 loss = (matrix @ matrix).mean()
-            record.write(struct.pack("d", time.perf_counter()))  # the clock of all processes
-            call(loss, step)
+            # Outside what is measured: a disk that is busy holds it up. All processes' one clock.
             record.write(struct.pack("d", time.perf_counter()))
+            started = time.perf_counter()
+            call(loss, step)
+            ended = time.perf_counter()
+            record.write(struct.pack("d", ended - started))
         print("done", flush=True)
         sys.stdin.readline()
 

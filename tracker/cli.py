@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
 
     from tracker.sync import standing, sync
 
+    # MLflow's own retries hold a call for minutes; to go on, the command is given again.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     folders = _journals(paths)
     standings = {folder: standing(folder) for folder in folders}
     total = sum(each.undelivered for each in standings.values() if each.state != "in use")
