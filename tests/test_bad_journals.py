@@ -23,7 +23,8 @@ from conftest import Store
 import tracker
 from tracker.cli import main
 from tracker.errors import StoreError
-from tracker.journal import DAMAGED, Journal, JournalWriter, Point
+from tracker.journal import DAMAGED, Journal, Point
+from tracker.journal_writer import JournalWriter
 from tracker.ownership import Writer
 
 PROJECT = Path(tracker.__file__).parents[1]

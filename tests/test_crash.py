@@ -720,7 +720,7 @@ def test_a_machine_that_went_away_is_closed_after_ten_minutes(world: Callable[..
     assert here.left_behind() == set()
 
 
-@pytest.mark.parametrize("other", ["dead", "alive"])
+@pytest.mark.parametrize("other", ["dead", pytest.param("alive", marks=pytest.mark.slow)])
 def test_a_living_process_is_left_alone_whatever_its_pid(
     world: Callable[..., World], other: str
 ) -> None:
@@ -776,7 +776,7 @@ def test_a_new_run_closes_what_dead_processes_left_for_the_same_store(
 # -- 4. nothing is left behind ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["process", "inline"])
+@pytest.mark.parametrize("mode", ["process", pytest.param("inline", marks=pytest.mark.slow)])
 def test_a_program_leaves_nothing_behind(world: Callable[..., World], mode: str) -> None:
     here = world()
     training = here.start(COLD, mode)
@@ -861,8 +861,8 @@ from torch.utils.data import DataLoader
 
 with start_run(name=name) as run:
     for epoch in range(3):
-        loader = DataLoader(range(64), num_workers=2, multiprocessing_context="fork")
-        assert len(list(loader)) == 64
+        loader = DataLoader(range(64), 4, num_workers=2, collate_fn=list)
+        assert len(list(loader)) == 16
         run.flush(100)
     workers = iter(loader)
     train(run, 50)
@@ -870,10 +870,8 @@ with start_run(name=name) as run:
 """
 
 
-@pytest.mark.parametrize(
-    "ending",
-    ["pass", pytest.param("os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pass", "os.kill(os.getpid(), signal.SIGTERM)"])
 def test_the_workers_of_a_loader_neither_deliver_nor_end_the_run(
     world: Callable[..., World], ending: str
 ) -> None:

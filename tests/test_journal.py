@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 import tracker
 from tracker.errors import StoreError
-from tracker.journal import FLUSH_SECONDS, Journal, JournalWriter, Point, Record, now
+from tracker.journal import FLUSH_SECONDS, Journal, Point, Record, now
+from tracker.journal_writer import JournalWriter
 
 PROJECT = Path(tracker.__file__).parents[1]
 
@@ -357,7 +358,8 @@ def test_a_tensor_that_cannot_be_read_costs_no_other_value_and_is_counted(
 STEPS = """
 import sys
 from pathlib import Path
-from tracker.journal import JournalWriter, Point
+from tracker.journal import Point
+from tracker.journal_writer import JournalWriter
 
 writer = JournalWriter(Path(sys.argv[1]))
 writer.append("a", "begin", {})
@@ -401,7 +403,7 @@ def test_what_was_logged_half_a_second_before_a_kill_is_on_disk(tmp_path: Path) 
 FORKS = """
 import os, sys
 from pathlib import Path
-from tracker.journal import JournalWriter
+from tracker.journal_writer import JournalWriter
 
 writer = JournalWriter(Path(sys.argv[1]))
 writer.append("a", "epoch", {"by": "parent", "number": 1})  # in memory when the child is made
@@ -435,7 +437,7 @@ def test_a_fork_neither_writes_to_its_parent_s_journal_nor_closes_it(tmp_path: P
 SIGNALLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from tracker.journal import JournalWriter
+from tracker.journal_writer import JournalWriter
 
 writer = JournalWriter(Path(sys.argv[1]))
 handled = 0

@@ -90,7 +90,7 @@ def content(path: str, text: bytes) -> str:
 
 def plain(path: str) -> str:
     """The path of a picture by step holds the time and a random name."""
-    return re.sub(r"%\d+%[0-9a-f-]+", "", path)
+    return re.sub(r"[%+]\d+[%+][0-9a-f-]+", "", path).replace("+", "%")
 
 
 def told(store: Store, run: MlflowRun, into: Path) -> dict[str, Any]:
@@ -155,7 +155,8 @@ def compare(online: Store, offline: Store, into: Path, monkeypatch: pytest.Monke
 
 def check_offline_equals_online(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = train(f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
-    assert done.stderr == "val_loss is nan at step 1.\n" * 2
+    told = [line for line in done.stderr.splitlines() if "is not delivered yet" not in line]
+    assert told == ["val_loss is nan at step 1."] * 2  # a busy machine may take its time besides
     assert list((tmp_path / "online" / ".tracker").iterdir()) == []
 
     done = train(None, tmp_path / "there", TRACKER_OFFLINE="1")

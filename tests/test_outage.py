@@ -26,8 +26,8 @@ from conftest import Store
 from mlflow.entities import Run as MlflowRun
 
 from bench.faults import SLOW_SECONDS, FaultyProxy, TrackingServer, wait_until
+from tracker.background import WARN_SECONDS
 from tracker.cli import main
-from tracker.delivery import WARN_SECONDS
 from tracker.journal import Journal
 
 # It answers each line that it is told with one of JSON. It lists who connects to anything: nobody.

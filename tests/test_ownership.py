@@ -16,7 +16,7 @@ import pytest
 
 import tracker
 from tracker.errors import StoreError
-from tracker.journal import JournalWriter
+from tracker.journal_writer import JournalWriter
 from tracker.ownership import BEAT_SECONDS, LOST_SECONDS, Lock, Writer, writer_lives
 
 PROJECT = Path(tracker.__file__).parents[1]
@@ -24,7 +24,7 @@ PROJECT = Path(tracker.__file__).parents[1]
 WRITES = """
 import sys
 from pathlib import Path
-from tracker.journal import JournalWriter
+from tracker.journal_writer import JournalWriter
 
 writer = JournalWriter(Path(sys.argv[1]))
 writer.append("a", "begin", {})
@@ -225,7 +225,7 @@ def test_a_lock_that_is_seen_says_more_than_silence(tmp_path: Path) -> None:
 def test_a_writer_shows_that_it_lives_again_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tracker.journal.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("tracker.journal_writer.BEAT_SECONDS", 0.0)
     writer = JournalWriter(tmp_path)
     lock = writer.folder / "writer.lock"
     for _ in range(2):
@@ -241,7 +241,7 @@ def test_a_writer_shows_that_it_lives_again_and_again(
 def test_a_writer_shows_no_life_after_its_folder_was_taken_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tracker.journal.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("tracker.journal_writer.BEAT_SECONDS", 0.0)
     writer = JournalWriter(tmp_path)
     writer.folder.rename(tmp_path / "away")
     for _ in range(3):

@@ -180,7 +180,7 @@ def test_a_record_that_the_store_refuses_costs_no_other(
         run.log_text("x", "a")
         run.log_text("x", "a/b")  # no store has a file and a folder of one name
         run.log_metrics({"loss": 1.0})
-    lost = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery"]
+    lost = [r.getMessage() for r in caplog.records if r.name == "tracker.inline"]
     assert len(lost) == 1
     assert lost[0].startswith("A record (file) is lost: ")
     assert store.run().info.status == "FINISHED"

@@ -187,7 +187,7 @@ def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
         for step in (2, 3):
             run.log_metrics({"loss": 1.0 / step}, step)
             run.flush()
-    messages = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "tracker.inline"]
     assert len(messages) == 2
     assert messages[0].startswith("Training goes on, its records wait in the journal: ")
     (journal,) = (tmp_path / ".tracker").iterdir()

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracker.background import DEADLINE_SECONDS
 from tracker.checkpoint import save_checkpoint
 from tracker.checks import (
     checked_model_name,
@@ -31,7 +32,7 @@ from tracker.checks import (
     checked_step,
     checked_tags,
 )
-from tracker.delivery import DEADLINE_SECONDS, Delivery, delivery, mode_of
+from tracker.delivery import Delivery, delivery, mode_of
 from tracker.environment import environment_tags, unwrap
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.histograms import network_histograms

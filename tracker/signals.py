@@ -7,6 +7,10 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tracker.journal_writer import JournalWriter
 
 _listeners: list[Callable[[str], None]] = []
 
@@ -39,3 +43,17 @@ def _terminated(number: int, frame: FrameType | None) -> None:
         listener(signal.Signals(number).name)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+class GoingOn:
+    """The runs of a journal that go on: it is told of each when SIGTERM comes."""
+
+    def __init__(self, journal: JournalWriter) -> None:
+        self._journal = journal
+        self.runs: dict[str, Callable[[], None]] = {}
+        self.forget = on_termination(self._tell)
+
+    def _tell(self, name: str) -> None:
+        for run in list(self.runs):
+            self._journal.append(run, "signal", {"signal": name})
+        self._journal.flush(timeout=1.0)

@@ -127,10 +127,10 @@ class Uploader:
             case "epoch" | "signal":
                 pass  # kept in the journal for the end
             case "end":
-                self._draw_page(first.run, bound)
-                if rows := [record["row"] for record in _sound(self._journal, first.run, "epoch")]:
-                    store.log_text(bound, csv_text(rows), "epochs.csv")
-                    store.log_text(bound, json_text(rows), "epochs.json")
+                try:
+                    self._log_tables(first.run, bound)
+                except RefusedError as error:  # the status must not depend on them
+                    self._journal.notice(f"The tables of a run are lost: {error}")
                 store.end_run(bound, body["status"], first.time)
 
     def _begin(self, record: Record, in_doubt: bool) -> str:
@@ -185,6 +185,13 @@ class Uploader:
             return self._staged(record)
         except OSError:  # a name that no file can have
             return None
+
+    def _log_tables(self, run: str, run_id: str) -> None:
+        """Log what is made of a whole run."""
+        self._draw_page(run, run_id)
+        if rows := [record["row"] for record in _sound(self._journal, run, "epoch")]:
+            self._store.log_text(run_id, csv_text(rows), "epochs.csv")
+            self._store.log_text(run_id, json_text(rows), "epochs.json")
 
     def _draw_page(self, run: str, run_id: str) -> None:
         started = time.monotonic()
