@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracker.errors import StoreError
-from tracker.journal import Journal
+from tracker.journal import OFFLINE, Journal
 from tracker.journal_writer import JournalWriter
 from tracker.redaction import public_uri
 from tracker.signals import GoingOn
@@ -37,7 +37,7 @@ class BackgroundDelivery:
 
     def __init__(self, directory: Path, tracking_uri: str, *, uploader: bool) -> None:
         self.tracking_uri = tracking_uri
-        self._wants_uploader = uploader
+        self._has_uploader = self._wants_uploader = uploader
         self._process: subprocess.Popen[bytes] | None = None
         self._start_at = 0.0
         self._deaths = 0
@@ -50,12 +50,14 @@ class BackgroundDelivery:
         self._reader.tracking_uri = public_uri(tracking_uri)
         # Its own: a signal's handler must not wait for a lock that it interrupted the holder of.
         self._watcher = Journal(self.journal.folder)
+        if not uploader:
+            (self.journal.folder / OFFLINE).touch()
         self._going_on = GoingOn(self.journal)
         self.journal.on_tick = self._tick
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
         """Note that `run` goes on; its uploader is started by the journal's thread."""
-        self._going_on.runs[run] = abandon
+        self._going_on.begin(run, abandon)
         self._look_at = 0.0
 
     def deliver(self) -> None:
@@ -78,8 +80,8 @@ class BackgroundDelivery:
     def release(self, run: str) -> None:
         """Wait for the run's delivery up to the deadline; then name the command that does it."""
         self._going_on.runs.pop(run, None)
-        try:
-            if self._wants_uploader and not self.flush(DEADLINE_SECONDS):
+        try:  # offline too it is on disk from here on
+            if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
                 problem = self._reader.problem
                 late = "the run has ended and is not delivered yet"
                 self._warn(problem.text if problem else late)
@@ -127,7 +129,7 @@ class BackgroundDelivery:
     # -- the uploader, looked after by the journal's thread ----------------------------------
 
     def _tick(self) -> None:
-        if time.monotonic() < self._look_at:
+        if not self._has_uploader or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_SECONDS
         try:
@@ -145,8 +147,7 @@ class BackgroundDelivery:
                 self._start_at = time.monotonic() + min(2.0 ** (self._deaths - 1), 60.0)
                 if self._deaths == _RESTARTS:
                     self._warn(f"the uploader does not start: {self._last_words()}")
-        remaining = self._watcher.remaining()
-        if not remaining:
+        if not self._watcher.pending():
             self._deaths = 0
         elif self._process is None and self._wants_uploader and time.monotonic() > self._start_at:
             self._start()

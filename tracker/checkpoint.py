@@ -347,6 +347,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(*counts, metrics, extra, state, tensors)
 
 
+def load_metrics(path: Path) -> dict[str, float]:
+    """The metrics in the `state.json` of a checkpoint; StoreError where it is damaged."""
+    try:
+        return dict(decode(_read_state(path.parent)["metrics"], {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} cannot be read as a checkpoint: {_reason(error)}.") from error
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -385,17 +393,16 @@ class Keep:
         """The steps, of these with their metrics, whose checkpoints may go, in order.
 
         A checkpoint without the metric, or where it is NaN, is not the best. Raises ArgumentError
-        for a metric that none of them has.
+        for a metric that none of them has, unless none has any: the first epoch is not over.
         """
         steps = sorted(checkpoints)
         kept = set(steps[-self.last :])
         if self.best is not None and steps:
             found = [step for step in steps if self.best in checkpoints[step]]
-            if not found:
+            if not found and any(checkpoints.values()):
                 names = ", ".join(sorted({name for each in checkpoints.values() for name in each}))
                 raise ArgumentError(
-                    f"best={self.best!r} is a metric that no checkpoint has; "
-                    f"they have {names or 'none'}."
+                    f"best={self.best!r} is a metric that no checkpoint has; they have {names}."
                 )
             values = {step: float(checkpoints[step][self.best]) for step in found}
             ranked = [step for step in found if not math.isnan(values[step])]

@@ -69,7 +69,7 @@ class InlineDelivery:
                 raise
             self._warn(error)
         self._began = True
-        self._going_on.runs[run] = abandon
+        self._going_on.begin(run, abandon)
         atexit.register(abandon)
 
     def deliver(self) -> None:

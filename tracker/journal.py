@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from tracker.errors import StoreError
 from tracker.ownership import Writer
+from tracker.redaction import public_uri
 
 Kind = Literal[
     "begin",
@@ -39,7 +40,9 @@ Kind = Literal[
     "end",
 ]
 
-FLUSH_SECONDS = 0.2
+FLUSH_SECONDS = 0.1  # so that all is on disk within 0.2 s
+OFFLINE = "offline"
+"""A file of this name beside it says that nobody but `tracker sync` is to deliver a journal."""
 DAMAGED = "damaged.sqlite"
 """What is left of a database that could be read in parts, beside the one made of these parts."""
 _FORMAT = 2  # PRAGMA user_version
@@ -244,6 +247,13 @@ class Journal:
 
     # -- delivery --------------------------------------------------------------------------
 
+    def pending(self) -> bool:
+        """Whether anything on disk is not delivered."""
+        (more,) = self._only(
+            "SELECT coalesce(max(seq), 0) > (SELECT delivered FROM progress) FROM records"
+        )
+        return bool(more)
+
     def remaining(self) -> int:
         """How many records on disk are not delivered."""
         (count,) = self._only(
@@ -301,12 +311,12 @@ class Journal:
         self._change(
             "UPDATE progress SET problem = ?,"
             " problem_since = CASE WHEN ? THEN coalesce(problem_since, ?) END",
-            *(text, text is not None, time.time()),
+            *(text and public_uri(text), text is not None, time.time()),
         )
 
     def notice(self, text: str) -> None:
         """Leave a sentence for the user, whom the deliverer may not be able to reach."""
-        self._change("INSERT INTO notices (text) VALUES (?)", text)
+        self._change("INSERT INTO notices (text) VALUES (?)", public_uri(text))
 
     def notices(self, after: int = 0) -> list[tuple[int, str]]:
         """The sentences left since number `after`, each with its number."""

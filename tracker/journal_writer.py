@@ -91,7 +91,7 @@ class JournalWriter:
 
         Safe in a signal's handler.
         """
-        if self._closed or os.getpid() != self._pid:
+        if self._closed or os.getpid() != self._pid or self._is_writing():
             return False
         done = threading.Event()
         self._requests.put(done)
@@ -103,12 +103,18 @@ class JournalWriter:
             return
         self._closed = True
         self._requests.put(None)
+        if self._is_writing():
+            return  # it goes on until all is on disk; the kernel releases the lock
         self._thread.join()
         if self._held:
             self.lost += len(self._held)
         if self.lost:
             logger.warning("%d records are lost: they could not be read or written.", self.lost)
         self._lock.release()
+
+    def _is_writing(self) -> bool:
+        """Whether the thread asks itself: python may collect a dropped manager in any thread."""
+        return threading.current_thread() is self._thread
 
     def _write(self) -> None:
         db: sqlite3.Connection | None = None

@@ -400,7 +400,7 @@ class RunManager:
         run = self._current("save_checkpoint")
         if not self._main or self.network is None:
             return
-        run.log_checkpoint(
+        saved = run.log_checkpoint(
             self._steps,
             network=self.network,
             optimizer=optimizer,
@@ -413,6 +413,8 @@ class RunManager:
             metrics=self._metrics,
             extra=self._meter.state() if self._in_epoch else None,
         )
+        if not saved:  # the disk is full: the ones that there are stay
+            return
         self._kept[self._steps] = self._metrics
         for step in self._keep.superseded(self._kept):
             run.delete_checkpoint(step)

@@ -36,6 +36,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from tracker import file_store
 from tracker.errors import RefusedError, StoreError
 from tracker.redaction import public_uri
 from tracker.shapes import RUN_TAG
@@ -70,8 +71,6 @@ class Past(NamedTuple):
     """What is known of a run that is to be continued."""
 
     params: Mapping[str, str]
-    key: str | None
-    """What it was tracked under; None for a run that is not ours."""
     status: str
     last_steps: Mapping[str, int]
     """The last step of each metric."""
@@ -214,11 +213,12 @@ class MlflowStore:
             had = run.data.tags
             if RUN_TAG not in had and had.items() <= tags.items():  # none has no name, but ours
                 if is_file_store(self.tracking_uri):
-                    place = local_path(self.tracking_uri) / experiment_id / run.info.run_id
-                    for folder in ("metrics", "params", "artifacts"):
-                        (place / folder).mkdir(exist_ok=True)
+                    file_store.complete_run(self._run_folder(run))
                 return str(run.info.run_id)
         return None
+
+    def _run_folder(self, run: Run) -> Path:
+        return local_path(self.tracking_uri) / str(run.info.experiment_id) / str(run.info.run_id)
 
     def find_run(self, key: str, experiment_id: str | None = None) -> str | None:
         """The id of the run that was tracked under `key`, None where it is not here (yet)."""
@@ -247,7 +247,7 @@ class MlflowStore:
                 name: max(p.step for p in self._client.get_metric_history(run_id, name))
                 for name in run.data.metrics
             }
-        return Past(run.data.params, run.data.tags.get(RUN_TAG), run.info.status, steps)
+        return Past(run.data.params, run.info.status, steps)
 
     def run_name(self, run_id: str) -> str:
         """The name of a run, which MLflow chose where none was given."""
@@ -328,6 +328,8 @@ class MlflowStore:
         """
         model = _model(folder)
         with _translated(f"store the model of run {run_id}"), _once():
+            if in_doubt and is_file_store(self.tracking_uri):
+                file_store.mend_model(local_path(self.tracking_uri), run_id, RECORD_TAG, record)
             run = self._client.get_run(run_id)
             logged = self._logged_model(run, name, record) if in_doubt else None
             if logged is None:
@@ -421,7 +423,8 @@ def _same(had: str, new: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says, without the passwords of the URLs that MLflow names."""
+    return public_uri(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def _opt_in_to_file_store() -> bool:

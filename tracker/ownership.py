@@ -57,10 +57,13 @@ class Lock:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder / f"{name}.lock"
-        self._lock = FileLock(self.path, thread_local=False)
+        # Never a soft one, which nobody releases when its holder dies.
+        self._lock = FileLock(self.path, thread_local=False, fallback_to_soft=False)
 
     def take(self) -> bool:
-        """Take the lock, if nobody else holds it."""
+        """Take the lock, if nobody else holds it; StoreError where the folder is gone."""
+        if not self.path.parent.is_dir():  # it would be made anew
+            raise StoreError(f"{self.path.parent} is not a journal of this program.")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

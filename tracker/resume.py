@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.checkpoint import Checkpoint, load_checkpoint
+from tracker.checkpoint import Checkpoint, load_checkpoint, load_metrics
 from tracker.errors import StoreError
 from tracker.journal import Journal
 from tracker.ownership import Writer, writer_lives
@@ -20,6 +21,8 @@ from tracker.sync import deliver_left_behind, journals
 
 if TYPE_CHECKING:
     from tracker.mlflow_store import MlflowStore
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """The folder of the run's artifacts with a checkpoint a folder, named after its step."""
@@ -58,6 +61,12 @@ def load_earlier(run_id: str, tracking_uri: str | None, directory: Path) -> Earl
     if directory.is_dir():
         _settle(directory, store, run_id)
     past = store.past(run_id)
+    if past.status == "RUNNING":
+        raise StoreError(
+            f"run_id={run_id!r} is RUNNING: end its process, then deliver its journal with "
+            "`tracker sync`, wherever that lies (or, if it is gone for good, set the run's status "
+            "with MlflowClient().set_terminated(run_id, 'FAILED'))."
+        )
     with tempfile.TemporaryDirectory(prefix="tracker-resume-") as place:
         kept, checkpoint = _checkpoints(store, run_id, Path(place))
         epochs = checkpoint.epoch if checkpoint else 0
@@ -88,8 +97,10 @@ def _settle(directory: Path, store: MlflowStore, run_id: str) -> None:
                 raise StoreError(
                     f"run_id={run_id!r} still goes on, in process {Writer.of(folder).pid}."
                 )
-        if not waiting or time.monotonic() > until:
+        if not waiting:
             return
+        if time.monotonic() > until:
+            raise StoreError(f"{directory} holds journals that are not delivered: tracker sync.")
         time.sleep(0.2)
 
 
@@ -124,13 +135,15 @@ def _checkpoints(
     kept: dict[int, Mapping[str, float]] = {}
     last = None
     for step in reversed(steps):
-        folder = store.download(run_id, f"{CHECKPOINTS}/{step:08d}", place)
+        path = f"{CHECKPOINTS}/{step:08d}"
         try:
-            checkpoint = load_checkpoint(folder)
-        except StoreError:  # its upload was cut off
-            continue
-        kept[step] = checkpoint.metrics
-        last = last or checkpoint
+            if last is None:
+                last = load_checkpoint(store.download(run_id, path, place))
+                kept[step] = last.metrics
+            else:
+                kept[step] = load_metrics(store.download(run_id, f"{path}/state.json", place))
+        except StoreError as error:  # its upload was cut off
+            logger.warning("Checkpoint %d is not used: %s", step, error)
     return kept, last
 
 

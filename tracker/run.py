@@ -38,7 +38,7 @@ from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.histograms import network_histograms
 from tracker.images import mlflow_image_files, to_pil
 from tracker.journal import Kind, Point, now
-from tracker.redaction import is_secret_name, public_values
+from tracker.redaction import is_secret_name, public_uri, public_values
 from tracker.resume import CHECKPOINTS, Earlier
 from tracker.samples import dataset_name, describe_dataset
 from tracker.statuses import Outcome, Status, never_ended, outcome
@@ -126,6 +126,11 @@ class Run:
         experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         by_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
         if isinstance(parent, Run):
+            if parent.tracking_uri != delivery.tracking_uri:
+                raise ArgumentError(
+                    f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must "
+                    "be in the store of its children."
+                )
             above: dict[str, str] | None = {"key": parent._key}
         else:
             above = None if parent is None else {"run_id": parent}
@@ -424,8 +429,11 @@ class Run:
             logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
         return False
 
-    def log_checkpoint(self, step: int, **states: Any) -> None:
-        """Save a checkpoint, as `save_checkpoint` takes it, as the artifact `checkpoints/STEP`."""
+    def log_checkpoint(self, step: int, **states: Any) -> bool:
+        """Save a checkpoint, as `save_checkpoint` takes it, as the artifact `checkpoints/STEP`.
+
+        Returns whether there was room for it.
+        """
         folder = f"{CHECKPOINTS}/{step:08d}"
 
         def write(staged: Path) -> None:
@@ -436,9 +444,11 @@ class Run:
             staged = self._log_file(f"{step:08d}", write, folder, passing=True)
         except StoreError as error:
             self._journal.lose(folder, error)
-            return
-        if staged is not None:
-            self._checkpoints[step] = staged
+            return False
+        if staged is None:
+            return False
+        self._checkpoints[step] = staged
+        return True
 
     def delete_checkpoint(self, step: int) -> None:
         """Delete the checkpoint of a step, delivered or not."""

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 _listeners: list[Callable[[str], None]] = []
 
 
-def on_termination(listener: Callable[[str], None]) -> Callable[[], None]:
+def on_termination(listener: Callable[[str], None]) -> Callable[[], None] | None:
     """Have `listener` called with the signal's name when this process is told to end.
 
     Nothing is done where the program has a handler of its own, or outside the main thread: what
-    becomes of the signal is then the program's to say. Returns what takes the listener back.
+    becomes of the signal is then the program's to say. Returns what takes the listener back, None
+    where nothing was done.
     """
     if signal.getsignal(signal.SIGTERM) is not _terminated:
         elsewhere = threading.current_thread() is not threading.main_thread()
         if elsewhere or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            return lambda: None
+            return None
         signal.signal(signal.SIGTERM, _terminated)
     _listeners.append(listener)
 
@@ -51,7 +52,19 @@ class GoingOn:
     def __init__(self, journal: JournalWriter) -> None:
         self._journal = journal
         self.runs: dict[str, Callable[[], None]] = {}
-        self.forget = on_termination(self._tell)
+        self._forget: Callable[[], None] | None = None
+
+    def begin(self, run: str, abandon: Callable[[], None]) -> None:
+        """A run goes on; `abandon` is called at the program's end, unless it was ended before."""
+        self.runs[run] = abandon
+        if self._forget is None:  # perhaps tried before, in a thread
+            self._forget = on_termination(self._tell)
+
+    def forget(self) -> None:
+        """Nothing is to be told any more."""
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
 
     def _tell(self, name: str) -> None:
         for run in list(self.runs):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracker.errors import StoreError, TrackerError
-from tracker.journal import DAMAGED, Journal, is_ours, new_database
+from tracker.journal import DAMAGED, OFFLINE, Journal, is_ours, new_database
 from tracker.ownership import Lock, Writer, writer_lives
 from tracker.redaction import MASK, public_uri
-from tracker.uploader import Uploader, close_unended
+from tracker.uploader import Uploader, close_unended, never
 
 if TYPE_CHECKING:
     from tracker.mlflow_store import MlflowStore
@@ -135,24 +135,37 @@ def sync(
     return Synced(runs, records, notices)
 
 
-def deliver_left_behind(directory: Path, store: MlflowStore) -> None:
-    """Deliver the journals in `directory` that dead processes meant for `store`."""
+def deliver_left_behind(
+    directory: Path, store: MlflowStore, stop: Callable[[], bool] = never
+) -> bool:
+    """Deliver the journals in `directory` that dead processes meant for `store`.
+
+    Offline runs are left to `tracker sync`. Returns False where `stop` ended it.
+    """
     ours = public_uri(store.tracking_uri)
     for folder in journals(directory):
+        if stop():
+            return False
         try:
-            if writer_lives(folder):
+            if (folder / OFFLINE).exists() or writer_lives(folder):
                 continue
             with _delivering(folder):
                 journal = Journal(folder)
                 try:
                     if journal.tracking_uri == ours:
                         close_unended(journal)
-                        Uploader(journal, store).drain()
-                        journal.remove()
+                        Uploader(journal, store).drain(stop)
+                        for _, notice in journal.notices():
+                            logger.warning("%s: %s", folder, notice)
+                        if not journal.pending():
+                            journal.remove()
                 finally:
                     journal.close()
         except TrackerError as error:  # `tracker sync` says what is wrong with it
             logger.debug("%s: %s", folder, error)
+            if store.silence() is not None:
+                return False
+    return True
 
 
 @contextmanager

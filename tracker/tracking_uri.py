@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import sqlite3
 import ssl
 import sys
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -31,7 +34,8 @@ def resolve(uri: str | None) -> str:
         mlflow = sys.modules.get("mlflow.tracking")  # the program may have set it there
         uri = str(mlflow.get_tracking_uri()) if mlflow else _mlflow_default()
     if uri.startswith("sqlite:///") and ":memory:" not in uri:
-        return f"sqlite:///{local_path(uri).absolute()}"
+        query = urllib.parse.urlsplit(uri).query
+        return f"sqlite:///{local_path(uri).absolute()}{query and '?'}{query}"
     if is_file_store(uri):
         return local_path(uri).absolute().as_uri()
     return uri
@@ -93,10 +97,10 @@ def why_silent(uri: str) -> str | None:
     except urllib.error.HTTPError as error:
         error.close()
         return f"answers {error.code}" if error.code >= 500 else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         # It answers; whether its certificate will do is MLflow's to say, by its own settings.
-        return None if isinstance(reason, ssl.SSLError) else str(reason)
+        return None if isinstance(reason, ssl.SSLError) else str(reason) or type(reason).__name__
     return None
 
 
@@ -123,7 +127,11 @@ def _why_not_sqlite(path: Path) -> str | None:
     if problem := _why_not_writable(path, folder=False):
         return problem
     if path.exists():
-        with path.open("rb") as file:
-            if file.read(16) not in (b"", b"SQLite format 3\0"):
-                return f"{path} is not a SQLite file"
+        # Through SQLite: opened and closed by others, a file loses the locks of this process on it.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as db:
+                db.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.DatabaseError:
+            return f"{path} is not a SQLite file"
     return None

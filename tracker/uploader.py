@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ PAGE_SHARE = 0.01
 """… and takes at most this share of the time."""
 
 _CHUNK = 1_000  # records read at a time
+_NOTICES = 100  # of records lost, a run
 _TOGETHER = 200  # records of metrics in a request; each holds what was logged in 0.2 s
 
 
@@ -48,6 +50,7 @@ class Uploader:
         self._on_progress = on_progress
         self._page_due: dict[str, float] = {}
         self._headless: set[str] = set()
+        self._lost: Counter[str] = Counter()
 
     def drain(self, stop: Callable[[], bool] = never) -> int:
         """Deliver all that is on disk, unless `stop` says so; returns how many records.
@@ -81,14 +84,21 @@ class Uploader:
                     self._send([record])
                 return
             # Trying again would change nothing, and all that comes after it would wait.
-            kind = repr(group[0].kind)[1:20].rstrip("'")
-            self._journal.notice(f"A record ({kind}) is lost: {error}")
+            self._lose(group[0], error)
         self._journal.mark_delivered(group[-1].seq)
         for record in group:
             if record.kind in ("file", "model") and (path := self._staged(record)) is not None:
                 shutil.rmtree(path.parent, ignore_errors=True)
         if group[0].kind == "end":
             self._journal.forget(group[0].run)
+
+    def _lose(self, record: Record, error: RefusedError) -> None:
+        """Leave a notice, but not one for each record of a run that was deleted, say."""
+        self._lost[record.run] += 1
+        if self._lost[record.run] <= _NOTICES:
+            more = " So may be others of its run." if self._lost[record.run] == _NOTICES else ""
+            kind = repr(record.kind)[1:20].rstrip("'")
+            self._journal.notice(f"A record ({kind}) is lost: {error}{more}")
 
     def _deliver(self, group: list[Record], in_doubt: bool) -> None:
         first = group[0]
@@ -242,6 +252,6 @@ def close_unended(journal: Journal) -> None:
             status, reason = "KILLED", f"{who} was stopped by {signals[-1]['signal']}."
         else:
             status = "FAILED"
-            reason = f"{who} ended without saying how: SIGKILL, no memory or no power."
+            reason = f"{who} ended without saying how: killed, crashed, or out of memory or power."
         journal.append(run, "tags", {"tags": {"tracker.failure": reason}}, at)
         journal.append(run, "end", {"status": status}, at)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tracker.system_metrics import SystemMetrics
 
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 0.25
+"""Between two looks at whether the training lives."""
 RETRY_SECONDS = 5.0
 """A store that fails is tried again after half a second, then ever later, at last so often."""
 GIVE_UP_SECONDS = 60.0
@@ -64,6 +66,8 @@ class UploaderProcess:
         self._failures = 0
         self._retry_at = 0.0
         self._stop_at: float | None = None
+        self._gone: float | None = None  # when the training was found to be gone
+        self._look_at = 0.0
         self._user_timeout = "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
         self._be_patient()
 
@@ -74,59 +78,69 @@ class UploaderProcess:
     def run(self) -> int:
         """Deliver until there is nobody to deliver for; 0 if all is delivered."""
         busy = time.monotonic()  # when there was something to do last
-        gone: float | None = None
         swept = False
         while True:
-            if gone is None and not writer_lives(self._journal.folder):
-                gone = time.monotonic()
-                close_unended(self._journal)
-            if gone is None:
-                self._sample()
+            self._look()
+            self._sample()
             delivered = self._deliver()
-            if delivered and not swept and self._store is not None and not self._failures:
-                swept = True
-                deliver_left_behind(self._journal.folder.parent, self._store)
             moment = time.monotonic()
             if delivered:
                 busy = moment
                 continue
-            left = self._journal.remaining()
-            if gone is not None and not left:
+            left = self._journal.pending()
+            if self._gone is not None and not left:
                 self._journal.remove()
                 return 0
-            if gone is not None and self._failures and moment > gone + GIVE_UP_SECONDS:
+            if self._gone is not None and self._failures and moment > self._gone + GIVE_UP_SECONDS:
                 return 1
-            if self._stop_at is not None and (not left or self._failures or moment > self._stop_at):
+            # As long as the training lives there may be more to say: its end, for one.
+            over = self._gone is not None and (not left or self._failures)
+            if self._stop_at is not None and (over or moment > self._stop_at):
                 return 1 if left else 0
+            if not left and self._store is not None and not swept:
+                swept = deliver_left_behind(self._journal.folder.parent, self._store, self._busy)
             if not left and moment > busy + IDLE_SECONDS:
                 if not self._journal.unended():
                     return 0
                 busy = moment
             time.sleep(POLL_SECONDS)
 
+    def _look(self) -> None:
+        """See whether the training lives; if not, close the runs that it did not."""
+        if self._gone is not None or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        if not writer_lives(self._journal.folder):
+            self._gone = time.monotonic()
+            close_unended(self._journal)
+
     def _deliver(self) -> int:
         """Deliver what there is, if it is time to try; returns how many records."""
-        if time.monotonic() < self._retry_at or not self._journal.remaining():
+        if time.monotonic() < self._retry_at or not self._journal.pending():
             return 0
-        before = self._journal.delivered
         try:
             if self._failures and self._store is not None and (why := self._store.silence()):
                 raise StoreError(f"the server does not answer: {why}")
-            delivered = self._open().drain(self._stopped)
+            return self._open().drain(self._stopped)
         except StoreError as error:
-            if self._journal.delivered > before:  # fails now and then, and gets on
-                self._failures, self._journal.problem = 0, None
             self._journal.problem = str(error)
             self._failures += 1
             wait = min(0.5 * 2 ** (self._failures - 1), RETRY_SECONDS)
             self._retry_at = time.monotonic() + wait
             self._be_patient()
             return 0
+
+    def _progressed(self, records: int) -> None:
+        """Some were delivered: a store that gets on has no problem, however long it takes."""
         if self._failures:
             self._failures = 0
             self._journal.problem = None
             self._be_patient()
-        return delivered
+        self._look()
+        self._sample()
+
+    def _busy(self) -> bool:
+        return self._stopped() or self._journal.pending()
 
     def _be_patient(self) -> None:
         """Give requests more time the more of them have failed, unless the user has said how much.
@@ -145,12 +159,12 @@ class UploaderProcess:
             from tracker.mlflow_store import MlflowStore  # takes two seconds
 
             self._store = MlflowStore(self._uri)
-            self._uploader = Uploader(self._journal, self._store)
+            self._uploader = Uploader(self._journal, self._store, self._progressed)
         return self._uploader
 
     def _sample(self) -> None:
         """Append the system's metrics to every run that goes on."""
-        if self._metrics is None or time.monotonic() < self._sample_at:
+        if self._metrics is None or self._gone is not None or time.monotonic() < self._sample_at:
             return
         self._sample_at = time.monotonic() + SAMPLE_SECONDS
         if not (runs := self._journal.unended()):

@@ -1,0 +1,32 @@
+"""What MLflow's file store leaves half-written when its process is killed, and how to mend it.
+
+It writes several files for one thing, and its meta files in place (mlflow 3.17, file_store.py):
+one that was cut off makes every later call fail, for its run and for a search.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+
+def complete_run(folder: Path) -> None:
+    """Make the folders that `create_run` had not got to."""
+    for name in ("metrics", "params", "artifacts"):
+        (folder / name).mkdir(exist_ok=True)
+
+
+def mend_model(root: Path, run_id: str, tag: str, value: str) -> None:
+    """Remove what is cut off of the model that carries our `tag`, and of the run's links to models.
+
+    Nobody else writes either of them: the tag names one record of one journal.
+    """
+    for meta in root.glob("*/models/*/meta.yaml"):
+        mark = meta.parent / "tags" / tag
+        if meta.stat().st_size == 0 and mark.is_file() and mark.read_text() == value:
+            shutil.rmtree(meta.parent)
+    for kind in ("inputs", "outputs"):
+        for link in root.glob(f"*/{run_id}/{kind}/*"):
+            meta = link / "meta.yaml"
+            if not meta.is_file() or meta.stat().st_size == 0:
+                shutil.rmtree(link)
