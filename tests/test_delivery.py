@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import Store
 
 from tracker import start_run
+from tracker.cli import main
 from tracker.delivery import Mode, mode_of
-from tracker.errors import ArgumentError
+from tracker.errors import ArgumentError, StoreError
+from tracker.journal_writer import JournalWriter
 
 COUNTS = """
 import os, psutil, sys
@@ -148,3 +152,56 @@ def test_a_variable_that_says_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKER_INLINE", "perhaps")
     with pytest.raises(ArgumentError, match="TRACKER_INLINE='perhaps' is not allowed"):
         start_run()
+
+
+def test_the_end_of_an_offline_run_is_on_disk_when_its_block_is_left(tmp_path: Path) -> None:
+    program = (
+        "import os\nfrom tracker import start_run\n"
+        "with start_run(offline=True) as run:\n    run.log_metrics({'loss': 1.0})\nos._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    assert main(["sync"]) == 0
+    run = Store(f"sqlite:///{tmp_path / 'mlflow.db'}").run()
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss": 1.0}
+
+
+def test_an_offline_run_is_left_to_sync_by_the_next_run_in_its_folder(store: Store) -> None:
+    program = "from tracker import start_run\nwith start_run(offline=True): pass"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    run_program("with start_run() as run:\n    while run.run_id is None: run.flush()", store.uri)
+    assert len(store.runs()) == 1
+    assert main(["sync"]) == 0
+    assert len(store.runs()) == 2
+
+
+def test_a_parent_must_be_in_the_store_of_its_children(tmp_path: Path, store: Store) -> None:
+    with start_run() as parent, pytest.raises(ArgumentError, match="must be in the store of its"):
+        start_run(parent=parent, tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
+
+
+def test_a_port_where_something_else_answers_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        uri = f"http://127.0.0.1:{other.getsockname()[1]}"
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            connection.sendall(b"220 mail\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(StoreError, match=r"cannot be opened: .*220 mail"):
+            start_run(tracking_uri=uri)
+        thread.join()
+
+
+def test_a_manager_that_is_collected_in_the_journal_s_own_thread(tracking_uri: str) -> None:
+    writer = JournalWriter(Path("journals"))
+    asked: list[bool] = []
+    writer.on_tick = lambda: asked.append(writer.flush())
+    while not asked:
+        writer.flush()
+    assert asked[0] is False  # and nobody waits for himself
+    writer.on_tick = None
+    writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import Store
 
-from tracker import RunManager, StoreError
+from tracker import Keep, RunManager, StoreError
 from tracker.cli import main as tracker_command
 
 PROJECT = Path(__file__).parents[1]
@@ -180,3 +181,42 @@ def test_studies_train_continues_a_run(store: Store, tmp_path: Path) -> None:
     assert [step for step, _ in store.history(run, "val_loss")] == [1, 2]
     assert run.data.params["epochs"] == "1"
     assert run.data.tags["tracker.param.epochs"] == "2"
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(store: Store) -> None:
+    run_id = store.client.create_run("0").info.run_id
+    with pytest.raises(StoreError, match="is RUNNING: end its process, then deliver its journal"):
+        RunManager.resume(run_id)
+
+
+def test_a_checkpoint_that_found_no_room_costs_none_that_is_there(
+    store: Store, loader: Any, network: Any
+) -> None:
+    with RunManager(model=False) as manager:
+        manager.begin_run({"lr": 1.0}, network, loader)
+        for epoch in (1, 2):
+            manager.begin_epoch()
+            manager.track_loss(torch.tensor(1.0), 1)
+            manager.end_epoch()
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if epoch == 2:  # a disk that takes no more
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+            manager.save_checkpoint()
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        manager.end_run()
+    kept = {path for path in store.artifacts(store.run()) if path.endswith("tensors.pt")}
+    assert kept == {"checkpoints/00000001/tensors.pt"}
+
+
+def test_the_best_by_a_metric_before_there_is_one(store: Store, loader: Any, network: Any) -> None:
+    with RunManager(model=False, checkpoints=Keep(best="val_loss")) as manager:
+        manager.begin_run({"lr": 1.0}, network, loader)
+        manager.begin_epoch()
+        for _ in range(2):
+            manager.track_loss(torch.tensor(1.0), 1)
+            manager.save_checkpoint()
+        manager.end_epoch({"val_loss": 0.5})
+        manager.save_checkpoint()
+        manager.end_run()
+    kept = {path.split("/")[1] for path in store.artifacts(store.run()) if "tensors" in path}
+    assert kept == {"00000002"}
