@@ -40,6 +40,7 @@ STOP_SECONDS = 5.0
 """How long it goes on delivering after SIGTERM."""
 SAMPLE_SECONDS = 10.0
 """Between two samples of the system's metrics."""
+FIRST_SAMPLE_SECONDS = 1.0
 REQUEST_SECONDS = 20
 """A request that a server does not answer by then is tried again, with twice the time …"""
 LONGEST_REQUEST_SECONDS = 640
@@ -61,7 +62,8 @@ class UploaderProcess:
             from tracker.system_metrics import SystemMetrics
 
             self._metrics = SystemMetrics()
-        self._sample_at = 0.0
+        # The first a moment later: the figure of the CPU is of the time since it was last asked.
+        self._sample_at = time.monotonic() + FIRST_SAMPLE_SECONDS
         self._begun: dict[str, int] = {}
         self._failures = 0
         self._retry_at = 0.0
