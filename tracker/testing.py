@@ -51,6 +51,7 @@ def tracking_uri(
         uri = f"sqlite:///{database}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("TRACKER_INLINE", "1")  # what was logged is there when the run has ended
-    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+    others = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "TRACKER_OFFLINE")
+    for name in others:
         monkeypatch.delenv(name, raising=False)
     return uri
