@@ -187,8 +187,12 @@ class Trainer:
 
 
 def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
-    """The command `tracker`, started."""
-    command = [sys.executable, "-m", "tracker.cli", *map(str, arguments)]
+    """The command `tracker`, started, with Ctrl-C as in a terminal: a job of a shell ignores it."""
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from tracker.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     return subprocess.Popen(command, text=True, **streams)
 
