@@ -31,6 +31,8 @@ import torch
 from conftest import Store
 from mlflow.entities import Run as MlflowRun
 
+from tracker.journal import OFFLINE
+
 SAFE_SECONDS = 0.25
 """What was logged so long before a kill is never lost."""
 STEPS = 300
@@ -759,6 +761,8 @@ def test_a_new_run_closes_what_dead_processes_left_for_the_same_store(
     journals.mkdir()
     for journal in (ours, others, living.journal()):
         journal.rename(journals / journal.name)
+    for journal in (ours, others):  # as one that was to be delivered is left
+        (journals / journal.name / OFFLINE).unlink()
 
     training = new.start(WARM)
     assert training.wait() == 0

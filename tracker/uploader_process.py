@@ -92,6 +92,9 @@ class UploaderProcess:
             left = self._journal.pending()
             if self._gone is not None and not left:
                 self._journal.remove()
+                if not swept and self._store is not None:  # a program too short to be idle in
+                    self.stop()  # which is waited for: not long
+                    deliver_left_behind(self._journal.folder.parent, self._store, self._stopped)
                 return 0
             if self._gone is not None and self._failures and moment > self._gone + GIVE_UP_SECONDS:
                 return 1
