@@ -56,7 +56,8 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
     assert {name: str(defaults[name]).lower() for name in parameters} == {
         name: str(parameter.default) for name, parameter in parameters.items()
     }
-    assert set(defaults) - set(parameters) == {"tracking_uri", "experiment"}
+    others = {"tracking_uri", "experiment", "resume", "checkpoints", "offline"}
+    assert set(defaults) - set(parameters) == others
 
 
 @pytest.mark.parametrize(
