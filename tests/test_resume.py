@@ -220,3 +220,17 @@ def test_the_best_by_a_metric_before_there_is_one(store: Store, loader: Any, net
         manager.end_run()
     kept = {path.split("/")[1] for path in store.artifacts(store.run()) if "tensors" in path}
     assert kept == {"00000002"}
+
+
+def test_an_offline_run_in_the_folder_is_none_of_its_concern(
+    store: Store, tmp_path: Path, loader: Any, network: Any
+) -> None:
+    program = "from tracker import start_run\nwith start_run(offline=True): pass"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    with RunManager(model=False) as manager:
+        manager.begin_run({"lr": 1.0}, network, loader)
+        manager.end_run()
+    with RunManager.resume(store.run().info.run_id, model=False) as manager:
+        manager.begin_run({"lr": 1.0}, network, loader)
+        manager.end_run()
+    assert len(list((tmp_path / ".tracker").iterdir())) == 1

@@ -37,7 +37,7 @@ class BackgroundDelivery:
 
     def __init__(self, directory: Path, tracking_uri: str, *, uploader: bool) -> None:
         self.tracking_uri = tracking_uri
-        self._has_uploader = self._wants_uploader = uploader
+        self._wants_uploader = uploader
         self._process: subprocess.Popen[bytes] | None = None
         self._start_at = 0.0
         self._deaths = 0
@@ -50,10 +50,11 @@ class BackgroundDelivery:
         self._reader.tracking_uri = public_uri(tracking_uri)
         # Its own: a signal's handler must not wait for a lock that it interrupted the holder of.
         self._watcher = Journal(self.journal.folder)
-        if not uploader:
-            (self.journal.folder / OFFLINE).touch()
         self._going_on = GoingOn(self.journal)
-        self.journal.on_tick = self._tick
+        if uploader:
+            self.journal.on_tick = self._tick
+        else:
+            (self.journal.folder / OFFLINE).touch()
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
         """Note that `run` goes on; its uploader is started by the journal's thread."""
@@ -129,14 +130,11 @@ class BackgroundDelivery:
     # -- the uploader, looked after by the journal's thread ----------------------------------
 
     def _tick(self) -> None:
-        if not self._has_uploader or time.monotonic() < self._look_at:
+        if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_SECONDS
-        try:
-            self._supervise()
-            self._look()
-        except (StoreError, OSError) as error:  # a journal taken away, no more processes
-            logger.debug("%s", error)
+        self._supervise()
+        self._look()
 
     def _supervise(self) -> None:
         """Have an uploader while there is something to deliver."""
@@ -161,7 +159,6 @@ class BackgroundDelivery:
         given = {
             "folder": str(self.journal.folder),
             "tracking_uri": self.tracking_uri,  # here, for command lines can be seen by all
-            "system_metrics": True,
         }
         with (self.journal.folder / "uploader.log").open("ab") as log:
             self._process = subprocess.Popen(

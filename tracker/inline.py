@@ -82,7 +82,7 @@ class InlineDelivery:
     def flush(self, timeout: float) -> bool:
         """Deliver what there is; whether that worked. The store decides how long it takes."""
         self.deliver()
-        return not self._reader.remaining()
+        return not self._reader.pending()
 
     def _drain(self) -> None:
         if os.getpid() != self._pid:  # nor is a fork to deliver its parent's run

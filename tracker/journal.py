@@ -207,12 +207,9 @@ class Journal:
             *(run, at, kind, json.dumps(body)),
         )
 
-    def last(self, run: str | None = None) -> int:
-        """The place of the last record on disk, of `run` or at all; 0 if there is none."""
-        if run is None:
-            (seq,) = self._only("SELECT coalesce(max(seq), 0) FROM records")
-        else:
-            (seq,) = self._only("SELECT coalesce(max(seq), 0) FROM records WHERE run = ?", run)
+    def last(self) -> int:
+        """The place of the last record on disk; 0 if there is none."""
+        (seq,) = self._only("SELECT coalesce(max(seq), 0) FROM records")
         return int(seq)
 
     def begin_time(self, run: str) -> int:
@@ -284,6 +281,11 @@ class Journal:
     def bind(self, run: str, run_id: str) -> None:
         """Remember which MLflow run a run of this journal is."""
         self._change("INSERT OR REPLACE INTO runs VALUES (?, ?)", run, run_id)
+
+    def holds(self, run_id: str, *, unended: bool = False) -> bool:
+        """Whether a run of this journal is the MLflow run `run_id`, or is it and goes on."""
+        runs = [run for (run,) in self._read("SELECT run FROM runs WHERE run_id = ?", run_id)]
+        return bool(set(runs) & set(self.unended()) if unended else runs)
 
     def run_id(self, run: str) -> str | None:
         """The MLflow run that `run` was bound to, None before that."""

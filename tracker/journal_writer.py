@@ -143,7 +143,7 @@ class JournalWriter:
             if self.on_tick is not None and going_on:
                 try:
                     self.on_tick()
-                except Exception:
+                except Exception:  # whatever it is, the journal must be written
                     logger.debug("The uploader cannot be looked after.", exc_info=True)
         if db is not None:
             db.close()

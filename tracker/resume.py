@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from tracker.checkpoint import Checkpoint, load_checkpoint, load_metrics
 from tracker.errors import StoreError
 from tracker.journal import Journal
 from tracker.ownership import Writer, writer_lives
-from tracker.redaction import public_uri
 from tracker.sync import deliver_left_behind, journals
 
 if TYPE_CHECKING:
@@ -85,42 +84,37 @@ def load_earlier(run_id: str, tracking_uri: str | None, directory: Path) -> Earl
 
 
 def _settle(directory: Path, store: MlflowStore, run_id: str) -> None:
-    """Have what dead processes left delivered, by us or by their own uploader if that lives."""
+    """Have what a dead process left of the run delivered, by us or by its uploader if that lives.
+
+    Other journals in `directory` are none of its concern.
+    """
     until = time.monotonic() + _SETTLE_SECONDS
     while True:
         deliver_left_behind(directory, store)
-        waiting = False
-        for folder in journals(directory):
-            if not writer_lives(folder):
-                waiting |= _goes_to(folder, store)
-            elif Writer.of(folder).host == Writer.this_process().host and _tracks(folder, run_id):
-                raise StoreError(
-                    f"run_id={run_id!r} still goes on, in process {Writer.of(folder).pid}."
-                )
-        if not waiting:
+        left = [folder for folder in journals(directory) if _is_left(folder, run_id)]
+        if not left:
             return
         if time.monotonic() > until:
-            raise StoreError(f"{directory} holds journals that are not delivered: tracker sync.")
+            raise StoreError(f"{left[0]} holds what is left of run_id={run_id!r}: tracker sync.")
         time.sleep(0.2)
 
 
-def _goes_to(folder: Path, store: MlflowStore) -> bool:
+def _is_left(folder: Path, run_id: str) -> bool:
+    """Whether a dead process left records of the run; StoreError where a living one tracks it."""
     try:
-        journal = Journal(folder)
-    except StoreError:  # delivered and gone, or for `tracker sync` to say what is wrong with it
+        writer, lives = Writer.of(folder), writer_lives(folder)
+        if lives and writer.host != Writer.this_process().host:
+            return False  # not to be opened by two hosts; MLflow says whether the run is RUNNING
+        with closing(Journal(folder)) as journal:
+            if not lives:
+                return journal.holds(run_id)
+            tracked = journal.holds(run_id, unended=True)
+    except StoreError as error:  # gone by now, or for `tracker sync` to say what is wrong with it
+        logger.debug("%s", error)
         return False
-    try:
-        return journal.tracking_uri == public_uri(store.tracking_uri)
-    finally:
-        journal.close()
-
-
-def _tracks(folder: Path, run_id: str) -> bool:
-    journal = Journal(folder)
-    try:
-        return run_id in [journal.run_id(run) for run in journal.unended()]
-    finally:
-        journal.close()
+    if tracked:
+        raise StoreError(f"run_id={run_id!r} still goes on, in process {writer.pid}.")
+    return False
 
 
 def _checkpoints(
@@ -151,12 +145,11 @@ def _rows(store: MlflowStore, run_id: str, place: Path) -> list[dict[str, Any]]:
     if "epochs.json" not in store.artifacts(run_id):
         return []
     text = store.download(run_id, "epochs.json", place).read_text(encoding="utf-8")
-    return [{key: _number(value) for key, value in row.items()} for row in json.loads(text)]
-
-
-def _number(value: Any) -> Any:
-    """A value of a table's JSON, which spells what is no number there as text or null."""
-    return math.nan if value is None else float(value) if isinstance(value, str) else value
+    # Text is what JSON has no number for: NaN, Infinity.
+    return [
+        {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in json.loads(text)
+    ]
 
 
 def _histograms(store: MlflowStore, run_id: str, place: Path, epochs: int) -> list[dict[str, Any]]:

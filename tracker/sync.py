@@ -60,9 +60,7 @@ def journals(path: Path) -> list[Path]:
         raise StoreError(f"path={str(path)!r} is not a folder.")
     if (path / "writer.json").exists() or (path / "journal.sqlite").exists():
         return [path]
-    if found := sorted(path.glob("[!.]*/journal.sqlite"), key=lambda file: file.parent.name):
-        return [file.parent for file in found]
-    return []
+    return sorted(file.parent for file in path.glob("[!.]*/journal.sqlite"))
 
 
 def standing(folder: Path) -> Standing:
@@ -112,8 +110,7 @@ def sync(
         )
     with _delivering(folder):
         damage = _repair(folder)
-        journal = Journal(folder)
-        try:
+        with closing(Journal(folder)) as journal:
             from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
 
             known = journal.tracking_uri
@@ -126,12 +123,10 @@ def sync(
             close_unended(journal)
             records = Uploader(journal, store, on_progress).drain()
             notices = tuple(text for _, text in journal.notices())
-        finally:
-            journal.close()
-        if damage is None:
-            journal.remove()
-        else:
-            notices += (damage,)
+            if damage is None:
+                journal.remove()
+            else:
+                notices += (damage,)
     return Synced(runs, records, notices)
 
 
@@ -149,18 +144,14 @@ def deliver_left_behind(
         try:
             if (folder / OFFLINE).exists() or writer_lives(folder):
                 continue
-            with _delivering(folder):
-                journal = Journal(folder)
-                try:
-                    if journal.tracking_uri == ours:
-                        close_unended(journal)
-                        Uploader(journal, store).drain(stop)
-                        for _, notice in journal.notices():
-                            logger.warning("%s: %s", folder, notice)
-                        if not journal.pending():
-                            journal.remove()
-                finally:
-                    journal.close()
+            with _delivering(folder), closing(Journal(folder)) as journal:
+                if journal.tracking_uri == ours:
+                    close_unended(journal)
+                    Uploader(journal, store).drain(stop)
+                    for _, notice in journal.notices():
+                        logger.warning("%s: %s", folder, notice)
+                    if not journal.pending():
+                        journal.remove()
         except TrackerError as error:  # `tracker sync` says what is wrong with it
             logger.debug("%s: %s", folder, error)
             if store.silence() is not None:

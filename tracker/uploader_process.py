@@ -21,11 +21,11 @@ from tracker.journal import Journal, now
 from tracker.ownership import Lock, writer_lives
 from tracker.redaction import public_uri
 from tracker.sync import deliver_left_behind
+from tracker.system_metrics import SystemMetrics
 from tracker.uploader import Uploader, close_unended
 
 if TYPE_CHECKING:
     from tracker.mlflow_store import MlflowStore
-    from tracker.system_metrics import SystemMetrics
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.25
@@ -52,16 +52,12 @@ logger = logging.getLogger(__name__)
 class UploaderProcess:
     """One journal, and the store that it goes to."""
 
-    def __init__(self, folder: Path, tracking_uri: str, system_metrics: bool) -> None:
+    def __init__(self, folder: Path, tracking_uri: str) -> None:
         self._journal = Journal(folder)
         self._uri = tracking_uri
         self._store: MlflowStore | None = None
         self._uploader: Uploader | None = None
-        self._metrics: SystemMetrics | None = None
-        if system_metrics:
-            from tracker.system_metrics import SystemMetrics
-
-            self._metrics = SystemMetrics()
+        self._metrics = SystemMetrics()
         # The first a moment later: the figure of the CPU is of the time since it was last asked.
         self._sample_at = time.monotonic() + FIRST_SAMPLE_SECONDS
         self._begun: dict[str, int] = {}
@@ -169,7 +165,7 @@ class UploaderProcess:
 
     def _sample(self) -> None:
         """Append the system's metrics to every run that goes on."""
-        if self._metrics is None or self._gone is not None or time.monotonic() < self._sample_at:
+        if self._gone is not None or time.monotonic() < self._sample_at:
             return
         self._sample_at = time.monotonic() + SAMPLE_SECONDS
         if not (runs := self._journal.unended()):
@@ -187,8 +183,7 @@ class UploaderProcess:
 
     def close(self) -> None:
         """Let go of the GPUs and the journal."""
-        if self._metrics is not None:
-            self._metrics.close()
+        self._metrics.close()
         self._journal.close()
 
 
@@ -213,7 +208,7 @@ def _main() -> int:
     try:
         if not lock.take():
             return 0
-        process = UploaderProcess(folder, given["tracking_uri"], given["system_metrics"])
+        process = UploaderProcess(folder, given["tracking_uri"])
         signal.signal(signal.SIGTERM, process.stop)
         try:
             return process.run()
