@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from models import FashionCNN, load
+from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tracker.loop import Epoch, evaluate, fit
     from tracker.manager import RunManager
     from tracker.run import Run, start_run
+    from tracker.search.study import Study
+    from tracker.search.trial import Trial
 
 # Imported when they are asked for: the uploader and the command line need no torch, which takes
 # seconds and half a gigabyte.
@@ -38,6 +40,8 @@ _MODULES = {
     "loop": ["Epoch", "evaluate", "fit"],
     "manager": ["RunManager"],
     "run": ["Run", "start_run"],
+    "search.study": ["Study"],
+    "search.trial": ["Trial"],
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -52,7 +56,9 @@ __all__ = [
     "RunBuilder",
     "RunManager",
     "StoreError",
+    "Study",
     "TrackerError",
+    "Trial",
     "__version__",
     "choose_device",
     "evaluate",

@@ -78,9 +78,11 @@ class BackgroundDelivery:
             time.sleep(_POLL_SECONDS)
         return self._wants_uploader
 
-    def release(self, run: str) -> None:
+    def release(self, run: str, *, wait: bool = True) -> None:
         """Wait for the run's delivery up to the deadline; then name the command that does it."""
         self._going_on.runs.pop(run, None)
+        if not wait:
+            return
         try:  # offline too it is on disk from here on
             if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
                 problem = self._reader.problem
@@ -95,6 +97,14 @@ class BackgroundDelivery:
 
     def close(self) -> None:
         """Nothing: the process may track more, and ends with `shut_down`."""
+
+    def leave(self) -> None:
+        """Go without waiting: the uploader goes on without us."""
+        self._going_on.forget()
+        self._wants_uploader = False
+        self.journal.close()
+        self._reader.close()
+        self._watcher.close()
 
     def shut_down(self) -> None:
         """End what was not ended, deliver the rest up to the deadline, and say what is left."""

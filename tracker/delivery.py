@@ -40,8 +40,8 @@ class Delivery(Protocol):
     def flush(self, timeout: float) -> bool:
         """Whether everything appended so far is delivered, at the latest after `timeout` s."""
 
-    def release(self, run: str) -> None:
-        """`run` has ended, and its end is appended."""
+    def release(self, run: str, *, wait: bool = True) -> None:
+        """`run` has ended, and its end is appended; `wait` for its delivery up to a deadline."""
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of `run`, None while it is not known."""
@@ -97,6 +97,14 @@ def _flag(name: str) -> bool:
     return value in ("1", "true")
 
 
+def leave_all() -> None:
+    """End this process's part, without waiting; the uploaders deliver what is left."""
+    for (pid, *_), opened in list(_open.items()):
+        if pid == os.getpid():
+            opened.leave()
+    _open.clear()
+
+
 class NoDelivery:
     """For the ranks that do not write: what they log goes nowhere."""
 
@@ -116,7 +124,7 @@ class NoDelivery:
         """Nothing; that is done."""
         return True
 
-    def release(self, run: str) -> None:
+    def release(self, run: str, *, wait: bool = True) -> None:
         """Nothing."""
 
     def run_id(self, run: str) -> str | None:

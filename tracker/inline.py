@@ -103,7 +103,7 @@ class InlineDelivery:
             self._warned = True
             logger.warning("Training goes on, its records wait in the journal: %s", error)
 
-    def release(self, run: str) -> None:
+    def release(self, run: str, *, wait: bool = True) -> None:
         """Deliver the run's end."""
         if (abandon := self._going_on.runs.pop(run, None)) is not None:
             atexit.unregister(abandon)

@@ -68,6 +68,7 @@ class RunManager:
         tensorboard: str | Path | None = None,
         stop_on_nonfinite: bool = False,
         parent: Run | str | None = None,
+        run: Run | None = None,
         inline: bool | None = None,
         offline: bool | None = None,
     ) -> None:
@@ -84,6 +85,7 @@ class RunManager:
         tensorboard: also write event files below this folder.
         stop_on_nonfinite: raise NonFiniteLossError when an epoch's loss is NaN or infinite.
         parent: the run that every run is a child of, or its id.
+        run: an open run to log to, instead of one of its own; whoever started it ends it.
         inline: deliver from this thread, at each epoch's and run's end, not by a second process;
             by default as TRACKER_INLINE says.
         offline: keep the runs in their journal until `tracker sync`; by default as
@@ -100,7 +102,9 @@ class RunManager:
         self._histograms = histograms
         self._model = model
         self._stop_on_nonfinite = stop_on_nonfinite
-        self._views: list[View] = [view for view in [live_view()] if view is not None]
+        self._given = run
+        view = live_view() if run is None else None
+        self._views: list[View] = [] if view is None else [view]
         if tensorboard is not None:
             self._views.append(TensorBoard(tensorboard))
         self._open = _Open()
@@ -117,7 +121,7 @@ class RunManager:
         self._epoch_states: RandomStates | None = None
         self._metrics: dict[str, float] = {}  # of the last epoch
         self._kept: dict[int, Mapping[str, float]] = {}  # checkpoints by step
-        self._earlier: Earlier | None = None
+        self._earlier = run.earlier if run is not None else None
         self._run_started = self._epoch_started = 0.0
 
         self.network: nn.Module | None = None
@@ -133,7 +137,7 @@ class RunManager:
         self.run_data: list[dict[str, Any]] = []
         """A row for each epoch of each run: what `save` writes."""
 
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: Checkpoint | None = self._earlier.checkpoint if self._earlier else None
         """The checkpoint of the run that is continued; None where there is none."""
 
     @classmethod
@@ -177,17 +181,10 @@ class RunManager:
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
         earlier, self._earlier = self._earlier, None
         self._main = is_main()
-        way = self._open.delivery or self._new_delivery()
-        try:
-            name = tags.get("mlflow.runName") or run_name(params)
-            began = Run(
-                *(way, told | params, self._experiment, name, tags, self._parent), resume=earlier
-            )
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            if self._open.delivery is None:
-                way.close()
-            raise
-        self._open.delivery, self._open.run = way, began
+        if self._given is not None:
+            began = self._join(self._given, told | params, tags)
+        else:
+            began = self._begin(told | params, run_name(params), tags, earlier)
         self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
@@ -199,11 +196,39 @@ class RunManager:
         if earlier is not None:
             self._continue(earlier)
         if self._main:
-            self._describe(began, new=earlier is None)
+            self._describe(began, new=earlier is None or self._given is not None)
         for view in self._views:
             view.begin_run(self.run_count, params, network, self._example)
         began.deliver()
         return began
+
+    def _begin(
+        self,
+        params: Mapping[str, Any],
+        name: str | None,
+        tags: Mapping[str, str],
+        earlier: Earlier | None,
+    ) -> Run:
+        """Begin a run of our own."""
+        way = self._open.delivery or self._new_delivery()
+        try:
+            name = tags.get("mlflow.runName") or name
+            began = Run(*(way, params, self._experiment, name, tags, self._parent), resume=earlier)
+        except BaseException:  # Ctrl-C too leaves nothing behind
+            if self._open.delivery is None:
+                way.close()
+            raise
+        self._open.delivery, self._open.run = way, began
+        return began
+
+    def _join(self, given: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        """Log to the run that somebody else has begun, and ends."""
+        if self.run_count:
+            raise CallOrderError("begin_run() was called twice; this manager logs to one run.")
+        given.log_params(params)
+        given.log_tags(tags)
+        self._open.run, self._open.owns = given, False
+        return given
 
     def _new_delivery(self) -> Delivery:
         if not self._main:  # under torchrun rank 0 alone writes
@@ -251,7 +276,8 @@ class RunManager:
         model = self._model and self._main and ended.status == "FINISHED"
         if model and self.network is not None:
             run.log_model(self.network, self._example, step=self.epoch_count)
-        run.end(ended)
+        if self._open.owns:
+            run.end(ended)
         for view in self._views:
             view.end_run(ended.status)
         self._open.run, self._in_epoch = None, False
@@ -478,6 +504,7 @@ class _Open:
         self._pid = os.getpid()
         self.delivery: Delivery | None = None
         self.run: Run | None = None
+        self.owns = True
 
     @property
     def forked(self) -> bool:
@@ -488,9 +515,9 @@ class _Open:
         """Close a run that was never ended, and the journal."""
         if self.forked:
             return
-        if self.run is not None:
+        if self.run is not None and self.owns:
             self.run.end(self.run.left(where))
-            self.run = None
+        self.run = None
         if self.delivery is not None:
             self.delivery.close()
             self.delivery = None

@@ -52,7 +52,8 @@ _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
+def translated(doing: str) -> Iterator[None]:
+    """Make MLflow's errors StoreErrors that tell what it could not do."""
     try:
         yield
     except StoreError:
@@ -93,8 +94,9 @@ class MlflowStore:
         opted_in = is_file_store(self.tracking_uri) and _opt_in_to_file_store()
         try:
             self._create_sqlite()
-            self._client = MlflowClient(self.tracking_uri)
-            self._client.search_experiments(max_results=1)
+            self.client: MlflowClient = MlflowClient(self.tracking_uri)
+            """MLflow's own client; its errors are translated by `translated`."""
+            self.client.search_experiments(max_results=1)
         except Exception as error:  # what a third party's store raises on a bad URI
             raise StoreError(
                 f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: "
@@ -113,16 +115,16 @@ class MlflowStore:
 
     def experiment_id(self, name: str, by_id: str | None = None) -> str:
         """The experiment called `name`, made if need be, or the one with the id `by_id`."""
-        with _translated(f"open the experiment {by_id or name!r}"):
+        with translated(f"open the experiment {by_id or name!r}"):
             if by_id is not None:
-                experiment = self._client.get_experiment(by_id)
-            elif (found := self._client.get_experiment_by_name(name)) is not None:
+                experiment = self.client.get_experiment(by_id)
+            elif (found := self.client.get_experiment_by_name(name)) is not None:
                 experiment = found
             else:
                 try:
-                    return self._client.create_experiment(name, self._artifacts_of(name))
+                    return self.client.create_experiment(name, self._artifacts_of(name))
                 except MlflowException:  # perhaps another process was faster
-                    if (found := self._client.get_experiment_by_name(name)) is None:
+                    if (found := self.client.get_experiment_by_name(name)) is None:
                         raise
                     experiment = found
         if experiment.lifecycle_stage != "active":
@@ -188,8 +190,8 @@ class MlflowStore:
         has taken it before. `in_doubt` looks first whether the run was created before.
         """
         if adopt is not None:
-            with _translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
-                had = self._client.get_run(adopt).data.tags
+            with translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
+                had = self.client.get_run(adopt).data.tags
             if had.get(RUN_TAG, tags[RUN_TAG]) == tags[RUN_TAG]:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in had})
                 return adopt
@@ -198,17 +200,17 @@ class MlflowStore:
         if in_doubt and (run_id := self._half_made(experiment_id, start_time, tags)) is not None:
             self.log_batch(run_id, tags=tags)
             return run_id
-        with _translated("create a run"), _once():
-            run = self._client.create_run(experiment_id, start_time, dict(tags), name)
+        with translated("create a run"), _once():
+            run = self.client.create_run(experiment_id, start_time, dict(tags), name)
         return str(run.info.run_id)
 
     def _half_made(
         self, experiment_id: str, start_time: int, tags: Mapping[str, str]
     ) -> str | None:
         """The run that the file store was making, a tag at a time, when its process died."""
-        with _translated("look for a run"):
+        with translated("look for a run"):
             at = f"attributes.start_time = {start_time}"
-            found = self._client.search_runs([experiment_id], at)
+            found = self.client.search_runs([experiment_id], at)
         for run in found:
             had = run.data.tags
             if RUN_TAG not in had and had.items() <= tags.items():  # none has no name, but ours
@@ -222,37 +224,37 @@ class MlflowStore:
 
     def find_run(self, key: str, experiment_id: str | None = None) -> str | None:
         """The id of the run that was tracked under `key`, None where it is not here (yet)."""
-        with _translated("look for a run"):
+        with translated("look for a run"):
             if experiment_id is None:
-                ids = [e.experiment_id for e in self._client.search_experiments()]
+                ids = [e.experiment_id for e in self.client.search_experiments()]
             else:
                 ids = [experiment_id]
-            found = self._client.search_runs(ids, f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
+            found = self.client.search_runs(ids, f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
     def reopen(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Have a run that has ended go on."""
-        with _translated(f"continue the run {run_id}"):
-            had = self._client.get_run(run_id).data.tags
-            self._client.update_run(run_id, "RUNNING")
+        with translated(f"continue the run {run_id}"):
+            had = self.client.get_run(run_id).data.tags
+            self.client.update_run(run_id, "RUNNING")
             if "tracker.failure" in had:
-                self._client.delete_tag(run_id, "tracker.failure")
+                self.client.delete_tag(run_id, "tracker.failure")
         self.log_batch(run_id, tags=tags)
 
     def past(self, run_id: str) -> Past:
         """What a run holds that one which continues it must know."""
-        with _translated(f"read run {run_id}"):
-            run = self._client.get_run(run_id)
+        with translated(f"read run {run_id}"):
+            run = self.client.get_run(run_id)
             steps = {
-                name: max(p.step for p in self._client.get_metric_history(run_id, name))
+                name: max(p.step for p in self.client.get_metric_history(run_id, name))
                 for name in run.data.metrics
             }
         return Past(run.data.params, run.info.status, steps)
 
     def run_name(self, run_id: str) -> str:
         """The name of a run, which MLflow chose where none was given."""
-        with _translated(f"read run {run_id}"):
-            return str(self._client.get_run(run_id).info.run_name)
+        with translated(f"read run {run_id}"):
+            return str(self.client.get_run(run_id).info.run_name)
 
     def log_batch(
         self,
@@ -267,15 +269,15 @@ class MlflowStore:
         `in_doubt` leaves out the metrics that are there already: SQL stores do that by
         themselves, the file store would keep them twice, and what is behind a server is not known.
         """
-        with _translated(f"log to run {run_id}"), _once():
+        with translated(f"log to run {run_id}"), _once():
             if in_doubt and not self.tracking_uri.startswith("sqlite:"):
                 metrics = self._not_there(run_id, metrics)
             for points in _in_groups(metrics, _LIMIT["metrics"]):
-                self._client.log_batch(
+                self.client.log_batch(
                     run_id, metrics=[Metric(n, v, at, step) for n, v, step, at in points]
                 )
             for pairs in _in_groups((tags or {}).items(), _LIMIT["tags"]):
-                self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in pairs])
+                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in pairs])
 
     def _not_there(
         self, run_id: str, metrics: Sequence[tuple[str, float, int, int]]
@@ -283,7 +285,7 @@ class MlflowStore:
         there = {
             (name, _comparable(point.value), point.step, point.timestamp)
             for name in {name for name, *_ in metrics}
-            for point in self._client.get_metric_history(run_id, name)
+            for point in self.client.get_metric_history(run_id, name)
         }
         return [m for m in metrics if (m[0], _comparable(m[1]), *m[2:]) not in there]
 
@@ -292,32 +294,32 @@ class MlflowStore:
 
         That happens in a run that `mlflow run` made, with `device=auto` as it was asked for.
         """
-        with _translated(f"log the params of run {run_id}"):
-            had = self._client.get_run(run_id).data.params
+        with translated(f"log the params of run {run_id}"):
+            had = self.client.get_run(run_id).data.params
             new = [Param(k, v) for k, v in params.items() if k not in had]
             for some in _in_groups(new, _LIMIT["params"]):
-                self._client.log_batch(run_id, params=list(some))
+                self.client.log_batch(run_id, params=list(some))
         changed = {k: v for k, v in params.items() if k in had and not _same(had[k], v)}
         self.log_batch(run_id, tags={f"tracker.param.{k}": v for k, v in changed.items()})
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         """Upload a file, or a folder's content, into `folder` of the run's artifacts."""
-        with _translated(f"store the artifact {path.name} of run {run_id}"):
+        with translated(f"store the artifact {path.name} of run {run_id}"):
             if path.is_dir():
-                self._client.log_artifacts(run_id, str(path), folder)
+                self.client.log_artifacts(run_id, str(path), folder)
             else:
-                self._client.log_artifact(run_id, str(path), folder)
+                self.client.log_artifact(run_id, str(path), folder)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Upload `text` as the artifact `name`."""
-        with _translated(f"store the artifact {name} of run {run_id}"):
-            self._client.log_text(run_id, text, name)
+        with translated(f"store the artifact {name} of run {run_id}"):
+            self.client.log_text(run_id, text, name)
 
     def log_dataset(self, run_id: str, dataset: Mapping[str, str], context: str) -> None:
         """Record a data set (fields of mlflow.entities.Dataset) as an input of the run."""
         entity = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", context)])
-        with _translated(f"record the data set of run {run_id}"):
-            self._client.log_inputs(run_id, [entity])
+        with translated(f"record the data set of run {run_id}"):
+            self.client.log_inputs(run_id, [entity])
 
     def log_model(
         self, run_id: str, folder: Path, name: str, step: int, record: str, *, in_doubt: bool
@@ -327,13 +329,13 @@ class MlflowStore:
         `record` names this model for good: with `in_doubt`, one that was begun is completed.
         """
         model = _model(folder)
-        with _translated(f"store the model of run {run_id}"), _once():
+        with translated(f"store the model of run {run_id}"), _once():
             if in_doubt and is_file_store(self.tracking_uri):
                 file_store.mend_model(local_path(self.tracking_uri), run_id, RECORD_TAG, record)
-            run = self._client.get_run(run_id)
+            run = self.client.get_run(run_id)
             logged = self._logged_model(run, name, record) if in_doubt else None
             if logged is None:
-                logged = self._client.create_logged_model(
+                logged = self.client.create_logged_model(
                     run.info.experiment_id,
                     name,
                     run_id,
@@ -349,49 +351,49 @@ class MlflowStore:
             fresh = folder.with_name(f"{folder.name}.MLmodel")  # who dies here leaves a whole one
             model.save(str(fresh))
             fresh.replace(folder / "MLmodel")
-            self._client.log_model_artifacts(logged.model_id, str(folder))
-            self._client.finalize_logged_model(logged.model_id, "READY")
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+            self.client.finalize_logged_model(logged.model_id, "READY")
             outputs = run.outputs.model_outputs if run.outputs else []
             if logged.model_id not in [output.model_id for output in outputs]:
-                self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+                self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
         return str(logged.model_id)
 
     def _logged_model(self, run: Run, name: str, record: str) -> LoggedModel | None:
         """The model that was begun for `record`, perhaps without its tag: see `_half_made`."""
         query = f"source_run_id = '{run.info.run_id}'"
-        for model in self._client.search_logged_models([run.info.experiment_id], query):
+        for model in self.client.search_logged_models([run.info.experiment_id], query):
             if model.tags.get(RECORD_TAG) == record:
                 return model
             if model.name == name and model.tags == {} and model.status == "PENDING":
-                self._client.log_model_params(model.model_id, run.data.params)
-                self._client.set_logged_model_tags(model.model_id, {RECORD_TAG: record})
+                self.client.log_model_params(model.model_id, run.data.params)
+                self.client.set_logged_model_tags(model.model_id, {RECORD_TAG: record})
                 return model
         return None
 
     def delete_artifact(self, run_id: str, path: str) -> None:
         """Delete a file or folder of the run's artifacts, if it is there."""
-        with _translated(f"delete the artifact {path} of run {run_id}"):
-            root = self._client.get_run(run_id).info.artifact_uri
+        with translated(f"delete the artifact {path} of run {run_id}"):
+            root = self.client.get_run(run_id).info.artifact_uri
             parent = posixpath.dirname(path) or None
-            if path in [item.path for item in self._client.list_artifacts(run_id, parent)]:
+            if path in [item.path for item in self.client.list_artifacts(run_id, parent)]:
                 get_artifact_repository(root, self.tracking_uri).delete_artifacts(path)
 
     def end_run(self, run_id: str, status: str, end_time: int) -> None:
         """Give the run its final status, at `end_time` in milliseconds."""
-        with _translated(f"end the run {run_id}"), _quiet():
-            self._client.set_terminated(run_id, status, end_time)
+        with translated(f"end the run {run_id}"), _quiet():
+            self.client.set_terminated(run_id, status, end_time)
 
     def download(self, run_id: str, path: str, into: Path) -> Path:
         """Download a file or folder of the run's artifacts; StoreError where there is none."""
         if path not in self.artifacts(run_id, posixpath.dirname(path) or None):
             raise StoreError(f"run_id={run_id!r} has no artifact {path!r}.")
-        with _translated(f"download {path} of run {run_id}"), _quiet():
-            return Path(self._client.download_artifacts(run_id, path, str(into)))
+        with translated(f"download {path} of run {run_id}"), _quiet():
+            return Path(self.client.download_artifacts(run_id, path, str(into)))
 
     def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
         """The paths in one folder of the run's artifacts, by name."""
-        with _translated(f"list the artifacts of run {run_id}"):
-            return sorted(item.path for item in self._client.list_artifacts(run_id, folder))
+        with translated(f"list the artifacts of run {run_id}"):
+            return sorted(item.path for item in self.client.list_artifacts(run_id, folder))
 
 
 def _model(folder: Path) -> Model:

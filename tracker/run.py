@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -53,6 +53,12 @@ DIRECTORY = ".tracker"
 _DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 logger = logging.getLogger(__name__)
+
+
+class RunKey(NamedTuple):
+    """A run that another process tracks, whose id in MLflow nobody here knows."""
+
+    key: str
 
 
 def start_run(
@@ -98,31 +104,39 @@ class Run:
         experiment: str | None = None,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
-        parent: Run | str | None = None,
+        parent: Run | RunKey | str | None = None,
         *,
         resume: Earlier | None = None,
         owns_delivery: bool = False,
+        key: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        queued: bool = False,
     ) -> None:
         """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
 
-        `resume` is an earlier run that goes on as this one.
+        `resume` is an earlier run that goes on as this one. `key` finds the run again in MLflow,
+        where it may be `queued` under it; one that is given is not the run of MLFLOW_RUN_ID.
+        `environment` are the tags of `environment_tags`, where they are known.
         """
         self._delivery = delivery
         self._journal = delivery.journal
         self._owns_delivery = owns_delivery
         self._pid = os.getpid()
-        self._key = uuid.uuid4().hex
+        self._key = key or uuid.uuid4().hex
         self._params: dict[str, str] = dict(resume.params) if resume else {}
         self._resumed = dict(self._params)
         self._last_steps = dict(resume.last_steps) if resume else {}
         self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
         self._warned: set[str] = set()
         self._status: Status | None = None
+        self.earlier: Earlier | None = resume
+        """What a training that is continued had come to."""
         self._delivered_id: str | None = None  # once it has ended
         self._raised_before = _last_uncaught()
         checked = checked_params(params or {})
-        told = {"tracker.resumed": "true"} if resume else environment_tags()
-        tags = checked_tags({**told, **(tags or {}), "tracker.run": self._key})
+        if environment is None:
+            environment = {"tracker.resumed": "true"} if resume else environment_tags()
+        tags = checked_tags({**environment, **(tags or {}), "tracker.run": self._key})
         experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         by_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
         if isinstance(parent, Run):
@@ -132,6 +146,8 @@ class Run:
                     "be in the store of its children."
                 )
             above: dict[str, str] | None = {"key": parent._key}
+        elif isinstance(parent, RunKey):
+            above = {"key": parent.key}
         else:
             above = None if parent is None else {"run_id": parent}
         self._append(
@@ -141,7 +157,9 @@ class Run:
             name=name,
             tags=self._without_secrets(tags, "tag"),
             parent=above,
-            adopt=os.environ.get("MLFLOW_RUN_ID"),
+            adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
+            keyed=key is not None,
+            queued=queued,
             resume=resume.run_id if resume else None,
             samples=resume.samples if resume else 0,
         )
@@ -464,10 +482,15 @@ class Run:
         """Wait until what was logged so far is delivered; whether it was within `timeout` s."""
         return self._delivery.flush(timeout)
 
-    def end(self, ended: Outcome = Outcome("FINISHED")) -> None:  # noqa: B008 - immutable
+    def end(
+        self,
+        ended: Outcome = Outcome("FINISHED"),  # noqa: B008 - immutable
+        *,
+        wait: bool = True,
+    ) -> None:
         """End the run with its final status; a second call does nothing.
 
-        Waits until the run is delivered, at most DEADLINE_SECONDS.
+        Waits until the run is delivered, at most DEADLINE_SECONDS, unless told not to.
         """
         if self._status is not None or os.getpid() != self._pid:
             return  # a fork has nothing to say about its parent's run
@@ -476,7 +499,7 @@ class Run:
         self._append("end", status=ended.status)
         self._status = ended.status  # from here on it has, even if somebody tires of waiting
         try:
-            self._delivery.release(self._key)
+            self._delivery.release(self._key, wait=wait)
         finally:
             self._delivered_id = self._delivery.run_id(self._key)
             if self._owns_delivery:

@@ -39,6 +39,12 @@ def on_termination(listener: Callable[[str], None]) -> Callable[[], None] | None
     return forget
 
 
+def is_default(number: signal.Signals) -> bool:
+    """Whether nothing but python or this module handles a signal."""
+    ours = (signal.SIG_DFL, signal.default_int_handler, _terminated)
+    return signal.getsignal(number) in ours
+
+
 def _terminated(number: int, frame: FrameType | None) -> None:
     for listener in list(_listeners):
         listener(signal.Signals(number).name)

@@ -25,6 +25,9 @@ PAGE_SECONDS = 60.0
 PAGE_SHARE = 0.01
 """… and takes at most this share of the time."""
 
+LATE_SECONDS = 30.0
+"""A trial's run that begins to be delivered after this may have been made by the mirror."""
+
 _CHUNK = 1_000  # records read at a time
 _NOTICES = 100  # of records lost, a run
 _TOGETHER = 200  # records of metrics in a request; each holds what was logged in 0.2 s
@@ -50,6 +53,7 @@ class Uploader:
         self._on_progress = on_progress
         self._page_due: dict[str, float] = {}
         self._headless: set[str] = set()
+        self._parents: dict[str, str] = {}  # found by their keys
         self._lost: Counter[str] = Counter()
 
     def drain(self, stop: Callable[[], bool] = never) -> int:
@@ -151,19 +155,31 @@ class Uploader:
             return str(resumed)
         if (parent := body.get("parent")) is not None:
             # A run's id in MLflow, or its key: of a run of this journal, or of another process.
-            known = parent.get("run_id") or self._journal.run_id(parent["key"])
-            known = known or store.find_run(parent["key"])
-            if known is None:
-                raise StoreError("the parent of a run is not delivered yet")
-            tags["mlflow.parentRunId"] = known
+            tags["mlflow.parentRunId"] = parent.get("run_id") or self._parent(parent["key"])
+        experiment_id = store.experiment_id(body["experiment"], body["experiment_id"])
+        # A study's mirror makes the runs of trials that wait, or are long ended and not there.
+        is_late = time.time() * 1000 - record.time > LATE_SECONDS * 1000
+        there = None
+        if body.get("queued") or (body.get("keyed") and is_late):
+            there = store.find_run(tags[RUN_TAG], experiment_id)
+        if there is not None:
+            store.reopen(there, tags)
+            return there
         return store.begin_run(
-            experiment_id=store.experiment_id(body["experiment"], body["experiment_id"]),
+            experiment_id=experiment_id,
             name=body["name"],
             start_time=record.time,
             tags=tags,
             adopt=body["adopt"],
             in_doubt=in_doubt,
         )
+
+    def _parent(self, key: str) -> str:
+        known = self._journal.run_id(key) or self._parents.get(key) or self._store.find_run(key)
+        if known is None:
+            raise StoreError("the parent of a run is not delivered yet")
+        self._parents[key] = known
+        return known
 
     def _deliver_files(self, record: Record, run_id: str, in_doubt: bool) -> None:
         body, store = record.body, self._store

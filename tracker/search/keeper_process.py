@@ -1,0 +1,155 @@
+"""The process that keeps a study's mirror in MLflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from tracker.errors import StoreError, TrackerError
+from tracker.journal import OFFLINE
+from tracker.mlflow_store import MlflowStore
+from tracker.ownership import writer_lives
+from tracker.redaction import public_uri
+from tracker.search.keeper import SETTLE_SECONDS, Duty
+from tracker.search.mirror import Mirror
+from tracker.search.record import load
+from tracker.search.search import reap
+from tracker.search.storage import Storage
+from tracker.sync import deliver_left_behind, journals
+
+REFRESH_SECONDS = 10.0
+"""While the study goes on its page is drawn anew at most this often …"""
+REFRESH_SHARE = 0.01
+"""… and takes at most this share of the time."""
+_RETRY_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class Keeping:
+    """Mirrors one study, on behalf of one search."""
+
+    def __init__(self, duty: Duty) -> None:
+        self._duty = duty
+        self._storage = Storage(duty.storage)
+        self._record = load(self._storage, duty.study)
+        self._store: MlflowStore | None = None
+        self._mirror: Mirror | None = None
+        self._began = False
+
+    def begin(self) -> None:
+        """Make the study's run; StoreError where MLflow does not answer."""
+        if self._mirror is None:
+            self._store = MlflowStore(self._duty.tracking_uri)
+            self._mirror = Mirror(self._storage, self._record, self._store)
+        if not self._began:
+            duty = self._duty
+            self._mirror.begin(duty.environment, duty.adopt, duty.started)
+            self._began = True
+
+    def refresh(self) -> None:
+        """Bring the study's page up to date."""
+        self.begin()
+        assert self._mirror is not None
+        self._mirror.refresh()
+
+    def finish(self, *, settled: bool) -> str | None:
+        """Complete the mirror; why that is not done, None where it is.
+
+        `settled` is whether the search's own journal is delivered.
+        """
+        until = time.monotonic() + SETTLE_SECONDS
+        while True:
+            try:
+                settled = self._storage.patiently(
+                    partial(self._complete, settled), patience=SETTLE_SECONDS
+                )
+                return None if settled else "some runs wait in their journals (tracker sync)"
+            except TrackerError as error:
+                problem = public_uri(str(error))
+            if time.monotonic() > until:
+                return problem
+            time.sleep(_RETRY_SECONDS)
+
+    def _complete(self, settled: bool) -> bool:
+        self._record = load(self._storage, self._duty.study)
+        self.begin()
+        assert self._mirror is not None
+        assert self._store is not None
+        settled &= settle(Path(self._duty.directory), self._store, SETTLE_SECONDS)
+        self._mirror.complete(settled=settled)
+        return settled
+
+    def bury(self) -> None:
+        """The search is dead: fail what it left, and complete the mirror."""
+        self._storage.patiently(
+            lambda: reap(self._storage, self._record, lambda by: by == self._duty.search)
+        )
+        self.finish(settled=True)
+
+
+def settle(directory: Path, store: MlflowStore, seconds: float) -> bool:
+    """Have the journals in `directory` whose processes are dead delivered, within `seconds`."""
+    until = time.monotonic() + seconds
+    while directory.is_dir() and time.monotonic() < until:
+        deliver_left_behind(directory, store)
+        if not any(_is_left(folder) for folder in journals(directory)):
+            return True
+        time.sleep(0.1)
+    return not directory.is_dir()
+
+
+def _is_left(folder: Path) -> bool:
+    try:
+        return not (folder / OFFLINE).exists() and not writer_lives(folder)
+    except StoreError:  # gone by now, or none
+        return False
+
+
+def main() -> NoReturn:
+    """Keep the mirror that standard input names, until told to finish or left alone."""
+    code = _main()
+    logging.shutdown()
+    os._exit(code)  # mlflow's threads would take their time
+
+
+def _main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the search, whose end we see to
+    os.nice(19)
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table it makes
+    source = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
+    keeping = Keeping(Duty(**json.loads(source.readline())))
+    due = 0.0
+    while True:
+        pause = max(due - time.monotonic(), 0.0)
+        if select.select([source], [], [], pause)[0]:
+            if not (line := source.readline()):
+                keeping.bury()
+                return 0
+            problem = keeping.finish(settled=json.loads(line)["settled"])
+            print(json.dumps({"problem": problem}), flush=True)  # noqa: T201 - to the search
+            return 0
+        started = time.monotonic()
+        try:
+            keeping.refresh()
+        except Exception as error:  # noqa: BLE001 - the end tries again, and says what it is
+            logger.debug("The study's page was not refreshed: %s", error)
+            due = started + _RETRY_SECONDS
+            continue
+        took = time.monotonic() - started
+        due = started + max(REFRESH_SECONDS, took / REFRESH_SHARE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Samplers and pruners by name, and the seeds of a slot.
+
+Each trial gets a sampler of its own, seeded by the study's seed and the trial's slot. So what is
+suggested follows from the two, and from the trials before it where the sampler learns from them;
+not from who asks, or what was interrupted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from tracker.errors import ArgumentError
+
+SAMPLERS = ("grid", "tpe", "random", "gp", "cmaes", "qmc")
+PRUNERS = ("none", "median", "hyperband")
+
+_DIMENSIONS = 64
+_CHUNK = 256
+
+
+def sampler(name: str, seed: int, slot: int, *, several: bool = False) -> BaseSampler:
+    """The sampler `name` for one slot of a study; `several` objectives, or one.
+
+    A grid's points are given to it, so it samples only what the objective suggests besides.
+    """
+    own = suggestion_seed(seed, slot)
+    make: dict[str, Callable[[], BaseSampler]] = {
+        "grid": lambda: optuna.samplers.RandomSampler(seed=own),
+        "random": lambda: optuna.samplers.RandomSampler(seed=own),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=own),
+        "gp": lambda: optuna.samplers.GPSampler(seed=own),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=own, warn_independent_sampling=False),
+        "qmc": lambda: QuasiRandomSampler(seed, slot),
+    }
+    if name not in make:
+        raise ArgumentError(f"sampler={name!r} is not known; allowed: {', '.join(SAMPLERS)}.")
+    if name == "cmaes" and several:
+        raise ArgumentError("sampler='cmaes' takes one objective; tpe and gp take several.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return make[name]()
+
+
+def pruner(name: str, steps: int | None) -> BasePruner:
+    """The pruner `name`, where a whole trial reports at the `steps` 1, 2, …; None is not known."""
+    if name == "none":
+        return optuna.pruners.NopPruner()
+    if name == "median":
+        return optuna.pruners.MedianPruner()
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(max_resource="auto" if steps is None else steps)
+    raise ArgumentError(f"pruner={name!r} is not known; allowed: {', '.join(PRUNERS)}.")
+
+
+def suggestion_seed(seed: int, slot: int) -> int:
+    """The seed of a slot's sampler, below 2**32."""
+    return int(np.random.SeedSequence([seed, slot, 0]).generate_state(1)[0])
+
+
+def training_seed(seed: int, slot: int) -> int:
+    """The seed of a slot's training, below 2**32."""
+    return int(np.random.SeedSequence([seed, slot, 1]).generate_state(1)[0])
+
+
+class QuasiRandomSampler(BaseSampler):
+    """Slot k is the k-th point of a scrambled Sobol sequence, whoever asks and in what order.
+
+    The i-th hyperparameter that a trial suggests takes the i-th coordinate, so that a space that
+    is defined by running works too. Optuna's own counts its points in the storage, where two
+    workers take the same one, and draws the first trials at random. Source: A. Owen, "Scrambling
+    Sobol' and Niederreiter-Xing points", 1998, as scipy.stats.qmc has it.
+    """
+
+    def __init__(self, seed: int, slot: int) -> None:
+        self._seed, self._slot = seed, slot
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Nothing is sampled together."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing is sampled together."""
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """The value at this trial's point of the sequence."""
+        dimension = len(trial.params)
+        if dimension >= _DIMENSIONS:
+            raise ArgumentError(f"sampler='qmc' takes at most {_DIMENSIONS} hyperparameters.")
+        where = _sobol(self._seed, self._slot // _CHUNK)[self._slot % _CHUNK, dimension]
+        return value_at(param_distribution, float(where))
+
+
+def value_at(distribution: BaseDistribution, where: float) -> Any:
+    """The value of `distribution` at a share `where` of it, from 0 up to but without 1."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(where * len(distribution.choices))]
+    low, high = float(getattr(distribution, "low")), float(getattr(distribution, "high"))  # noqa: B009
+    step = getattr(distribution, "step", None)
+    log = bool(getattr(distribution, "log", False))
+    whole = isinstance(distribution, optuna.distributions.IntDistribution)
+    if log:
+        ends = (low - 0.5, high + 0.5) if whole else (low, high)
+        value = float(np.exp(np.log(ends[0]) + where * (np.log(ends[1]) - np.log(ends[0]))))
+        value = min(max(value, low), high)
+        return min(max(round(value), int(low)), int(high)) if whole else value
+    if step is not None:
+        count = round((high - low) / step) + 1
+        value = low + int(where * count) * step
+        return round(value) if whole else value
+    return low + where * (high - low)
+
+
+@lru_cache(maxsize=4)
+def _sobol(seed: int, chunk: int) -> Any:
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(_DIMENSIONS, scramble=True, rng=np.random.default_rng(seed))
+    if chunk:
+        sequence.fast_forward(chunk * _CHUNK)
+    return sequence.random(_CHUNK)
+
+
+def directions(given: str | Sequence[str]) -> list[str]:
+    """`minimize` and `maximize`, one or several; ArgumentError for anything else."""
+    several = [given] if isinstance(given, str) else list(given)
+    for direction in several:
+        if direction not in ("minimize", "maximize"):
+            raise ArgumentError(
+                f"direction={direction!r} is not allowed; it must be minimize or maximize."
+            )
+    if not several:
+        raise ArgumentError("direction is empty; it must be minimize, maximize or a list of them.")
+    return several

@@ -1,0 +1,498 @@
+"""One search: takes trials from the study, answers their questions, and says how they ended.
+
+All that touches the storage goes through here, in the one process that runs the search; its
+workers ask over pipes. Several searches, on several machines, share the storage.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tracker.errors import ArgumentError, TrackerError
+from tracker.search import samplers
+from tracker.search.leases import BEATS, PREFIX, Leases, this_process
+from tracker.search.plan import ENDED, SEARCH, SLOT, Plan, Why
+from tracker.search.record import Record
+from tracker.search.space import Space, distributions, grid, identity
+from tracker.search.storage import Storage
+from tracker.statuses import Status
+
+_HOLD_SECONDS = 2.0  # after a storage did not answer, before it is asked again on the way
+
+logger = logging.getLogger(__name__)
+
+Answer = Literal["wait", "done"]
+T = TypeVar("T")
+
+
+class TrialLostError(TrackerError):
+    """The trial was given up meanwhile: its process was silent for too long."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial to run."""
+
+    number: int
+    """Optuna's number of the trial."""
+    slot: int
+    """Its place in the study, which its seeds follow from."""
+    seed: int
+    """The seed of its training."""
+    key: str
+    """The key of its run."""
+    params: Mapping[str, Any]
+    """What is suggested already: all of the declared space."""
+    queued: bool = False
+    """Whether it waited in the storage, and may have a run."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended."""
+
+    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    values: Sequence[float] | None = None
+    why: Why | None = None
+    """Of a trial that FAILed."""
+    status: Status = "FINISHED"
+    """The status of its run."""
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the study makes of an ended trial."""
+
+    accepted: bool
+    """Whether it counts; not so for one that was given up before."""
+    best: bool = False
+    """Whether it is the best so far, or one of the best where there are several objectives."""
+    again: bool = False
+    """Whether its slot is tried again."""
+
+
+@dataclass
+class _Live:
+    task: Task
+    trial: optuna.Trial
+    outbox: deque[tuple[int, float]] = field(default_factory=deque)
+
+
+class Search:
+    """Takes part in a study until it is done. Not for several threads but where it says so."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        record: Record,
+        *,
+        grace: float,
+    ) -> None:
+        """`grace` is how long another search may be silent, in seconds."""
+        self.on_end: Callable[[FrozenTrial], None] = lambda trial: None
+        """Told of each trial's end."""
+        self.stopping: Callable[[], bool] = lambda: False
+        """Whether to wait no longer for a storage that does not answer."""
+        self.id = uuid.uuid4().hex[:8]
+        self.storage = storage
+        self.record = record
+        self.grace = grace
+        self._optuna = storage.optuna
+        self._study_id = record.study_id
+        spaces = record.spaces
+        self._space: Space | None = spaces[-1] if spaces else None
+        is_grid = record.sampler == "grid"
+        self._points = grid(spaces) if is_grid else None
+        self.total = budget(record, self._points)
+        """How many slots the study has."""
+        self._distributions = distributions(self._space or {}, grid=is_grid)
+        self.plan = Plan(record.retries, _slots(self._points))
+        self._leases = Leases(grace)
+        self._live: dict[int, _Live] = {}
+        self._silent_until = 0.0
+        self._beats = 0
+        self._next_beat = 0.0
+        self._me = this_process()
+        self._directions = [StudyDirection[d.upper()] for d in record.directions]
+
+    # -- taking trials ---------------------------------------------------------------------
+
+    def claim(self) -> Task | Answer:
+        """The next trial to run; `wait` while others run the last ones, `done` after that."""
+        return self._patiently(self._claim)
+
+    def _claim(self) -> Task | Answer:
+        with self.storage.lock():
+            trials = self._reap(self._trials())
+            if (waiting := self._waiting(trials)) is not None:
+                slot = max([self.total - 1, *self.plan.slots]) + 1
+                return self._start(self._pop(waiting, slot), slot, queued=True)
+            slot_or_none = self.plan.free(self.total)
+            if slot_or_none is None:
+                return "done" if self.plan.finished(self.total) == self.total else "wait"
+            slot = slot_or_none
+            number_of = self._optuna.create_new_trial(self._study_id, self._template(slot))
+            return self._start(number_of, slot)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._optuna.get_all_trials(self._study_id, deepcopy=False)
+
+    def _template(self, slot: int) -> FrozenTrial:
+        params: Mapping[str, Any] = {}
+        if self._points is not None:
+            params = self._points[slot]
+        elif (last := self.plan.last(slot)) is not None:
+            params = last.params  # tried again with what it had
+        known = {n: d for n, d in self._distributions.items() if n in params}
+        whole = bool(known) and known.keys() == self._distributions.keys()
+        return create_trial(
+            state=TrialState.RUNNING,
+            params={name: params[name] for name in known} if whole else {},
+            distributions=known if whole else {},
+            user_attrs={SLOT: slot, SEARCH: self.id},
+            system_attrs={"fixed_params": dict(params)} if params else {},
+        )
+
+    def _waiting(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+        """A trial that somebody enqueued with Optuna; a grid takes none but its points."""
+        if self._points is not None:
+            return None
+        return next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+
+    def _pop(self, trial: FrozenTrial, slot: int) -> int:
+        self._optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        self._optuna.set_trial_user_attr(trial._trial_id, SLOT, slot)
+        self._optuna.set_trial_user_attr(trial._trial_id, SEARCH, self.id)
+        return trial._trial_id
+
+    def _start(self, trial_id: int, slot: int, *, queued: bool = False) -> Task:
+        record = self.record
+        study = optuna.Study(
+            record.name,
+            self._optuna,
+            samplers.sampler(record.sampler, record.seed, slot, several=len(record.directions) > 1),
+            samplers.pruner(record.pruner, record.steps),
+        )
+        trial = optuna.Trial(study, trial_id)
+        for name, distribution in self._distributions.items():
+            if name not in trial.params:
+                _suggest(trial, name, distribution)
+        task = Task(
+            number=trial.number,
+            slot=slot,
+            seed=samplers.training_seed(record.seed, slot),
+            key=f"{record.key}-{trial.number}",
+            params=dict(trial.params),
+            queued=queued,
+        )
+        self._live[task.number] = _Live(task, trial)
+        return task
+
+    # -- while a trial runs ----------------------------------------------------------------
+
+    def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:
+        """The value of a hyperparameter of a trial.
+
+        Raises ArgumentError where it was suggested before as something else, TrialLostError for a
+        trial that was given up.
+        """
+        live = self._running(number)
+
+        def ask() -> Any:
+            return _suggest(live.trial, name, distribution)
+
+        try:
+            return self._patiently(ask)
+        except ValueError as error:
+            if isinstance(error, TrackerError):
+                raise
+            raise ArgumentError(f"{name}={distribution} cannot be suggested: {error}") from error
+        except UpdateFinishedTrialError as error:
+            raise self._given_up(number) from error
+
+    def report(self, number: int, value: float, step: int) -> None:
+        """Store an intermediate value, now or as soon as the storage answers."""
+        live = self._running(number)
+        live.outbox.append((step, value))
+        self._empty(live)
+
+    def prune(self, number: int) -> str | None:
+        """Why a trial is to be pruned, None where it is not, or the storage does not answer."""
+        live = self._running(number)
+        if self.record.pruner == "none" or not self._empty(live):
+            return None
+        try:
+            if not live.trial.should_prune():
+                return None
+        except Exception as error:
+            if not self.storage.unreachable(error):
+                raise
+            return None
+        frozen = self._optuna.get_trial(live.trial._trial_id)
+        step = frozen.last_step
+        assert step is not None
+        value = frozen.intermediate_values[step]
+        return f"The {self.record.pruner} pruner stopped it at step {step}, value {value:g}."
+
+    def set_attr(self, number: int, name: str, value: Any) -> None:
+        """Set an attribute of the user's."""
+        live = self._running(number)
+        self._patiently(lambda: live.trial.set_user_attr(name, value))
+
+    def constrain(self, number: int, name: str, value: float) -> None:
+        """Set a constraint; the trial is feasible where none is above 0."""
+        live = self._running(number)
+        self._patiently(lambda: live.trial.set_constraint(name, value))
+
+    def _running(self, number: int) -> _Live:
+        if number not in self._live:
+            raise self._given_up(number)
+        return self._live[number]
+
+    def _given_up(self, number: int) -> TrialLostError:
+        self._live.pop(number, None)
+        return TrialLostError(f"Trial {number} was given up: nothing was heard of it for too long.")
+
+    def _empty(self, live: _Live) -> bool:
+        """Store what was reported; whether that is done."""
+        if time.monotonic() < self._silent_until:
+            return False
+        while live.outbox:
+            step, value = live.outbox[0]
+            try:
+                live.trial.report(value, step)
+            except UpdateFinishedTrialError as error:
+                raise self._given_up(live.task.number) from error
+            except Exception as error:
+                if not self.storage.unreachable(error):
+                    raise
+                logger.debug("A report waits: %s", error)
+                self._silent_until = time.monotonic() + _HOLD_SECONDS
+                self._leases.forget()
+                return False
+            live.outbox.popleft()
+        return True
+
+    # -- the end of a trial ----------------------------------------------------------------
+
+    def finish(self, number: int, ended: Ended) -> Verdict:
+        """Store how a trial ended; waits for a storage that does not answer."""
+        live = self._live.get(number)
+        if live is None:
+            return Verdict(accepted=False)
+
+        def tell() -> bool:
+            self._silent_until = 0.0
+            frozen = self._optuna.get_trial(live.trial._trial_id)
+            if frozen.state.is_finished():  # by us, but the answer was lost; or by others
+                ours = frozen.user_attrs.get(SEARCH) == self.id
+                return ours and frozen.state.name == ended.state
+            while live.outbox:
+                step, value = live.outbox[0]
+                live.trial.report(value, step)
+                live.outbox.popleft()
+            self._tell(live, ended)
+            return True
+
+        try:
+            accepted = self._patiently(tell)
+        except UpdateFinishedTrialError:
+            accepted = False
+        finally:
+            self._live.pop(number, None)
+        trials = self._patiently(self._trials)
+        self.plan.observe(trials)
+        own = next((t for t in reversed(trials) if t.number == number), None)
+        best = accepted and own is not None and is_best(own, trials, self._directions)
+        again = not self.plan.resolved(live.task.slot)
+        if own is not None:
+            self.on_end(own)
+        return Verdict(accepted=accepted, best=best, again=again)
+
+    def _tell(self, live: _Live, ended: Ended) -> None:
+        trial_id = live.trial._trial_id
+        if ended.state == "FAIL":
+            fail(self._optuna, trial_id, ended)
+        else:
+            values = None if ended.values is None else list(ended.values)
+            live.trial.study.tell(live.trial, values, TrialState[ended.state])
+
+    # -- who lives -------------------------------------------------------------------------
+
+    def beat(self, *, force: bool = False) -> None:
+        """Show that this search lives, when it is time to; safe in a thread of its own."""
+        if time.monotonic() < self._next_beat and not force:
+            return
+        self._next_beat = time.monotonic() + self.grace / BEATS
+        self._beats += 1
+        try:
+            self._show({"beat": self._beats})
+        except Exception as error:
+            if not self.storage.unreachable(error):
+                raise
+            logger.debug("A beat is missing: %s", error)
+            self._leases.forget()
+
+    def leave(self, status: Status, reason: str | None) -> None:
+        """Say how this search ended."""
+        left = {"status": status, "reason": reason}
+        self.storage.patiently(lambda: self._show({"left": left}), patience=self.grace)
+
+    def _show(self, more: Mapping[str, Any]) -> None:
+        info = {**self._me, "time": time.time(), **more}
+        self._optuna.set_study_user_attr(self._study_id, f"{PREFIX}{self.id}", info)
+
+    def _patiently(self, do: Callable[[], T]) -> T:
+        return self.storage.patiently(do, self.stopping)
+
+    def abandon(self, ended: Ended) -> None:
+        """Give up what this search runs: it ends in the middle of things."""
+        for number in list(self._live):
+            self.finish(number, ended)
+
+    def _reap(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Fail the trials of dead searches, and such as we never got the answer to; all of now."""
+        running = [t for t in trials if t.state == TrialState.RUNNING and SEARCH in t.user_attrs]
+        left = [t for t in running if t.number not in self._live]
+        if any(t.user_attrs[SEARCH] != self.id for t in left):
+            attrs = self._optuna.get_study_user_attrs(self._study_id)
+            left = [
+                t
+                for t in left
+                if t.user_attrs[SEARCH] == self.id
+                or not self._leases.lives(t.user_attrs[SEARCH], attrs)
+            ]
+        for trial in left:
+            fail(self._optuna, trial._trial_id, lost(trial, self.id))
+        trials = self._trials() if left else trials
+        self.plan.observe(trials)
+        return trials
+
+    def others(self) -> int:
+        """How many trials other searches run."""
+        return sum(
+            t.state == TrialState.RUNNING and t.user_attrs.get(SEARCH) not in (None, self.id)
+            for t in self._trials()
+        )
+
+
+def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[FrozenTrial]:
+    """Fail the trials of searches that are `dead`; returns them."""
+    with storage.lock():
+        found = [
+            trial
+            for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
+            if trial.state == TrialState.RUNNING
+            and (by := trial.user_attrs.get(SEARCH)) is not None
+            and dead(by)
+        ]
+        for trial in found:
+            fail(storage.optuna, trial._trial_id, lost(trial, ""))
+    return found
+
+
+def lost(trial: FrozenTrial, by: str) -> Ended:
+    """What becomes of a trial whose search is dead."""
+    if trial.user_attrs[SEARCH] == by:  # created, but the answer was lost
+        return Ended("FAIL", why="given up", status="FAILED", reason="The storage did not answer.")
+    reason = "The process that ran its search ended without saying how, or was silent for too long."
+    return Ended("FAIL", why="lost", status="FAILED", reason=reason)
+
+
+def fail(storage: optuna.storages.BaseStorage, trial_id: int, ended: Ended) -> None:
+    """Store that a trial failed, and why; nothing where somebody else has ended it."""
+    why = {"why": ended.why, "status": ended.status, "reason": (ended.reason or "")[:2000]}
+    try:
+        storage.set_trial_user_attr(trial_id, ENDED, why)
+        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return
+
+
+def budget(record: Record, points: Sequence[Any] | None) -> int:
+    """How many slots a study has, whose grid has `points`."""
+    if points is None:
+        return record.trials or 0
+    return min(record.trials or len(points), len(points))
+
+
+def is_best(
+    trial: FrozenTrial, trials: Iterable[FrozenTrial], directions: Sequence[StudyDirection]
+) -> bool:
+    """Whether no other complete trial is as good in all and better in one objective.
+
+    Of equal ones the first is the best. A trial that breaks a constraint is none.
+    """
+    if trial.state != TrialState.COMPLETE or not feasible(trial):
+        return False
+    ours = _losses(trial, directions)
+    for other in trials:
+        if other.number == trial.number or other.state != TrialState.COMPLETE:
+            continue
+        if not feasible(other):
+            continue
+        theirs = _losses(other, directions)
+        if all(a <= b for a, b in zip(theirs, ours, strict=True)) and (
+            theirs != ours or other.number < trial.number
+        ):
+            return False
+    return True
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps all its constraints."""
+    return all(value <= 0.0 for value in trial.constraints.values())
+
+
+def _losses(trial: FrozenTrial, directions: Sequence[StudyDirection]) -> list[float]:
+    return [
+        -value if direction == StudyDirection.MAXIMIZE else value
+        for value, direction in zip(trial.values, directions, strict=True)
+    ]
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case FloatDistribution():
+            return trial.suggest_float(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+        case IntDistribution():
+            return trial.suggest_int(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+    raise ArgumentError(f"{name}={distribution} is not a distribution that Optuna suggests from.")
+
+
+def _slots(points: Sequence[Mapping[str, Any]] | None) -> dict[tuple[Any, ...], int] | None:
+    if points is None:
+        return None
+    return {identity(point): slot for slot, point in enumerate(points)}

@@ -1,0 +1,182 @@
+"""Trials that a study begins with: those of another study, or runs of an MLflow experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tracker.errors import ArgumentError, StoreError
+from tracker.redaction import public_uri
+from tracker.search.plan import SOURCE
+from tracker.search.record import Record
+from tracker.search.space import distributions, grid, identity
+from tracker.search.storage import Storage
+
+
+class Source(Protocol):
+    """Where earlier trials come from."""
+
+    def trials(self, record: Record) -> list[FrozenTrial]:
+        """Those that fit `record`; StoreError or ArgumentError where there are none."""
+
+
+@dataclass(frozen=True)
+class FromStudy:
+    """Another study of Optuna's, ours or not."""
+
+    name: str
+    storage: str | None
+
+    def trials(self, record: Record) -> list[FrozenTrial]:
+        """Its complete trials that have the hyperparameters of the space, within their ranges."""
+        storage = Storage(self.storage)
+        try:
+            try:
+                study_id = storage.optuna.get_study_id_from_name(self.name)
+            except KeyError:
+                raise StoreError(
+                    f"study={self.name!r} is not in storage={public_uri(storage.url)!r}."
+                ) from None
+            directions = [d.name.lower() for d in storage.optuna.get_study_directions(study_id)]
+            if tuple(directions) != record.directions:
+                raise ArgumentError(
+                    f"study={self.name!r} has direction={directions}, not "
+                    f"{list(record.directions)}."
+                )
+            found = storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
+            label = f"study {self.name} trial"
+            fitting = [
+                fits
+                for trial in found
+                if (fits := _fitting(record, trial, f"{label} {trial.number}")) is not None
+            ]
+        finally:
+            storage.close()
+        return _some(fitting, f"study={self.name!r}")
+
+
+@dataclass(frozen=True)
+class FromRuns:
+    """The FINISHED runs of an experiment in MLflow."""
+
+    experiment: str
+    metric: str
+    tracking_uri: str | None
+
+    def trials(self, record: Record) -> list[FrozenTrial]:
+        """Those with a value of the metric and params within the space."""
+        from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
+        from tracker.mlflow_studies import StudyRuns
+
+        if len(record.directions) > 1:
+            raise ArgumentError("warm_start_from_runs takes one objective.")
+        runs = StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment)
+        wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
+        fitting = []
+        for run in runs:
+            if self.metric not in run.metrics:
+                continue
+            params = {}
+            for name, distribution in wanted.items():
+                if name in run.params and (read := _read(distribution, run.params[name])):
+                    params[name] = read[0]
+            if params.keys() == wanted.keys() and _is_point(record, params):
+                source = f"run {run.run_id}"
+                value = [run.metrics[self.metric]]
+                fitting.append(_trial(params, wanted, value, source, None, None))
+        return _some(fitting, f"experiment={self.experiment!r}")
+
+
+def add(storage: Storage, record: Record, trials: Iterable[FrozenTrial]) -> None:
+    """Add `trials` to a study, each once."""
+    with storage.lock():
+        had = {
+            trial.user_attrs.get(SOURCE)
+            for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
+        }
+        for trial in trials:
+            if trial.user_attrs[SOURCE] not in had:
+                storage.optuna.create_new_trial(record.study_id, trial)
+
+
+def _fitting(record: Record, trial: FrozenTrial, source: str) -> FrozenTrial | None:
+    if not record.spaces:
+        params, wanted = trial.params, trial.distributions
+    else:
+        wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
+        params = {name: trial.params[name] for name in wanted if name in trial.params}
+        if params.keys() != wanted.keys() or not all(
+            _contains(distribution, params[name]) for name, distribution in wanted.items()
+        ):
+            return None
+        if not _is_point(record, params):
+            return None
+    times = trial.datetime_start, trial.datetime_complete
+    return _trial(params, wanted, trial.values, source, *times)
+
+
+def _trial(
+    params: Mapping[str, Any],
+    wanted: Mapping[str, BaseDistribution],
+    values: Sequence[float],
+    source: str,
+    begin: datetime | None,
+    end: datetime | None,
+) -> FrozenTrial:
+    trial = create_trial(
+        state=TrialState.COMPLETE,
+        params=dict(params),
+        distributions=dict(wanted),
+        values=list(values),
+        user_attrs={SOURCE: source},
+    )
+    trial.datetime_start, trial.datetime_complete = (
+        begin or trial.datetime_start,
+        end or trial.datetime_complete,
+    )
+    return trial
+
+
+def _is_point(record: Record, params: Mapping[str, Any]) -> bool:
+    if record.sampler != "grid":
+        return True
+    return identity(params) in set(map(identity, grid(record.spaces)))
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):
+        return False
+
+
+def _read(distribution: BaseDistribution, text: str) -> list[Any]:
+    """The value that MLflow holds as `text`, in a list; empty if it is not in `distribution`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return [choice for choice in distribution.choices if _same(choice, text)][:1]
+    try:
+        number = float(text)
+    except ValueError:
+        return []
+    value = int(number) if isinstance(distribution, IntDistribution) else number
+    return [value] if value == number and _contains(distribution, value) else []
+
+
+def _same(choice: Any, text: str) -> bool:
+    if isinstance(choice, (bool, type(None), str)):
+        return str(choice).lower() == text.lower()
+    try:
+        return float(text) == float(choice)
+    except ValueError:
+        return False
+
+
+def _some(trials: list[FrozenTrial], where: str) -> list[FrozenTrial]:
+    if not trials:
+        raise ArgumentError(f"{where} has no complete trial with these hyperparameters.")
+    return trials
