@@ -13,13 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-
-from models import DATASETS, MODELS, ModelsError, build, load
+from models import DATASETS, MODELS, ModelsError, load
+from studies import training
 from studies.arguments import boolean, positive_float, positive_int, seed
-from tracker import Keep, RunManager, TrackerError, choose_device, fit, set_seed
+from tracker import Keep, RunManager, TrackerError, choose_device, set_seed
 from tracker.cli import OneSentenceParser
 from tracker.redaction import public_uri
 
@@ -52,22 +49,7 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
     """Train as `given` says; returns the run's id and tracking URI."""
     device = choose_device(given.device)
     set_seed(given.seed)
-    network = build(given.model).to(device)
     data = load(given.dataset, given.data_dir, seed=given.seed)
-    loader = DataLoader(data.train, given.batch_size, shuffle=given.shuffle)
-    val_loader = DataLoader(data.validation, given.batch_size)
-    optimizer = torch.optim.Adam(network.parameters(), lr=given.lr)
-    params = {
-        "model": given.model,
-        "dataset": data.name,
-        "lr": given.lr,
-        "batch_size": given.batch_size,
-        "epochs": given.epochs,
-        "shuffle": given.shuffle,
-        "device": device,
-        "seed": given.seed,
-        "optimizer": type(optimizer).__name__,
-    }
     settings: dict[str, Any] = {
         "experiment": given.experiment,
         "tracking_uri": given.tracking_uri,
@@ -79,24 +61,19 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
     else:
         manager = RunManager.resume(given.resume, **settings)
     with manager:
-        run = manager.begin_run(params, network, loader)
-        run.log_dataset(data.validation, "validation")
-        if manager.checkpoint is not None:
-            manager.checkpoint.restore(network=network, optimizer=optimizer, loader=loader)
-        for epoch in fit(
-            network,
-            manager.watch(loader),
-            optimizer,
-            F.cross_entropy,
+        run, epochs = training.begin(
+            manager,
+            data,
+            model=given.model,
+            lr=given.lr,
+            batch_size=given.batch_size,
+            shuffle=given.shuffle,
             epochs=given.epochs,
-            done=manager.epoch_count,
             device=device,
-            val_loader=val_loader,
-            accuracy=True,
-        ):
-            manager.log_epoch(epoch)
-            manager.save_checkpoint(optimizer=optimizer)
-        manager.end_run()
+            params={"seed": given.seed},
+        )
+        for _ in epochs:
+            pass
         return run.run_id, run.tracking_uri
 
 

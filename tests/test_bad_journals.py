@@ -76,17 +76,17 @@ class Recorder:
         self,
         run_id: str,
         metrics: Sequence[Any] = (),
+        params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
         in_doubt: bool = False,
     ) -> None:
+        if params:
+            self._called("params", params)
         for point in metrics:
             if not (in_doubt and ("metric", point) in self.calls):
                 self._called("metric", point)
         for name in tags or {}:
             self._called("tag", name)
-
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        self._called("params", params)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         self._called("text", name)

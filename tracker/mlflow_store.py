@@ -14,11 +14,10 @@ import posixpath
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -42,13 +41,11 @@ from tracker.redaction import public_uri
 from tracker.shapes import RUN_TAG
 from tracker.tracking_uri import check, is_file_store, is_http, local_path, resolve, why_silent
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RECORD_TAG = "tracker.record"
 _LARGEST = sys.float_info.max
 _REFUSAL = "INVALID_PARAMETER_VALUE"  # not RESOURCE_DOES_NOT_EXIST: it may be the wrong store
-_LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # a request of log_batch holds no more
 
 
 @contextmanager
@@ -91,6 +88,7 @@ class MlflowStore:
             raise StoreError(
                 f"tracking_uri={public_uri(self.tracking_uri)!r} cannot be opened: {problem}."
             )
+        self._made: set[str] = set()  # runs of ours, which have no params but those we log
         opted_in = is_file_store(self.tracking_uri) and _opt_in_to_file_store()
         try:
             self._create_sqlite()
@@ -202,6 +200,7 @@ class MlflowStore:
             return run_id
         with translated("create a run"), _once():
             run = self.client.create_run(experiment_id, start_time, dict(tags), name)
+        self._made.add(run.info.run_id)
         return str(run.info.run_id)
 
     def _half_made(
@@ -260,24 +259,33 @@ class MlflowStore:
         self,
         run_id: str,
         metrics: Sequence[tuple[str, float, int, int]] = (),
+        params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
         *,
         in_doubt: bool = False,
     ) -> None:
-        """Log metrics (name, value, step, milliseconds) and tags, in requests MLflow accepts.
+        """Log metrics (name, value, step, milliseconds), params and tags, together.
 
-        `in_doubt` leaves out the metrics that are there already: SQL stores do that by
-        themselves, the file store would keep them twice, and what is behind a server is not known.
+        MLflow never changes a param: a new value goes to the tag `tracker.param.NAME`. That happens
+        in a run that `mlflow run` made, with `device=auto` as it was asked for. `in_doubt` leaves
+        out what is there already: SQL stores do that with metrics by themselves, the file store
+        would keep them twice, and what is behind a server is not known.
         """
+        params, tags = params or {}, tags or {}
         with translated(f"log to run {run_id}"), _once():
             if in_doubt and not self.tracking_uri.startswith("sqlite:"):
                 metrics = self._not_there(run_id, metrics)
-            for points in _in_groups(metrics, _LIMIT["metrics"]):
-                self.client.log_batch(
-                    run_id, metrics=[Metric(n, v, at, step) for n, v, step, at in points]
-                )
-            for pairs in _in_groups((tags or {}).items(), _LIMIT["tags"]):
-                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in pairs])
+            if params and (in_doubt or run_id not in self._made):
+                had = self.client.get_run(run_id).data.params
+                changed = {k: v for k, v in params.items() if not _same(had.get(k, v), v)}
+                tags = {**tags, **{f"tracker.param.{k}": v for k, v in changed.items()}}
+                params = {k: v for k, v in params.items() if k not in had}
+            self.client.log_batch(  # in as many requests as MLflow's limits ask for
+                run_id,
+                [Metric(n, v, at, step) for n, v, step, at in metrics],
+                [Param(k, v) for k, v in params.items()],
+                [RunTag(k, v) for k, v in tags.items()],
+            )
 
     def _not_there(
         self, run_id: str, metrics: Sequence[tuple[str, float, int, int]]
@@ -288,19 +296,6 @@ class MlflowStore:
             for point in self.client.get_metric_history(run_id, name)
         }
         return [m for m in metrics if (m[0], _comparable(m[1]), *m[2:]) not in there]
-
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Log params. MLflow never changes one: a new value goes to the tag `tracker.param.NAME`.
-
-        That happens in a run that `mlflow run` made, with `device=auto` as it was asked for.
-        """
-        with translated(f"log the params of run {run_id}"):
-            had = self.client.get_run(run_id).data.params
-            new = [Param(k, v) for k, v in params.items() if k not in had]
-            for some in _in_groups(new, _LIMIT["params"]):
-                self.client.log_batch(run_id, params=list(some))
-        changed = {k: v for k, v in params.items() if k in had and not _same(had[k], v)}
-        self.log_batch(run_id, tags={f"tracker.param.{k}": v for k, v in changed.items()})
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         """Upload a file, or a folder's content, into `folder` of the run's artifacts."""
@@ -382,6 +377,7 @@ class MlflowStore:
         """Give the run its final status, at `end_time` in milliseconds."""
         with translated(f"end the run {run_id}"), _quiet():
             self.client.set_terminated(run_id, status, end_time)
+        self._made.discard(run_id)
 
     def download(self, run_id: str, path: str, into: Path) -> Path:
         """Download a file or folder of the run's artifacts; StoreError where there is none."""
@@ -406,12 +402,6 @@ def _model(folder: Path) -> Model:
 def _comparable(value: float) -> float | str:
     """A metric's value as it compares after MLflow stored it: NaN equal, infinity cut."""
     return "nan" if math.isnan(value) else max(-_LARGEST, min(value, _LARGEST))
-
-
-def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 def _same(had: str, new: str) -> bool:

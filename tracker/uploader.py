@@ -30,7 +30,8 @@ LATE_SECONDS = 30.0
 
 _CHUNK = 1_000  # records read at a time
 _NOTICES = 100  # of records lost, a run
-_TOGETHER = 200  # records of metrics in a request; each holds what was logged in 0.2 s
+_BATCH = ("metrics", "params", "tags")  # what one request takes
+_TOGETHER = 200  # records in a request; one of metrics holds what was logged in 0.2 s
 
 
 def never() -> bool:
@@ -54,6 +55,7 @@ class Uploader:
         self._page_due: dict[str, float] = {}
         self._headless: set[str] = set()
         self._parents: dict[str, str] = {}  # found by their keys
+        self._experiments: dict[tuple[str, str | None], str] = {}  # of one drain
         self._lost: Counter[str] = Counter()
 
     def drain(self, stop: Callable[[], bool] = never) -> int:
@@ -63,6 +65,7 @@ class Uploader:
         will never take is dropped, and a notice left in the journal.
         """
         delivered = 0
+        self._experiments.clear()
         while records := self._journal.undelivered(_CHUNK):
             for group in _groups(records):
                 if stop():
@@ -83,8 +86,8 @@ class Uploader:
         except RefusedError as error:
             if group[0].kind == "begin" and not problem:
                 raise  # all that comes after it would be lost with it
-            if len(group) > 1:
-                for record in group:
+            if len(group) > 1 or not in_doubt:
+                for record in group:  # again, looking first at what is there: a param of others
                     self._send([record])
                 return
             # Trying again would change nothing, and all that comes after it would wait.
@@ -117,13 +120,15 @@ class Uploader:
                 self._journal.notice("The beginning of a run is lost, and what was logged to it.")
             return
         match first.kind:
-            case "metrics":
-                points = [tuple(point) for record in group for point in record.body["metrics"]]
-                store.log_batch(bound, metrics=points, in_doubt=in_doubt)
-            case "params":
-                store.log_params(bound, body["params"])
-            case "tags":
-                store.log_batch(bound, tags=body["tags"])
+            case "metrics" | "params" | "tags":
+                points: list[Any] = []
+                pairs: dict[str, dict[str, str]] = {"params": {}, "tags": {}}
+                for record in group:
+                    if record.kind == "metrics":
+                        points += map(tuple, record.body["metrics"])
+                    else:
+                        pairs[record.kind] |= record.body[record.kind]
+                store.log_batch(bound, metrics=points, **pairs, in_doubt=in_doubt)
             case "file" | "model":
                 self._deliver_files(first, bound, in_doubt)
             case "delete":
@@ -132,8 +137,8 @@ class Uploader:
                 store.log_dataset(bound, body["dataset"], body["context"])
             case "histograms":
                 if not body.get("there"):
-                    record = {key: body[key] for key in ("step", "histograms")}
-                    store.log_text(bound, json_text(record), f"histograms/{body['step']:06d}.json")
+                    shown = {key: body[key] for key in ("step", "histograms")}
+                    store.log_text(bound, json_text(shown), f"histograms/{body['step']:06d}.json")
                 if time.monotonic() > self._page_due.setdefault(
                     first.run, time.monotonic() + PAGE_SECONDS
                 ):
@@ -156,7 +161,9 @@ class Uploader:
         if (parent := body.get("parent")) is not None:
             # A run's id in MLflow, or its key: of a run of this journal, or of another process.
             tags["mlflow.parentRunId"] = parent.get("run_id") or self._parent(parent["key"])
-        experiment_id = store.experiment_id(body["experiment"], body["experiment_id"])
+        experiment = body["experiment"], body["experiment_id"]
+        if (experiment_id := self._experiments.get(experiment)) is None:
+            experiment_id = self._experiments[experiment] = store.experiment_id(*experiment)
         # A study's mirror makes the runs of trials that wait, or are long ended and not there.
         is_late = time.time() * 1000 - record.time > LATE_SECONDS * 1000
         there = None
@@ -247,10 +254,10 @@ def _inside(path: str) -> str:
 
 
 def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Neighbouring metrics of a run together, for one request; all else one by one."""
+    """Neighbouring metrics, params and tags of a run together; all else one by one."""
     group: list[Record] = []
     for record in records:
-        together = record.kind == "metrics" and group and group[0].kind == "metrics"
+        together = record.kind in _BATCH and group and group[0].kind in _BATCH
         if group and not (together and group[0].run == record.run and len(group) < _TOGETHER):
             yield group
             group = []

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,27 +39,29 @@ class Keeping:
 
     def __init__(self, duty: Duty) -> None:
         self._duty = duty
-        self._storage = Storage(duty.storage)
-        self._record = load(self._storage, duty.study)
+        self._storage: Storage | None = None
         self._store: MlflowStore | None = None
         self._mirror: Mirror | None = None
-        self._began = False
 
-    def begin(self) -> None:
-        """Make the study's run; StoreError where MLflow does not answer."""
+    def begin(self) -> Mirror:
+        """Make the study's run; StoreError where the storage or MLflow does not answer."""
         if self._mirror is None:
-            self._store = MlflowStore(self._duty.tracking_uri)
-            self._mirror = Mirror(self._storage, self._record, self._store)
-        if not self._began:
             duty = self._duty
-            self._mirror.begin(duty.environment, duty.adopt, duty.started)
-            self._began = True
+            store = MlflowStore(duty.tracking_uri)
+            storage = self._open()
+            mirror = Mirror(storage, load(storage, duty.study), store)
+            mirror.begin(duty.environment, duty.adopt, duty.started)
+            self._store, self._mirror = store, mirror
+        return self._mirror
+
+    def _open(self) -> Storage:
+        if self._storage is None:
+            self._storage = Storage(self._duty.storage)
+        return self._storage
 
     def refresh(self) -> None:
         """Bring the study's page up to date."""
-        self.begin()
-        assert self._mirror is not None
-        self._mirror.refresh()
+        self.begin().refresh()
 
     def finish(self, *, settled: bool) -> str | None:
         """Complete the mirror; why that is not done, None where it is.
@@ -69,31 +71,31 @@ class Keeping:
         until = time.monotonic() + SETTLE_SECONDS
         while True:
             try:
-                settled = self._storage.patiently(
-                    partial(self._complete, settled), patience=SETTLE_SECONDS
-                )
-                return None if settled else "some runs wait in their journals (tracker sync)"
+                return self._complete(settled)
             except TrackerError as error:
                 problem = public_uri(str(error))
             if time.monotonic() > until:
                 return problem
             time.sleep(_RETRY_SECONDS)
 
-    def _complete(self, settled: bool) -> bool:
-        self._record = load(self._storage, self._duty.study)
-        self.begin()
-        assert self._mirror is not None
+    def _complete(self, settled: bool) -> str | None:
+        mirror = self.begin()
         assert self._store is not None
         settled &= settle(Path(self._duty.directory), self._store, SETTLE_SECONDS)
-        self._mirror.complete(settled=settled)
-        return settled
+        self._patiently(lambda: mirror.complete(settled=settled))
+        return None if settled else "some runs wait in their journals (tracker sync)"
 
     def bury(self) -> None:
         """The search is dead: fail what it left, and complete the mirror."""
-        self._storage.patiently(
-            lambda: reap(self._storage, self._record, lambda by: by == self._duty.search)
-        )
+        self._patiently(self._reap)
         self.finish(settled=True)
+
+    def _reap(self) -> None:
+        storage = self._open()
+        reap(storage, load(storage, self._duty.study), lambda by: by == self._duty.search)
+
+    def _patiently(self, do: Callable[[], None]) -> None:
+        self._open().patiently(do, patience=SETTLE_SECONDS)
 
 
 def settle(directory: Path, store: MlflowStore, seconds: float) -> bool:

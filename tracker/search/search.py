@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.errors import ArgumentError, TrackerError
 from tracker.search import samplers
-from tracker.search.leases import BEATS, PREFIX, Leases, this_process
+from tracker.search.leases import BEATS, PREFIX, Leases, searches, this_process
 from tracker.search.plan import ENDED, SEARCH, SLOT, Plan, Why
 from tracker.search.record import Record
 from tracker.search.space import Space, distributions, grid, identity
@@ -395,7 +395,7 @@ class Search:
 
 
 def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[FrozenTrial]:
-    """Fail the trials of searches that are `dead`; returns them."""
+    """Fail the trials of searches that are `dead`, and mark those as gone; returns the trials."""
     with storage.lock():
         found = [
             trial
@@ -406,6 +406,12 @@ def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[
         ]
         for trial in found:
             fail(storage.optuna, trial._trial_id, lost(trial, ""))
+        attrs = storage.optuna.get_study_user_attrs(record.study_id)
+        for search in searches(attrs):
+            if "left" not in attrs[f"{PREFIX}{search}"] and dead(search):
+                left = {"status": "FAILED", "reason": "The process that ran the study was lost."}
+                info = {**attrs[f"{PREFIX}{search}"], "time": time.time(), "left": left}
+                storage.optuna.set_study_user_attr(record.study_id, f"{PREFIX}{search}", info)
     return found
 
 

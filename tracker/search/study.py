@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,8 @@ class Study:
         reason = "The study ended in the middle of it."
         search.abandon(Ended("FAIL", why="interrupted", status="KILLED", reason=reason))
         search.leave(*ended)
+        if search.plan.finished(search.total) == search.total:
+            shutil.rmtree(self._tracking(search.record).folders, ignore_errors=True)
         settled = True
         if way is not None:
             settled = way.flush(_FLUSH_SECONDS)

@@ -75,9 +75,14 @@ class Tracking:
     is_replay: bool = False
     """Whether the run stands alone, for a trial that was trained before."""
 
+    @property
+    def folders(self) -> Path:
+        """Where the slots' folders lie while the study goes on."""
+        return self.directory.absolute() / "checkpoints" / self.key
+
     def folder(self, slot: int) -> Path:
         """Where a slot's checkpoints lie until it is done."""
-        return self.directory.absolute() / "checkpoints" / self.key / f"{slot:06d}"
+        return self.folders / f"{slot:06d}"
 
 
 class TrialRun(Run):

@@ -214,7 +214,7 @@ class Pool:
         code = worker.process.exitcode
         if worker.trial is not None:
             self._search.finish(worker.trial, _death(code))
-        if not worker.ready:
+        if not worker.ready and code is not None and code > 0:
             self._false_starts += 1
             if self._false_starts >= _STARTS and self._error is None:
                 self._error = StoreError(

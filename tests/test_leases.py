@@ -1,0 +1,192 @@
+"""A search lives while its process does, or, seen from elsewhere, while its beat changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tracker.search.leases import PREFIX, Leases, searches, this_process
+
+GRACE = 60.0
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def leases(clock: Clock) -> Leases:
+    return Leases(GRACE, clock)
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until it is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def shown(info: dict[str, Any], beat: int = 1, **more: Any) -> dict[str, Any]:
+    """The study's attributes where the search `a` has shown itself as `info`."""
+    return {"other": 1, f"{PREFIX}a": {**info, "beat": beat, **more}}
+
+
+def of(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """What tells `process`, which is of this machine."""
+    started = psutil.Process(process.pid).create_time()
+    return {**this_process(), "pid": process.pid, "started": started}
+
+
+ELSEWHERE = {**this_process(), "place": "elsewhere.example"}
+
+
+# -- on this machine -------------------------------------------------------------------------------
+
+
+def test_this_process_lives(leases: Leases) -> None:
+    assert this_process()["pid"] == os.getpid()
+    assert leases.lives("a", shown(this_process()))
+
+
+def test_a_process_lives_until_it_is_gone(leases: Leases, process: subprocess.Popen[bytes]) -> None:
+    info = of(process)
+    assert leases.lives("a", shown(info, beat=1))
+
+    process.kill()
+    process.wait()
+
+    assert not leases.lives("a", shown(info, beat=2))  # whatever it said last
+
+
+def test_a_process_that_nobody_has_waited_for_is_gone(
+    leases: Leases, process: subprocess.Popen[bytes]
+) -> None:
+    info = of(process)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
+
+    assert not leases.lives("a", shown(info))
+
+
+def test_a_pid_that_another_process_has_now_is_not_the_search(leases: Leases) -> None:
+    info = this_process()
+    assert not leases.lives("a", shown({**info, "started": info["started"] - 60.0}))
+
+
+def test_a_process_that_hangs_is_lost_after_the_grace_period(leases: Leases, clock: Clock) -> None:
+    assert leases.lives("a", shown(this_process()))
+    clock.now += GRACE + 1
+    assert not leases.lives("a", shown(this_process()))
+
+
+# -- on another machine ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_elsewhere_a_pid_means_nothing_and_only_beats_count(
+    leases: Leases, clock: Clock, pid: int
+) -> None:
+    info = {**ELSEWHERE, "pid": pid, "started": 0.0}
+    assert leases.lives("a", shown(info))
+    clock.now += GRACE + 1
+    assert not leases.lives("a", shown(info))
+
+
+def test_a_beat_that_changes_lives_however_long(leases: Leases, clock: Clock) -> None:
+    for beat in range(20):
+        assert leases.lives("a", shown(ELSEWHERE, beat))
+        clock.now += GRACE * 0.9
+
+
+def test_a_beat_that_stops_is_lost_when_the_grace_period_is_over(
+    leases: Leases, clock: Clock
+) -> None:
+    assert leases.lives("a", shown(ELSEWHERE, 7))
+    clock.now += GRACE
+    assert leases.lives("a", shown(ELSEWHERE, 7))
+    clock.now += 0.001
+    assert not leases.lives("a", shown(ELSEWHERE, 7))
+    assert not leases.lives("a", shown(ELSEWHERE, 7))  # looking changes nothing
+
+
+def test_a_search_that_is_back_lives_again(leases: Leases, clock: Clock) -> None:
+    leases.lives("a", shown(ELSEWHERE, 7))
+    clock.now += GRACE + 1
+    assert not leases.lives("a", shown(ELSEWHERE, 7))
+    assert leases.lives("a", shown(ELSEWHERE, 8))
+
+
+def test_another_clock_may_say_anything(leases: Leases) -> None:
+    for time in (0.0, -1e9, 1e12):
+        assert leases.lives("a", shown(ELSEWHERE, time=time))
+
+
+def test_who_looks_for_the_first_time_waits_a_grace_period(clock: Clock) -> None:
+    """What happened before it looked, it does not know."""
+    clock.now += 1e6
+    late = Leases(GRACE, clock)
+    assert late.lives("a", shown(ELSEWHERE, 7))
+    clock.now += GRACE + 1
+    assert not late.lives("a", shown(ELSEWHERE, 7))
+
+
+def test_after_an_outage_the_grace_period_begins_again(leases: Leases, clock: Clock) -> None:
+    leases.lives("a", shown(ELSEWHERE, 7))
+    clock.now += GRACE + 1
+
+    leases.forget()  # nobody could have stored a beat
+
+    assert leases.lives("a", shown(ELSEWHERE, 7))
+    clock.now += GRACE + 1
+    assert not leases.lives("a", shown(ELSEWHERE, 7))
+
+
+def test_each_search_is_judged_by_its_own_beats(leases: Leases, clock: Clock) -> None:
+    both = shown(ELSEWHERE, 1) | {f"{PREFIX}b": {**ELSEWHERE, "beat": 1}}
+    assert leases.lives("a", both)
+    assert leases.lives("b", both)
+    clock.now += GRACE + 1
+    both |= shown(ELSEWHERE, 2)
+    assert leases.lives("a", both)
+    assert not leases.lives("b", both)
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("info", [this_process(), ELSEWHERE], ids=["here", "elsewhere"])
+def test_a_search_that_left_does_not_live(leases: Leases, info: dict[str, Any]) -> None:
+    assert leases.lives("a", shown(info))
+    left = {"status": "FINISHED", "reason": None}
+    assert not leases.lives("a", {f"{PREFIX}a": {**info, "left": left}})
+
+
+def test_a_search_that_never_was_does_not_live(leases: Leases) -> None:
+    assert not leases.lives("b", shown(this_process()))
+
+
+def test_all_searches_that_ever_were_are_known() -> None:
+    attrs = {f"{PREFIX}a": {}, "tracker:study": {}, f"{PREFIX}b": {}, "mine": 1}
+    assert sorted(searches(attrs)) == ["a", "b"]

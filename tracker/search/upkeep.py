@@ -1,0 +1,76 @@
+"""What is done to a study from outside: cleaning up after a lost machine, completing its mirror."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tracker.errors import StoreError
+from tracker.redaction import MASK
+from tracker.search.keeper import SETTLE_SECONDS
+from tracker.search.leases import PREFIX, Leases, searches
+from tracker.search.plan import SEARCH
+from tracker.search.record import Record, load
+from tracker.search.search import reap
+from tracker.search.storage import Storage
+
+_LOOK_SECONDS = 0.5
+
+
+def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTrial]:
+    """Fail the trials of searches that are silent for `grace` seconds; returns them.
+
+    Takes no longer than that; at once, where the processes are known to be gone.
+    """
+    leases = Leases(grace)
+    until = time.monotonic() + grace + 2 * _LOOK_SECONDS
+    while True:
+        attrs = storage.optuna.get_study_user_attrs(record.study_id)
+        trials = storage.optuna.get_all_trials(
+            record.study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        )
+        there = {s for s in searches(attrs) if "left" not in attrs[f"{PREFIX}{s}"]}
+        there |= {trial.user_attrs[SEARCH] for trial in trials if SEARCH in trial.user_attrs}
+        dead = {search for search in there if not leases.lives(search, attrs)}
+        if dead == there or time.monotonic() > until:
+            return reap(storage, record, dead.__contains__) if dead else []
+        time.sleep(_LOOK_SECONDS)
+
+
+def mirror_study(
+    storage: Storage, record: Record, tracking_uri: str | None, directory: Path
+) -> tuple[int, str]:
+    """Write what MLflow lacks of a study; returns how many things, and the id of its run.
+
+    What journals in `directory` still hold is delivered first. `tracking_uri` is by default where
+    the study went; it is needed where that has a password. Raises StoreError where MLflow does not
+    answer.
+    """
+    from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
+    from tracker.search.keeper_process import settle
+    from tracker.search.mirror import Mirror
+
+    uri = tracking_uri or record.tracking_uri
+    if uri is not None and MASK in uri:
+        raise StoreError(f"study={record.name!r} goes to {uri}; give --tracking-uri, all of it.")
+    store = MlflowStore(uri)
+    settled = settle(directory, store, SETTLE_SECONDS)
+    mirror = Mirror(storage, record, store)
+    mirror.complete(settled=settled)
+    assert mirror.run_id is not None
+    return mirror.written, mirror.run_id
+
+
+def studies(storage: Storage, name: str | None) -> list[Record]:
+    """The study `name`, or all of ours in `storage`; StoreError where there is none."""
+    if name is not None:
+        return [load(storage, name)]
+    found = []
+    for study in storage.optuna.get_all_studies():
+        try:
+            found.append(load(storage, study.study_name))
+        except StoreError:  # somebody else's
+            continue
+    return found
