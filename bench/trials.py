@@ -9,6 +9,7 @@ one, so that what starting costs is not in it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -86,9 +87,8 @@ def plain(trials: int, storage: Any = None, callbacks: Any = None, work: Any = o
 def callback(trials: int) -> None:
     """optuna-integration's callback, with Optuna's SQLite storage."""
     if find_spec("optuna_integration") is not None:
-        from optuna_integration.mlflow import MLflowCallback
-
-        plain(trials, "sqlite:///optuna.db", [MLflowCallback(MLFLOW)])
+        made = importlib.import_module("optuna_integration.mlflow").MLflowCallback(MLFLOW)
+        plain(trials, "sqlite:///optuna.db", [made])
         return
     import mlflow
 
@@ -97,7 +97,7 @@ def callback(trials: int) -> None:
         mlflow.set_tracking_uri(MLFLOW)
         mlflow.set_experiment(study.study_name)
         with mlflow.start_run(run_name=str(trial.number)):
-            mlflow.log_metrics({"value": trial.value})
+            mlflow.log_metrics({"value": trial.values[0]})
             mlflow.log_params(trial.params)
             tags = {"number": trial.number, "state": trial.state.name}
             tags |= {"datetime_start": trial.datetime_start, "direction": study.direction.name}
@@ -284,7 +284,7 @@ def compare(names: list[str], trials: int, rounds: int) -> None:
 
 def _slope(pairs: list[tuple[Taken, Taken]], trials: int, what: str) -> float:
     """Milliseconds of CPU a trial."""
-    return median((getattr(b, what) - getattr(a, what)) / trials * 1e3 for a, b in pairs)
+    return float(median((getattr(b, what) - getattr(a, what)) / trials * 1e3 for a, b in pairs))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,14 @@ def test_without_a_grid_other_trials_take_nothing_of_the_budget() -> None:
     assert plan.finished(3) == 0
 
 
+def test_a_slot_beyond_the_budget_takes_nothing_of_it() -> None:
+    plan = Plan(0)
+    plan.observe([a_trial(3, "COMPLETE", 0), a_trial(4, None, 1)])
+    assert plan.finished(3) == 0
+    assert plan.free(3) == 0
+    assert plan.finished(4) == 1
+
+
 # -- any number of searches, and anything that happens ---------------------------------------------
 
 

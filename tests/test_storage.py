@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -225,8 +228,6 @@ GARBAGE = {
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(
     kind: str, content: bytes, workdir: Path
 ) -> None:
-    if kind == "sqlite" and content.startswith(b"SQLite"):
-        pytest.skip("an empty database is one")
     (workdir / "file").write_bytes(content)
     refused(f"{kind}:///file")
     assert (workdir / "file").read_bytes() == content
@@ -239,7 +240,7 @@ def test_a_database_of_another_version_of_optuna_is_refused(
     url = url_of(kind, request)
     with opened(url):
         pass
-    change = "UPDATE version_info SET schema_version = 99"
+    change = "UPDATE alembic_version SET version_num = 'v99.0.0.a'"
     if kind == "sqlite":
         with closing(sqlite3.connect(workdir / "some/folder/studies")) as connection:
             connection.execute(change)
@@ -248,6 +249,9 @@ def test_a_database_of_another_version_of_optuna_is_refused(
         with closing(psycopg.connect(url, autocommit=True)) as connection:
             connection.execute(change)
     refused(url)
+    with warnings.catch_warnings():  # Optuna's constructor leaves its connections open
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
@@ -329,6 +333,16 @@ def test_an_error_releases_the_lock(url: str) -> None:
             pass
 
 
+def test_a_holder_that_was_stopped_is_not_waited_for_for_ever(
+    url: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with elsewhere(url, HOLDS) as other, opened_while_locked(url, other) as storage:
+        other.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 0.1)
+        with storage.lock():
+            assert not (workdir / "released").exists()
+
+
 # -- SQLite takes one search -----------------------------------------------------------------------
 
 OWNS = """
@@ -393,7 +407,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_half_a_line_is_cut_off_and_nothing_else_is_lost(
     data: st.DataObject, written: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    whole = written.splitlines(keepends=True)
     length = data.draw(st.integers(0, len(written)))
     left = written[: written[:length].rfind(b"\n") + 1]
     file = tmp_path_factory.mktemp("half") / "journal"
@@ -406,8 +419,8 @@ def test_half_a_line_is_cut_off_and_nothing_else_is_lost(
 
     now = file.read_bytes()
     assert now.startswith(left)
-    assert now.count(b"\n") == whole[: left.count(b"\n") + 1].__len__() or len(left) == len(written)
-    assert [json.loads(line)["study_name"] for line in now.splitlines()][-1] == "new"
+    (added,) = now[len(left) :].splitlines()
+    assert json.loads(added)["study_name"] == "new"
 
 
 @pytest.mark.parametrize("size", [2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
@@ -439,6 +452,21 @@ def never(descriptor):
 os.fsync = never
 storage.optuna.create_new_study([optuna.study.StudyDirection.MINIMIZE], "theirs")
 """
+
+
+def test_a_writer_that_was_stopped_is_not_waited_for_for_ever(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("journal:///journal") as storage:
+        with elsewhere("journal:///journal", WRITES) as other:
+            assert heard(other) == "writes"
+            other.send_signal(signal.SIGSTOP)
+            monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 0.1)
+            storage.optuna.create_new_study(MINIMIZE, "ours")
+            assert names(storage) == ["ours", "theirs"]
+        storage.optuna.create_new_study(MINIMIZE, "later")
+    with opened("journal:///journal") as storage:
+        assert names(storage) == ["later", "ours", "theirs"]
 
 
 def test_a_writer_that_is_killed_does_not_hold_up_the_next_one(workdir: Path) -> None:
@@ -534,18 +562,14 @@ def test_a_journal_whose_disk_was_gone_for_a_while_goes_on(workdir: Path) -> Non
         assert names(storage) == ["a", "b"]
 
 
-@pytest.mark.parametrize("how", ["stop", "patience"])
-def test_patience_has_an_end(database: str, postgres: PostgresServer, how: str) -> None:
+@pytest.mark.parametrize(
+    "end", [{"stop": lambda: True}, {"patience": 0.3}], ids=lambda end: next(iter(end))
+)
+def test_patience_has_an_end(database: str, postgres: PostgresServer, end: dict[str, Any]) -> None:
     with opened(database.replace("postgres@", "postgres:hunter2@")) as storage:
         postgres.stop()
-        try:
-            with pytest.raises(StoreError) as caught:
-                if how == "stop":
-                    storage.patiently(storage.optuna.get_all_studies, stop=lambda: True)
-                else:
-                    storage.patiently(storage.optuna.get_all_studies, patience=0.3)
-        finally:
-            postgres.start()
+        with pytest.raises(StoreError) as caught:
+            storage.patiently(storage.optuna.get_all_studies, **end)
         assert "does not answer" in in_one_sentence(caught.value)
 
 
@@ -588,7 +612,8 @@ def test_optuna_s_log_has_its_level_again() -> None:
     before = logs.level
     with opened("journal:///studies"):
         assert logs.level == before
-    with pytest.raises(ZeroDivisionError), quiet():
+    with quiet():
         assert logs.level == logging.WARNING
+    with pytest.raises(ZeroDivisionError), quiet():
         raise ZeroDivisionError
     assert logs.level == before

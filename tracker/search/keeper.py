@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from tracker.errors import StoreError
 
-SETTLE_SECONDS = 30.0
+SETTLE_SECONDS = 60.0
 """How long the end of a study waits for what MLflow has not got yet."""
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from optuna.trial import FrozenTrial
+
 from tracker.errors import StoreError, TrackerError
 from tracker.journal import OFFLINE
 from tracker.mlflow_store import MlflowStore
@@ -20,10 +22,12 @@ from tracker.ownership import writer_lives
 from tracker.redaction import public_uri
 from tracker.search.keeper import SETTLE_SECONDS, Duty
 from tracker.search.mirror import Mirror
+from tracker.search.plan import SEARCH
 from tracker.search.record import load
 from tracker.search.search import reap
 from tracker.search.storage import Storage
 from tracker.sync import deliver_left_behind, journals
+from tracker.uploader import LATE_SECONDS
 
 REFRESH_SECONDS = 10.0
 """While the study goes on its page is drawn anew at most this often …"""
@@ -82,13 +86,18 @@ class Keeping:
         mirror = self.begin()
         assert self._store is not None
         settled &= settle(Path(self._duty.directory), self._store, SETTLE_SECONDS)
-        self._patiently(lambda: mirror.complete(settled=settled))
+        ours = self._duty.search
+        self._patiently(lambda: mirror.complete(lambda t: settled and _by(t) == ours))
         return None if settled else "some runs wait in their journals (tracker sync)"
 
     def bury(self) -> None:
         """The search is dead: fail what it left, and complete the mirror."""
         self._patiently(self._reap)
-        self.finish(settled=True)
+        directory = Path(self._duty.directory)
+        until = time.monotonic() + 3 * LATE_SECONDS
+        while directory.is_dir() and journals(directory) and time.monotonic() < until:
+            time.sleep(0.2)  # its workers end, and their uploaders deliver
+        self.finish(settled=not (directory.is_dir() and journals(directory)))
 
     def _reap(self) -> None:
         storage = self._open()
@@ -96,6 +105,10 @@ class Keeping:
 
     def _patiently(self, do: Callable[[], None]) -> None:
         self._open().patiently(do, patience=SETTLE_SECONDS)
+
+
+def _by(trial: FrozenTrial) -> str | None:
+    return trial.user_attrs.get(SEARCH)
 
 
 def settle(directory: Path, store: MlflowStore, seconds: float) -> bool:

@@ -69,6 +69,11 @@ def _runs(pid: int, started: float) -> bool:
         return False
 
 
+def was_here(search: str, attrs: Mapping[str, Any]) -> bool:
+    """Whether a search ran on this machine."""
+    return (attrs.get(f"{PREFIX}{search}") or {}).get("place") == _place()
+
+
 def searches(attrs: Mapping[str, Any]) -> list[str]:
     """The searches that ever were, in no order."""
     return [name.removeprefix(PREFIX) for name in attrs if name.startswith(PREFIX)]

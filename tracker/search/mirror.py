@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -102,11 +102,11 @@ class Mirror:
         if parent is not None and any(trial.state.is_finished() for trial in trials):
             self._log_study(parent, trials, {})
 
-    def complete(self, *, settled: bool) -> None:
+    def complete(self, is_settled: Callable[[FrozenTrial], bool]) -> None:
         """Write all that is missing, of the trials that ended and of those that wait.
 
-        Trials that another search runs are left to it. Unless all journals are known to be
-        `settled`, a run that is missing may be on its way, if its trial has just ended.
+        Trials that another search runs are left to it. The run of a trial that has just ended may
+        be on its way, unless `is_settled` says of it that it is not.
         """
         parent = self._parent()
         if parent is None:
@@ -120,9 +120,9 @@ class Mirror:
             key = f"{self._record.key}-{trial.number}"
             if trial.state == TrialState.RUNNING:
                 continue
-            if trial.state == TrialState.WAITING and not (alone and settled):
+            if trial.state == TrialState.WAITING and not alone:
                 continue  # somebody is about to take it
-            if not (alone and settled) and key not in children and _is_recent(trial):
+            if key not in children and _is_recent(trial) and not is_settled(trial):
                 continue  # on its way
             self._complete_trial(parent, trial, key, children)
         self._keep_the_best(trials, children)

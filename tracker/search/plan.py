@@ -64,7 +64,7 @@ class Plan:
             slot.last = trial
             why = trial.user_attrs.get(ENDED, {}).get("why")
             slot.done |= trial.state != TrialState.FAIL or why == "invalid"
-            slot.failures += why == "failed"
+            slot.failures += trial.state == TrialState.FAIL and why in ("failed", None)
             slot.losses += why == "lost"
 
     def _slot_of(self, trial: FrozenTrial) -> int | None:

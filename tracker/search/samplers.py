@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -127,9 +128,9 @@ def value_at(distribution: BaseDistribution, where: float) -> Any:
         return min(max(round(value), int(low)), int(high)) if whole else value
     if step is not None:
         count = round((high - low) / step) + 1
-        value = low + int(where * count) * step
-        return round(value) if whole else value
-    return low + where * (high - low)
+        exact = Decimal(str(low)) + int(where * count) * Decimal(str(step))  # 0.1 + 2 * 0.1 is 0.3
+        return int(exact) if whole else float(exact)
+    return min(max((1.0 - where) * low + where * high, low), high)
 
 
 @lru_cache(maxsize=4)

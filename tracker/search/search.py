@@ -31,7 +31,7 @@ from tracker.search.leases import BEATS, PREFIX, Leases, searches, this_process
 from tracker.search.plan import ENDED, SEARCH, SLOT, Plan, Why
 from tracker.search.record import Record
 from tracker.search.space import Space, distributions, grid, identity
-from tracker.search.storage import Storage
+from tracker.search.storage import LOCK_SECONDS, Storage
 from tracker.statuses import Status
 
 _HOLD_SECONDS = 2.0  # after a storage did not answer, before it is asked again on the way
@@ -140,6 +140,7 @@ class Search:
         return self._patiently(self._claim)
 
     def _claim(self) -> Task | Answer:
+        began = time.monotonic()
         with self.storage.lock():
             trials = self._reap(self._trials())
             if (waiting := self._waiting(trials)) is not None:
@@ -149,8 +150,26 @@ class Search:
             if slot_or_none is None:
                 return "done" if self.plan.finished(self.total) == self.total else "wait"
             slot = slot_or_none
-            number_of = self._optuna.create_new_trial(self._study_id, self._template(slot))
-            return self._start(number_of, slot)
+            trial_id = self._optuna.create_new_trial(self._study_id, self._template(slot))
+            if time.monotonic() - began > LOCK_SECONDS / 2 and self._is_second(trial_id, slot):
+                return "wait"
+            return self._start(trial_id, slot)
+
+    def _is_second(self, trial_id: int, slot: int) -> bool:
+        """Give a trial up whose slot somebody else has: one of us was stopped, and not waited for.
+
+        The first one has it; the other sees that when it goes on.
+        """
+        others = [
+            trial
+            for trial in self._trials()
+            if trial.user_attrs.get(SLOT) == slot and trial.state != TrialState.FAIL
+        ]
+        if all(trial._trial_id >= trial_id for trial in others):
+            return False
+        reason = "Another search took its place in the study."
+        fail(self._optuna, trial_id, Ended("FAIL", why="given up", status="FAILED", reason=reason))
+        return True
 
     def _trials(self) -> list[FrozenTrial]:
         return self._optuna.get_all_trials(self._study_id, deepcopy=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from decimal import Decimal
 from itertools import product
 from typing import Any
 
@@ -31,6 +32,7 @@ Space = dict[str, Domain]
 Point = dict[str, Value]
 
 LARGEST_GRID = 100_000
+_LARGEST_WHOLE = 2**53  # up to which Optuna, which stores floats, keeps each int
 
 
 def checked_space(given: Mapping[str, Any]) -> Space:
@@ -42,8 +44,8 @@ def checked_space(given: Mapping[str, Any]) -> Space:
         if isinstance(domain, CategoricalDistribution):
             domain = list(domain.choices)
         if isinstance(domain, BaseDistribution):
-            space[name] = domain
-        elif isinstance(domain, str) or not isinstance(domain, Iterable):
+            space[name] = _checked_range(name, domain)
+        elif isinstance(domain, (str, bytes, Mapping, Set)) or not isinstance(domain, Iterable):
             raise ArgumentError(
                 f"space[{name!r}]={domain!r} is not allowed; it must be a list of values or one of "
                 "optuna.distributions."
@@ -51,6 +53,13 @@ def checked_space(given: Mapping[str, Any]) -> Space:
         else:
             space[name] = _checked_values(name, list(domain))
     return space
+
+
+def _checked_range(name: str, domain: BaseDistribution) -> BaseDistribution:
+    ends = getattr(domain, "low", 0), getattr(domain, "high", 0)
+    if not all(map(math.isfinite, ends)):
+        raise ArgumentError(f"space[{name!r}]={domain} must be finite.")
+    return domain
 
 
 def _checked_values(name: str, values: list[Any]) -> list[Value]:
@@ -67,7 +76,7 @@ def _checked_values(name: str, values: list[Any]) -> list[Value]:
     for index, value in enumerate(values):
         if value in values[:index]:
             raise ArgumentError(f"space[{name!r}] has the value {value!r} twice.")
-    return values
+    return [float(value) if isinstance(value, float) else value for value in values]  # numpy's
 
 
 def distributions(space: Space, *, grid: bool) -> dict[str, BaseDistribution]:
@@ -84,7 +93,7 @@ def _distribution(domain: Domain, grid: bool) -> BaseDistribution:
         return domain
     numbers = [v for v in domain if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if grid and len(numbers) == len(domain):
-        if all(isinstance(number, int) for number in numbers):
+        if all(isinstance(n, int) and abs(n) <= _LARGEST_WHOLE for n in numbers):
             return IntDistribution(int(min(numbers)), int(max(numbers)))
         if all(isinstance(number, float) for number in numbers):
             return FloatDistribution(float(min(numbers)), float(max(numbers)))
@@ -120,8 +129,8 @@ def _values(name: str, domain: Domain) -> list[Value]:
     if isinstance(domain, IntDistribution) and not domain.log:
         return list(range(domain.low, domain.high + 1, domain.step))
     if isinstance(domain, FloatDistribution) and domain.step is not None:
-        steps = round((domain.high - domain.low) / domain.step)
-        return [domain.low + step * domain.step for step in range(steps + 1)]
+        low, high, step = (Decimal(str(x)) for x in (domain.low, domain.high, domain.step))
+        return [float(low + index * step) for index in range(int((high - low) / step) + 1)]
     if isinstance(domain, BaseDistribution):
         raise ArgumentError(
             f"space[{name!r}]={domain} has no end of values; a grid needs a list or a step."

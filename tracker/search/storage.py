@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 
 DEFAULT = "journal:///studies.journal"
+LOCK_SECONDS = 10.0
+"""A lock is held for milliseconds; longer only by a process that was stopped."""
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
     if kind == "postgresql":
         return url, kind, None
     name = rest.removeprefix("/")
-    if not name or not rest.startswith("/"):
+    if name in ("", ":memory:") or not rest.startswith("/"):
         raise ArgumentError(
             f"storage={url!r} names no file; it must be {kind}:///FILE, or {kind}:////PATH for an "
             "absolute one."
@@ -95,6 +97,7 @@ class Storage:
     def _open(self) -> BaseStorage:
         if self.kind == "journal":
             file = str(self._file)
+            _check_journal(file)
             return JournalStorage(JournalFileBackend(file, lock_obj=_KernelLock(file)))
         if self.kind == "sqlite":
             backend = RDBStorage(
@@ -142,22 +145,41 @@ class Storage:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nobody else holds the lock of this storage meanwhile; its holder's death releases it."""
+        """Nobody else holds the lock of this storage meanwhile; its holder's death releases it.
+
+        A holder that is stopped, and holds it for LOCK_SECONDS, is not waited for: who depends on
+        the lock looks afterwards whether it took longer, see `Search.claim`.
+        """
         if self._lock is not None:
-            with self._lock:
+            with suppress(Timeout):
+                self._lock.acquire(timeout=LOCK_SECONDS)
+            try:
                 yield
+            finally:
+                self._lock.release()
             return
         connection = self._connected()
-        connection.execute("SELECT pg_advisory_lock(%s)", [self._lock_number])
+        until, pause = time.monotonic() + LOCK_SECONDS, 0.001
+        while not self._asked(connection, "SELECT pg_try_advisory_lock(%s)"):
+            if time.monotonic() > until:
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
         try:
             yield
         finally:
             try:
-                connection.execute("SELECT pg_advisory_unlock(%s)", [self._lock_number])
-            except OSError:
-                raise
-            except Exception as error:  # noqa: BLE001 - psycopg is not always installed
+                self._asked(connection, "SELECT pg_advisory_unlock(%s)")
+            except ConnectionError as error:
                 logger.debug("The lock went with its connection: %s", error)
+
+    def _asked(self, connection: Any, query: str) -> bool:
+        import psycopg
+
+        try:
+            return bool(connection.execute(query, [self._lock_number]).fetchone()[0])
+        except psycopg.Error as error:
+            raise ConnectionError(str(error)) from error
 
     @property
     def _lock_number(self) -> int:
@@ -168,9 +190,12 @@ class Storage:
 
         if self._connection is None or self._connection.closed:
             url = make_url(self.url).set(drivername="postgresql")
-            self._connection = psycopg.connect(
-                url.render_as_string(hide_password=False), autocommit=True, **_POSTGRES
-            )
+            try:
+                self._connection = psycopg.connect(
+                    url.render_as_string(hide_password=False), autocommit=True, **_POSTGRES
+                )
+            except psycopg.Error as error:
+                raise ConnectionError(str(error)) from error
         return self._connection
 
     def close(self) -> None:
@@ -188,9 +213,7 @@ class Storage:
         """Whether `error` says that the storage does not answer now, and may later."""
         if isinstance(error, StorageInternalError):
             return isinstance(error.__cause__, (OperationalError, InterfaceError))
-        if isinstance(error, (OperationalError, InterfaceError, OSError)):
-            return True
-        return type(error).__module__.startswith("psycopg") and self.kind == "postgresql"
+        return isinstance(error, (OperationalError, InterfaceError, OSError))
 
     def patiently(
         self, do: Callable[[], T], stop: Callable[[], bool] = lambda: False, patience: float = 600.0
@@ -225,11 +248,14 @@ class _KernelLock(BaseJournalFileLock):
         self._held: int | None = None
 
     def acquire(self) -> bool:
-        """Wait for the lock; what a dead process wrote half of is cut off."""
+        """Wait for the lock; what a dead process wrote half of is cut off.
+
+        A holder that was stopped is not waited for for ever: an append is whole without a lock too.
+        """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _cut_half_line(descriptor)
+            if _locked(descriptor):
+                _cut_half_line(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -238,18 +264,45 @@ class _KernelLock(BaseJournalFileLock):
 
     def release(self) -> None:
         """Give it back."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        held, self._held = self._held, None
+        if held is not None:
+            os.close(held)
+
+
+def _locked(descriptor: int) -> bool:
+    until, pause = time.monotonic() + LOCK_SECONDS, 0.0005
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _check_journal(file: str) -> None:
+    """Raise ValueError for a file of something else: what looks like half a line would be cut."""
+    first = b'{"op_code":'
+    if os.path.exists(file):
+        with open(file, "rb") as journal:
+            head = journal.read(len(first))
+        if not first.startswith(head):
+            raise ValueError("it is no journal of Optuna's.")
 
 
 def _cut_half_line(descriptor: int) -> None:
     end = os.fstat(descriptor).st_size
     if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
         return
-    start = max(0, end - (1 << 20))
-    tail = os.pread(descriptor, end - start, start)
-    os.ftruncate(descriptor, start + tail.rfind(b"\n") + 1)
+    while end > 0:
+        start = max(0, end - (1 << 20))
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        end = start + newline + 1
+        if newline >= 0:
+            break
+    os.ftruncate(descriptor, end)
 
 
 @contextmanager

@@ -31,7 +31,15 @@ from tracker.run import DIRECTORY
 from tracker.search import warm_start
 from tracker.search.here import run_here
 from tracker.search.interrupts import Interrupts
-from tracker.search.keeper import Duty, InlineKeeper, Keeper, KeeperProcess, NoKeeper, adopted
+from tracker.search.keeper import (
+    SETTLE_SECONDS,
+    Duty,
+    InlineKeeper,
+    Keeper,
+    KeeperProcess,
+    NoKeeper,
+    adopted,
+)
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
 from tracker.search.record import Record, load, open_study
@@ -44,8 +52,6 @@ from tracker.search.trial import Objective, Tracking
 from tracker.search.workers import WORKER, Pool, Spec, check_picklable
 from tracker.statuses import Status, outcome
 from tracker.tracking_uri import check, resolve
-
-_FLUSH_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +263,7 @@ class Study:
             shutil.rmtree(self._tracking(search.record).folders, ignore_errors=True)
         settled = True
         if way is not None:
-            settled = way.flush(_FLUSH_SECONDS)
+            settled = way.flush(SETTLE_SECONDS)
             if self._mode == "inline":
                 way.close()
         if (problem := keeper.finish(settled=settled)) is not None:

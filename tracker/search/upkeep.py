@@ -10,11 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.errors import StoreError
 from tracker.redaction import MASK
 from tracker.search.keeper import SETTLE_SECONDS
-from tracker.search.leases import PREFIX, Leases, searches
+from tracker.search.leases import PREFIX, Leases, searches, was_here
 from tracker.search.plan import SEARCH
 from tracker.search.record import Record, load
 from tracker.search.search import reap
 from tracker.search.storage import Storage
+from tracker.sync import journals
 
 _LOOK_SECONDS = 0.5
 
@@ -56,9 +57,17 @@ def mirror_study(
     if uri is not None and MASK in uri:
         raise StoreError(f"study={record.name!r} goes to {uri}; give --tracking-uri, all of it.")
     store = MlflowStore(uri)
-    settled = settle(directory, store, SETTLE_SECONDS)
+    settle(directory, store, SETTLE_SECONDS)
+    nothing_left = not (directory.is_dir() and journals(directory))
+    attrs = storage.optuna.get_study_user_attrs(record.study_id)
+
+    def is_settled(trial: FrozenTrial) -> bool:
+        """Whether its search was here, and left nothing."""
+        search = trial.user_attrs.get(SEARCH)
+        return search is None or (nothing_left and was_here(search, attrs))
+
     mirror = Mirror(storage, record, store)
-    mirror.complete(settled=settled)
+    mirror.complete(is_settled)
     assert mirror.run_id is not None
     return mirror.written, mirror.run_id
 
