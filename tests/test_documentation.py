@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import optim
 from torch.utils.data import DataLoader
 
 from models import FashionCNN
+from tracker import Study, fit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/README.md"]
@@ -29,7 +31,7 @@ def names() -> dict[str, Any]:
         **{"Network": FashionCNN, "train_set": train_set, "network": network},
         "loader": DataLoader(train_set, batch_size=100),
         "optimizer": optim.Adam(network.parameters()),
-        "torch": torch,
+        **{"torch": torch, "optuna": optuna, "Study": Study, "fit": fit},
     }
 
 
@@ -38,19 +40,31 @@ def code_blocks() -> list[str]:
 
 
 def test_the_tutorial_s_loop_in_the_readme(store: Store, names: dict[str, Any]) -> None:
-    _, after, _ = code_blocks()
+    after = code_blocks()[1]
     exec(after, names)
     assert [run.info.status for run in store.runs()] == ["FINISHED"] * 4
     assert Path("results.csv").exists()
 
 
 def test_the_fresh_start_in_the_readme(store: Store, names: dict[str, Any]) -> None:
-    *_, fresh = code_blocks()
+    fresh = code_blocks()[2]
     exec(fresh, names)
     (run,) = store.runs("digits")
     assert run.info.status == "FINISHED"
     assert {"loss", "accuracy", "epoch_duration"} <= set(run.data.metrics)
     assert len(run.outputs.model_outputs) == 1
+
+
+def test_the_search_in_the_readme(store: Store, names: dict[str, Any]) -> None:
+    search = code_blocks()[3]
+    assert len(search.splitlines()) <= 40
+    exec(
+        search,
+        names | {"__name__": "__main__", "train_set": Subset(names["train_set"], range(500))},
+    )
+    runs = store.runs()
+    assert [run.info.status for run in runs] == ["FINISHED"] * 9
+    assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

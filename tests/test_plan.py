@@ -95,12 +95,12 @@ def test_what_was_not_the_slot_s_fault_is_not_counted(end: str) -> None:
     assert planned([end] * 100).free(1) == 0
 
 
-def test_a_trial_that_somebody_else_failed_is_not_counted() -> None:
+def test_a_trial_that_somebody_else_failed_counts_as_a_failure() -> None:
     trial = create_trial(state=TrialState.FAIL, user_attrs={SLOT: 0})
     trial.number = 0
     plan = Plan(0)
     plan.observe([trial])
-    assert plan.free(1) == 0
+    assert plan.free(1) is None
 
 
 def test_nobody_takes_a_slot_that_somebody_works_on() -> None:

@@ -77,7 +77,7 @@ def refused(space: Any) -> str:
     ("domain", "allowed"),
     [
         ([], "at least one value"),
-        (iter([]), "at least one value"),
+        (range(0), "at least one value"),
         ("adam", "a list of values or one of optuna.distributions"),
         (b"adam", "a list of values or one of optuna.distributions"),
         (0.1, "a list of values or one of optuna.distributions"),

@@ -41,6 +41,8 @@ class Duty:
     """The run that `mlflow run` made for the study."""
     started: int
     """When the search began, in milliseconds since 1970."""
+    grace: float
+    """How long another search may be silent, in seconds."""
 
 
 class Keeper(Protocol):

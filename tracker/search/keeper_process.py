@@ -21,6 +21,7 @@ from tracker.mlflow_store import MlflowStore
 from tracker.ownership import writer_lives
 from tracker.redaction import public_uri
 from tracker.search.keeper import SETTLE_SECONDS, Duty
+from tracker.search.leases import BEATS, Leases, going_on
 from tracker.search.mirror import Mirror
 from tracker.search.plan import SEARCH
 from tracker.search.record import load
@@ -46,6 +47,7 @@ class Keeping:
         self._storage: Storage | None = None
         self._store: MlflowStore | None = None
         self._mirror: Mirror | None = None
+        self._leases = Leases(duty.grace)
 
     def begin(self) -> Mirror:
         """Make the study's run; StoreError where the storage or MLflow does not answer."""
@@ -63,9 +65,28 @@ class Keeping:
             self._storage = Storage(self._duty.storage)
         return self._storage
 
-    def refresh(self) -> None:
-        """Bring the study's page up to date."""
+    def refresh(self) -> float:
+        """Bring the study's page up to date; returns in how many seconds to do it again."""
+        started = time.monotonic()
         self.begin().refresh()
+        return max(REFRESH_SECONDS, (time.monotonic() - started) / REFRESH_SHARE)
+
+    def watch(self) -> float:
+        """Fail the trials of other searches that are dead; returns when to look again.
+
+        The search itself looks only when it takes a trial, which may be hours apart.
+        """
+        storage = self._open()
+        record = load(storage, self._duty.study)
+        attrs = storage.optuna.get_study_user_attrs(record.study_id)
+        dead = {
+            search
+            for search in going_on(attrs)
+            if search != self._duty.search and not self._leases.lives(search, attrs)
+        }
+        if dead:
+            reap(storage, record, dead.__contains__)
+        return self._duty.grace / BEATS
 
     def finish(self, *, settled: bool) -> str | None:
         """Complete the mirror; why that is not done, None where it is.
@@ -87,7 +108,7 @@ class Keeping:
         assert self._store is not None
         settled &= settle(Path(self._duty.directory), self._store, SETTLE_SECONDS)
         ours = self._duty.search
-        self._patiently(lambda: mirror.complete(lambda t: settled and _by(t) == ours))
+        self._patiently(lambda: mirror.complete(lambda t: settled and _by(t) in (ours, None)))
         return None if settled else "some runs wait in their journals (tracker sync)"
 
     def bury(self) -> None:
@@ -145,9 +166,9 @@ def _main() -> int:
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table it makes
     source = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
     keeping = Keeping(Duty(**json.loads(source.readline())))
-    due = 0.0
+    tasks = {keeping.refresh: 0.0, keeping.watch: 0.0}  # when each is due
     while True:
-        pause = max(due - time.monotonic(), 0.0)
+        pause = max(min(tasks.values()) - time.monotonic(), 0.0)
         if select.select([source], [], [], pause)[0]:
             if not (line := source.readline()):
                 keeping.bury()
@@ -155,15 +176,13 @@ def _main() -> int:
             problem = keeping.finish(settled=json.loads(line)["settled"])
             print(json.dumps({"problem": problem}), flush=True)  # noqa: T201 - to the search
             return 0
+        task = min(tasks, key=tasks.__getitem__)
         started = time.monotonic()
         try:
-            keeping.refresh()
-        except Exception as error:  # noqa: BLE001 - the end tries again, and says what it is
-            logger.debug("The study's page was not refreshed: %s", error)
-            due = started + _RETRY_SECONDS
-            continue
-        took = time.monotonic() - started
-        due = started + max(REFRESH_SECONDS, took / REFRESH_SHARE)
+            tasks[task] = started + task()
+        except Exception as error:  # noqa: BLE001 - it is tried again, and the end says what it is
+            logger.debug("%s", error)
+            tasks[task] = started + _RETRY_SECONDS
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ def _runs(pid: int, started: float) -> bool:
         return False
 
 
+def going_on(attrs: Mapping[str, Any]) -> set[str]:
+    """The searches that have not said that they end."""
+    return {
+        search
+        for search in searches(attrs)
+        if (info := attrs[f"{PREFIX}{search}"]) is not None and "left" not in info
+    }
+
+
 def was_here(search: str, attrs: Mapping[str, Any]) -> bool:
     """Whether a search ran on this machine."""
     return (attrs.get(f"{PREFIX}{search}") or {}).get("place") == _place()

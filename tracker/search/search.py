@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.errors import ArgumentError, TrackerError
 from tracker.search import samplers
-from tracker.search.leases import BEATS, PREFIX, Leases, searches, this_process
+from tracker.search.leases import BEATS, PREFIX, Leases, going_on, this_process
 from tracker.search.plan import ENDED, SEARCH, SLOT, Plan, Why
 from tracker.search.record import Record
 from tracker.search.space import Space, distributions, grid, identity
@@ -211,15 +211,16 @@ class Search:
             samplers.pruner(record.pruner, record.steps),
         )
         trial = optuna.Trial(study, trial_id)
+        params = dict(trial.params)
         for name, distribution in self._distributions.items():
-            if name not in trial.params:
-                _suggest(trial, name, distribution)
+            if name not in params:
+                params[name] = _suggest(trial, name, distribution)
         task = Task(
             number=trial.number,
             slot=slot,
             seed=samplers.training_seed(record.seed, slot),
             key=f"{record.key}-{trial.number}",
-            params=dict(trial.params),
+            params=params,
             queued=queued,
         )
         self._live[task.number] = _Live(task, trial)
@@ -426,8 +427,8 @@ def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[
         for trial in found:
             fail(storage.optuna, trial._trial_id, lost(trial, ""))
         attrs = storage.optuna.get_study_user_attrs(record.study_id)
-        for search in searches(attrs):
-            if "left" not in attrs[f"{PREFIX}{search}"] and dead(search):
+        for search in going_on(attrs):
+            if dead(search):
                 left = {"status": "FAILED", "reason": "The process that ran the study was lost."}
                 info = {**attrs[f"{PREFIX}{search}"], "time": time.time(), "left": left}
                 storage.optuna.set_study_user_attr(record.study_id, f"{PREFIX}{search}", info)

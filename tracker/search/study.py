@@ -245,6 +245,7 @@ class Study:
             environment=environment,
             adopt=adopted(),
             started=now(),
+            grace=self._grace,
         )
         return InlineKeeper(duty) if self._mode == "inline" else KeeperProcess(duty)
 

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.errors import StoreError
 from tracker.redaction import MASK
 from tracker.search.keeper import SETTLE_SECONDS
-from tracker.search.leases import PREFIX, Leases, searches, was_here
+from tracker.search.leases import Leases, going_on, was_here
 from tracker.search.plan import SEARCH
 from tracker.search.record import Record, load
 from tracker.search.search import reap
@@ -32,7 +32,7 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
         trials = storage.optuna.get_all_trials(
             record.study_id, deepcopy=False, states=(TrialState.RUNNING,)
         )
-        there = {s for s in searches(attrs) if "left" not in attrs[f"{PREFIX}{s}"]}
+        there = going_on(attrs)
         there |= {trial.user_attrs[SEARCH] for trial in trials if SEARCH in trial.user_attrs}
         dead = {search for search in there if not leases.lives(search, attrs)}
         if dead == there or time.monotonic() > until:
