@@ -58,10 +58,7 @@ def test_the_fresh_start_in_the_readme(store: Store, names: dict[str, Any]) -> N
 def test_the_search_in_the_readme(store: Store, names: dict[str, Any]) -> None:
     search = code_blocks()[3]
     assert len(search.splitlines()) <= 40
-    exec(
-        search,
-        names | {"__name__": "__main__", "train_set": Subset(names["train_set"], range(500))},
-    )
+    exec(search, names | {"__name__": "__main__"})
     runs = store.runs()
     assert [run.info.status for run in runs] == ["FINISHED"] * 9
     assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 8

@@ -9,6 +9,8 @@ import pytest
 
 from tests.postgres import PostgresServer, sources
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["the machine's", "the wheel's"])
 def server(
