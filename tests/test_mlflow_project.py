@@ -72,6 +72,20 @@ def test_mlflow_run_makes_one_finished_run(
     assert len(run.outputs.model_outputs) == 1
 
 
+def test_mlflow_run_of_a_study_is_its_run(store: Store, project: Path) -> None:
+    done = mlflow_run(
+        project, store.uri, "--env-manager", "local", "-e", "study", "-P", "sampler=tpe",
+        "-P", "trials=3", "-P", "epochs=1", "-P", "dataset=digits", "-P", "workers=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = store.runs()
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    assert parent.data.tags["mlflow.project.entryPoint"] == "study"
+    assert parent.data.params["sampler"] == "tpe"
+    assert "study.html" in store.artifacts(parent)
+
+
 def test_a_mistake_under_mlflow_run_ends_the_run_it_made(store: Store, project: Path) -> None:
     done = mlflow_run(project, store.uri, "--env-manager", "local", "-P", "lr=-1")
     assert done.returncode != 0
