@@ -104,7 +104,11 @@ img-src data: blob:">
   const figures = JSON.parse(document.getElementById("figures").textContent);
   for (const [number, { data, layout }] of figures.entries()) {
     const config = { responsive: true, displayModeBar: false };
-    await Plotly.newPlot(`chart-${number}`, data, layout, config);
+    try {
+      await Plotly.newPlot(`chart-${number}`, data, layout, config);
+    } catch (error) { // a browser without WebGL, say: the others are drawn
+      document.getElementById(`chart-${number}`).textContent = `This chart failed: ${error}`;
+    }
     await new Promise((next) => setTimeout(next)); // the page can be read meanwhile
   }
 })();
