@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for a mistake."""
     given = parse(arguments)
     try:
-        storage = Storage(given.storage)
+        storage = Storage(given.storage, make=False)
         for record in studies(storage, given.study):
             if given.command == "reap":
                 found = reap_study(storage, record, given.grace_seconds)

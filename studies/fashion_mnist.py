@@ -19,6 +19,7 @@ from optuna.distributions import FloatDistribution
 from models import DATASETS, MODELS, Data, ModelsError, build, load
 from studies import training
 from studies.arguments import (
+    boolean,
     booleans,
     natural,
     numbers,
@@ -73,7 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     study.add_argument("--workers", type=positive_int, default=1, help="trials at a time")
     study.add_argument("--study", default="fashion-mnist", help="its name")
     study.add_argument("--storage", type=_or_auto, help=f"where it lies, by default {DEFAULT}")
-    study.add_argument("--resume", action="store_true", help="go on with the study if it exists")
+    study.add_argument(
+        "--resume", type=boolean, nargs="?", const=True, default=False, help="if it exists"
+    )
     study.add_argument("--retries", type=natural, default=0, help="of a trial that fails")
     study.add_argument("--grace-seconds", type=positive_float, default=GRACE_SECONDS)
     study.add_argument(
@@ -189,7 +192,7 @@ def make(given: argparse.Namespace, arguments: Sequence[str]) -> Study:
         models=given.models,
         register=given.register,
         alias=given.alias,
-        replay=command.replace("{", "{{").replace("}", "}}") + " --replay {number}",
+        replay=command + " --replay {number}",
         grace_seconds=given.grace_seconds,
         offline=given.offline,
     )

@@ -51,8 +51,8 @@ def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--storage", "journal:///no\0file"], "cannot be opened"),
         (["--model", "resnet-0"], "model='resnet-0' is not known"),
         (["--alias", "best"], "alias='best' needs the name to register under"),
-        (["--warm-start-study", "nothing"], "study='nothing' is not in storage"),
-        (["--replay", "0"], "study='fashion-mnist' is not in storage"),
+        (["--warm-start-study", "nothing"], "does not exist"),
+        (["--replay", "0"], "does not exist"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_makes_no_study(
@@ -71,7 +71,9 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
 
     parameters = load_project(str(Path(__file__).parents[1])).get_entry_point("study").parameters
     defaults = vars(parse([]))
-    shown = {name: "auto" if value is None else str(value) for name, value in defaults.items()}
+    shown = {
+        name: "auto" if value is None else str(value).lower() for name, value in defaults.items()
+    }
     assert {name: shown[name] for name in parameters} == {
         name: str(parameter.default) for name, parameter in parameters.items()
     }
@@ -117,7 +119,8 @@ def test_several_metrics_are_several_objectives(store: Store) -> None:
 
 def test_upkeep_of_what_is_not_there_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert upkeep(["mirror", "--study", "nothing"]) == 2
-    assert "study='nothing' is not in storage" in capsys.readouterr().err
+    assert "storage='journal:///studies.journal' does not exist" in capsys.readouterr().err
+    assert not Path("studies.journal").exists()
 
 
 @pytest.mark.slow

@@ -178,6 +178,11 @@ class StudyRuns:
             self._client.delete_logged_model(model_id)
         return True
 
+    def is_registered(self, run_id: str) -> bool:
+        """Whether a run's model has a version in the registry."""
+        with translated(f"look for versions of run {run_id}"):
+            return bool(self._client.search_model_versions(f"run_id = '{run_id}'", max_results=1))
+
     def register(
         self, name: str, alias: str | None, model_id: str, run_id: str, tags: Mapping[str, str]
     ) -> str | None:

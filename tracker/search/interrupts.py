@@ -48,7 +48,7 @@ class Interrupts:
         self.name = signal.Signals(number).name
         if self.count == 1:
             self._say("Stopping: running trials end first; once more to stop at once.")
-        if self._open and (self.count > 1 or not self._shielded):
+        if self.count > 1 or (self._open and not self._shielded):
             raise KeyboardInterrupt(self.name)
 
     @contextmanager

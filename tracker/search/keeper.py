@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tracker.errors import StoreError
-
 SETTLE_SECONDS = 60.0
 """How long the end of a study waits for what MLflow has not got yet."""
 
@@ -119,8 +117,3 @@ class KeeperProcess:
 def adopted() -> str | None:
     """The run that `mlflow run` made for this process."""
     return os.environ.get("MLFLOW_RUN_ID")
-
-
-def unreachable(error: StoreError) -> str:
-    """What to say of a mirror that is not complete."""
-    return str(error).rstrip(".")

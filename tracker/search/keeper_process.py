@@ -71,6 +71,10 @@ class Keeping:
         self.begin().refresh()
         return max(REFRESH_SECONDS, (time.monotonic() - started) / REFRESH_SHARE)
 
+    def forget(self) -> None:
+        """Something did not answer: what was not seen meanwhile says nothing."""
+        self._leases.forget()
+
     def watch(self) -> float:
         """Fail the trials of other searches that are dead; returns when to look again.
 
@@ -182,6 +186,7 @@ def _main() -> int:
             tasks[task] = started + task()
         except Exception as error:  # noqa: BLE001 - it is tried again, and the end says what it is
             logger.debug("%s", error)
+            keeping.forget()
             tasks[task] = started + _RETRY_SECONDS
 
 

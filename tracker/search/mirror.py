@@ -127,7 +127,7 @@ class Mirror:
             self._complete_trial(parent, trial, key, children)
         self._keep_the_best(trials, children)
         self._log_study(parent, trials, children)
-        self._settle(parent, trials, attrs, alone=alone)
+        self._settle(parent)
 
     def _complete_trial(
         self,
@@ -140,9 +140,13 @@ class Mirror:
         if (child := children.get(key)) is None:
             name = f"trial={trial.number}"
             begin = _milliseconds(trial.datetime_start) or _now()
-            child = self._runs.create(parent, key, {**tags, "mlflow.runName": name}, begin)
+            with self._storage.lock():  # another search's keeper may be about to make it too
+                child = self._runs.find(key)
+                if child is None:
+                    told = {**tags, "mlflow.runName": name}
+                    child = self._runs.create(parent, key, told, begin)
+                    self.written += 1
             children[key] = child
-            self.written += 1
         new_tags = {k: v for k, v in tags.items() if child.tags.get(k) != v}
         new_params = {k: v for k, v in params.items() if k not in child.params}
         new_metrics = [point for point in metrics if point[0] not in child.metrics]
@@ -160,9 +164,11 @@ class Mirror:
     ) -> None:
         record = self._record
         good = {f"{record.key}-{trial.number}" for trial in best(record, trials)}
-        if record.models == "best":
-            for key, child in children.items():
-                if key.startswith(record.key) and key not in good:
+        if record.models == "best" and any(children[k].models for k in good & children.keys()):
+            ended = {f"{record.key}-{t.number}" for t in trials if t.state.is_finished()}
+            for key in (ended - good) & children.keys():  # a living trial may be the best by now
+                child = children[key]
+                if child.models and not self._runs.is_registered(child.run_id):
                     for model in child.models:
                         self.written += self._runs.delete_model(model)
         if record.register is None or len(good) != 1:
@@ -190,10 +196,15 @@ class Mirror:
         """The tables, the page and the best, if anything changed since they were logged."""
         record = self._record
         table = rows(record, trials)
-        digest = hashlib.sha256(json_text(table).encode()).hexdigest()[:16]
+        good = best(record, trials)
+        child = None
+        if good:
+            key = f"{record.key}-{good[0].number}"
+            child = children.get(key) or self._runs.find(key)
+        known = json_text(table) + (child.run_id if child else "")
+        digest = hashlib.sha256(known.encode()).hexdigest()[:16]
         if parent.tags.get("tracker.mirrored") == digest:
             return
-        good = best(record, trials)
         tags: dict[str, str] = {"tracker.mirrored": digest}
         facts: dict[str, str] = {}
         if (steps := saved(record, trials)) is not None:
@@ -204,10 +215,9 @@ class Mirror:
             tags["best.trial"] = ", ".join(str(trial.number) for trial in good)
             tags["best.value"] = ", ".join(f"{value:.6g}" for value in first.values)
             tags["best.params"] = json.dumps(first.params)[:5000]
-            if (child := children.get(f"{record.key}-{first.number}")) is not None:
-                tags["best.run"] = child.run_id
+            tags["best.run"] = child.run_id if child else ""
             if record.replay is not None:
-                tags["tracker.replay"] = record.replay.format(number=first.number)
+                tags["tracker.replay"] = record.replay.replace("{number}", str(first.number))
                 facts["train the best again"] = f"$ {tags['tracker.replay']}"
         page = study_page(optuna.Study(record.name, self._storage.optuna), facts)
         self._runs.log_text(parent.run_id, page, "study.html")
@@ -225,16 +235,10 @@ class Mirror:
         self._runs.log(parent.run_id, metrics=metrics, tags=tags)
         self.written += 1
 
-    def _settle(
-        self,
-        parent: MirroredRun,
-        trials: Sequence[FrozenTrial],
-        attrs: Mapping[str, Any],
-        *,
-        alone: bool,
-    ) -> None:
-        """Give the study's run its status."""
-        if not alone:
+    def _settle(self, parent: MirroredRun) -> None:
+        """Give the study's run its status, by how things stand now: somebody may go on with it."""
+        trials, attrs = self._trials(), self._attrs()
+        if any(self._leases.lives(search, attrs) for search in searches(attrs)):
             return
         status, reason = status_of_study(self._record, trials, attrs)
         if parent.status != status:

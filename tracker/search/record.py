@@ -11,6 +11,7 @@ import optuna
 from optuna.study import StudyDirection
 
 from tracker.errors import ArgumentError, StoreError
+from tracker.redaction import public_uri
 from tracker.search import samplers
 from tracker.search.space import Space, difference, from_json, grid, to_json
 from tracker.search.storage import Storage, quiet
@@ -83,7 +84,7 @@ class Record:
         if self.alias is not None and self.register is None:
             raise ArgumentError(f"alias={self.alias!r} needs the name to register under.")
         if self.sampler == "grid":
-            if not self.spaces:
+            if not self.spaces or not self.spaces[-1]:
                 raise ArgumentError("sampler='grid' needs a space: a list of values for each name.")
             grid(self.spaces)
         elif self.trials is None:
@@ -120,7 +121,8 @@ def load(storage: Storage, name: str) -> Record:
     except KeyError:
         known = [study.study_name for study in storage.optuna.get_all_studies()]
         there = f"it has {', '.join(sorted(known))}" if known else "it has none"
-        raise StoreError(f"study={name!r} is not in storage={storage.url!r}; {there}.") from None
+        where = public_uri(storage.url)
+        raise StoreError(f"study={name!r} is not in storage={where!r}; {there}.") from None
     stored = storage.optuna.get_study_user_attrs(study_id).get(STUDY)
     if stored is None:
         raise StoreError(
@@ -146,8 +148,8 @@ def open_study(storage: Storage, given: Record, *, resume: bool) -> Record:
             return _describe(storage, given, study_id)  # who made it died before this
         if not resume:
             raise ArgumentError(
-                f"study={given.name!r} exists in storage={storage.url!r}; go on with it with "
-                "resume (--resume), or choose another name."
+                f"study={given.name!r} exists in storage={public_uri(storage.url)!r}; go on with "
+                "it with resume (--resume), or choose another name."
             )
         going_on = _merged(load(storage, given.name), given)
         storage.optuna.set_study_user_attr(study_id, STUDY, going_on.to_json())
@@ -176,6 +178,13 @@ def _merged(stored: Record, given: Record) -> Record:
             raise ArgumentError(
                 f"study={given.name!r} has {name}={_plain(had)}, not {_plain(now)}; it goes on as "
                 "it was, or under another name."
+            )
+    if stored.tracking_uri == given.tracking_uri:
+        had, now = [(each.experiment, each.experiment_id) for each in (stored, given)]
+        if had != now:
+            raise ArgumentError(
+                f"study={given.name!r} is in experiment={had[0] or had[1]!r}, not "
+                f"{now[0] or now[1]!r}; it goes on there, or under another name."
             )
     if bool(stored.spaces) != bool(given.spaces):
         raise ArgumentError(

@@ -36,6 +36,9 @@ from tracker.statuses import Status
 
 _HOLD_SECONDS = 2.0  # after a storage did not answer, before it is asked again on the way
 
+QUEUED = 1_000_000
+"""The first slot of trials that somebody enqueued with Optuna: they are on top of the budget."""
+
 logger = logging.getLogger(__name__)
 
 Answer = Literal["wait", "done"]
@@ -137,21 +140,36 @@ class Search:
 
     def claim(self) -> Task | Answer:
         """The next trial to run; `wait` while others run the last ones, `done` after that."""
-        return self._patiently(self._claim)
+
+        def claim() -> Task | Answer:
+            try:
+                return self._claim()
+            except Exception as error:
+                if self.storage.unreachable(error):
+                    self._leases.forget()
+                raise
+
+        return self._patiently(claim)
 
     def _claim(self) -> Task | Answer:
         began = time.monotonic()
         with self.storage.lock():
             trials = self._reap(self._trials())
             if (waiting := self._waiting(trials)) is not None:
-                slot = max([self.total - 1, *self.plan.slots]) + 1
-                return self._start(self._pop(waiting, slot), slot, queued=True)
+                slot = max([QUEUED - 1, *self.plan.slots]) + 1
+                if not self._pop(waiting, slot):
+                    return "wait"
+                return self._start(waiting._trial_id, slot, queued=True)
             slot_or_none = self.plan.free(self.total)
             if slot_or_none is None:
                 return "done" if self.plan.finished(self.total) == self.total else "wait"
             slot = slot_or_none
             trial_id = self._optuna.create_new_trial(self._study_id, self._template(slot))
-            if time.monotonic() - began > LOCK_SECONDS / 2 and self._is_second(trial_id, slot):
+            # PostgreSQL forgets a lock with its connection; elsewhere its holder may be stopped.
+            unsure = (
+                self.storage.kind == "postgresql" or time.monotonic() > began + LOCK_SECONDS / 2
+            )
+            if unsure and self._is_second(trial_id, slot):
                 return "wait"
             return self._start(trial_id, slot)
 
@@ -178,7 +196,7 @@ class Search:
         params: Mapping[str, Any] = {}
         if self._points is not None:
             params = self._points[slot]
-        elif (last := self.plan.last(slot)) is not None:
+        elif self.record.sampler != "random" and (last := self.plan.last(slot)) is not None:
             params = last.params  # tried again with what it had
         known = {n: d for n, d in self._distributions.items() if n in params}
         whole = bool(known) and known.keys() == self._distributions.keys()
@@ -196,13 +214,12 @@ class Search:
             return None
         return next((trial for trial in trials if trial.state == TrialState.WAITING), None)
 
-    def _pop(self, trial: FrozenTrial, slot: int) -> int:
-        self._optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    def _pop(self, trial: FrozenTrial, slot: int) -> bool:
         self._optuna.set_trial_user_attr(trial._trial_id, SLOT, slot)
         self._optuna.set_trial_user_attr(trial._trial_id, SEARCH, self.id)
-        return trial._trial_id
+        return self._optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
 
-    def _start(self, trial_id: int, slot: int, *, queued: bool = False) -> Task:
+    def _start(self, trial_id: int, slot: int, *, queued: bool = False) -> Task | Answer:
         record = self.record
         study = optuna.Study(
             record.name,
@@ -214,7 +231,13 @@ class Search:
         params = dict(trial.params)
         for name, distribution in self._distributions.items():
             if name not in params:
-                params[name] = _suggest(trial, name, distribution)
+                try:
+                    params[name] = _suggest(trial, name, distribution)
+                except ValueError as error:  # it was enqueued with what is not in the space
+                    reason = f"{name} cannot be suggested: {error}"
+                    ended = Ended("FAIL", why="invalid", status="FAILED", reason=reason)
+                    fail(self._optuna, trial_id, ended)
+                    return "wait"
         task = Task(
             number=trial.number,
             slot=slot,
@@ -317,7 +340,7 @@ class Search:
         """Store how a trial ended; waits for a storage that does not answer."""
         live = self._live.get(number)
         if live is None:
-            return Verdict(accepted=False)
+            return Verdict(accepted=False, again=True)
 
         def tell() -> bool:
             self._silent_until = 0.0
@@ -376,6 +399,10 @@ class Search:
         left = {"status": status, "reason": reason}
         self.storage.patiently(lambda: self._show({"left": left}), patience=self.grace)
 
+    def enter(self) -> None:
+        """Show that this search lives; nobody takes it for lost from here on."""
+        self._patiently(lambda: self._show({"beat": 0}))
+
     def _show(self, more: Mapping[str, Any]) -> None:
         info = {**self._me, "time": time.time(), **more}
         self._optuna.set_study_user_attr(self._study_id, f"{PREFIX}{self.id}", info)
@@ -405,13 +432,6 @@ class Search:
         trials = self._trials() if left else trials
         self.plan.observe(trials)
         return trials
-
-    def others(self) -> int:
-        """How many trials other searches run."""
-        return sum(
-            t.state == TrialState.RUNNING and t.user_attrs.get(SEARCH) not in (None, self.id)
-            for t in self._trials()
-        )
 
 
 def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[FrozenTrial]:

@@ -126,6 +126,13 @@ def identity(point: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _values(name: str, domain: Domain) -> list[Value]:
+    step = getattr(domain, "step", None)
+    low, high = getattr(domain, "low", 0), getattr(domain, "high", 0)
+    if step is not None and (high - low) / step > LARGEST_GRID:
+        raise ArgumentError(
+            f"space[{name!r}]={domain} has too many values; a grid has at most {LARGEST_GRID:,} "
+            "points."
+        )
     if isinstance(domain, IntDistribution) and not domain.log:
         return list(range(domain.low, domain.high + 1, domain.step))
     if isinstance(domain, FloatDistribution) and domain.step is not None:

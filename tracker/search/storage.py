@@ -77,10 +77,15 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
 class Storage:
     """One of Optuna's storages, and what it lacks: a lock, and patience with an outage."""
 
-    def __init__(self, url: str | None = None) -> None:
-        """Open the storage at `url`, by default `DEFAULT`; StoreError where it cannot be."""
+    def __init__(self, url: str | None = None, *, make: bool = True) -> None:
+        """Open the storage at `url`, by default `DEFAULT`; StoreError where it cannot be.
+
+        A file that is not there is made, unless `make` says no.
+        """
         self.url, self.kind, self._file = parse(url)
         self._connection: Any = None
+        if not make and self._file is not None and not self._file.exists():
+            raise StoreError(f"storage={self.url!r} does not exist.")
         self._lock: FileLock | None = None
         self._owner: FileLock | None = None
         try:

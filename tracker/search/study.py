@@ -45,7 +45,7 @@ from tracker.search.progress import Progress
 from tracker.search.record import Record, load, open_study
 from tracker.search.replay import replay
 from tracker.search.samplers import directions
-from tracker.search.search import Ended, Search
+from tracker.search.search import Ended, Search, reap
 from tracker.search.space import checked_space
 from tracker.search.storage import Storage, parse
 from tracker.search.trial import Objective, Tracking
@@ -172,11 +172,11 @@ class Study:
             check_picklable(self._objective)
         uri = resolve(self._tracking_uri)
         check(uri)
+        given = replace(self._record, tracking_uri=public_uri(uri))
+        imported = [source.trials(given) for source in self._sources]
         storage = Storage(self._storage_url)
         try:
             storage.own()
-            given = replace(self._record, tracking_uri=public_uri(uri))
-            imported = [source.trials(given) for source in self._sources]
             record = open_study(storage, given, resume=resume)
             for trials in imported:
                 warm_start.add(storage, record, trials)
@@ -187,7 +187,7 @@ class Study:
     def _run(self, storage: Storage, record: Record, workers: int) -> optuna.Study:
         environment = environment_tags()
         search = Search(storage, record, grace=self._grace)
-        search.beat(force=True)
+        search.enter()
         trials = storage.optuna.get_all_trials(record.study_id, deepcopy=False)
         search.plan.observe(trials)
         progress = Progress(record, search.total, search.plan.finished(search.total))
@@ -259,6 +259,8 @@ class Study:
         """End what is left, complete the mirror; say what is not."""
         reason = "The study ended in the middle of it."
         search.abandon(Ended("FAIL", why="interrupted", status="KILLED", reason=reason))
+        storage, record = search.storage, search.record
+        storage.patiently(lambda: reap(storage, record, search.id.__eq__))  # lost answers
         search.leave(*ended)
         if search.plan.finished(search.total) == search.total:
             shutil.rmtree(self._tracking(search.record).folders, ignore_errors=True)
@@ -280,7 +282,7 @@ class Study:
         Returns its values, None where it failed. The study does not change. Raises StoreError
         where there is no such study or trial.
         """
-        storage = Storage(self._storage_url)
+        storage = Storage(self._storage_url, make=False)
         record = load(storage, self._record.name)
         trials = storage.optuna.get_all_trials(record.study_id)
         if not 0 <= number < len(trials):

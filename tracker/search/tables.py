@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from optuna.study import StudyDirection
@@ -79,11 +79,3 @@ def saved(record: Record, trials: Iterable[FrozenTrial]) -> tuple[int, int] | No
     if not whole or not pruned:
         return None
     return sum(max(whole - (t.last_step or 0), 0) for t in pruned), whole * len(ended)
-
-
-def counts(trials: Iterable[FrozenTrial]) -> Mapping[str, int]:
-    """How many trials are in each state that there is."""
-    found: dict[str, int] = {}
-    for trial in trials:
-        found[trial.state.name] = found.get(trial.state.name, 0) + 1
-    return found

@@ -34,7 +34,7 @@ class FromStudy:
 
     def trials(self, record: Record) -> list[FrozenTrial]:
         """Its complete trials that have the hyperparameters of the space, within their ranges."""
-        storage = Storage(self.storage)
+        storage = Storage(self.storage, make=False)
         try:
             try:
                 study_id = storage.optuna.get_study_id_from_name(self.name)
@@ -79,6 +79,9 @@ class FromRuns:
         wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
         fitting = []
         for run in runs:
+            ours = {"tracker.source", "tracker.replays"} & run.tags.keys()
+            if ours or run.tags.get("tracker.study") == record.name:
+                continue  # what comes from here, or was brought here
             if self.metric not in run.metrics:
                 continue
             params = {}

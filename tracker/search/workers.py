@@ -33,6 +33,7 @@ _TICK_SECONDS = 0.25
 _ALIVE_SECONDS = 1.0
 _EXIT_SECONDS = 30.0  # for a worker that was told to end: its runs are delivered meanwhile
 _STARTS = 3  # of workers that end before they are ready, until we give up
+_KILLED_STARTS = 10  # of such that are killed: by whoever does that, or for want of memory
 
 WORKER = "trial worker"
 """The name of a worker's process."""
@@ -214,9 +215,10 @@ class Pool:
         code = worker.process.exitcode
         if worker.trial is not None:
             self._search.finish(worker.trial, _death(code))
-        if not worker.ready and code is not None and code > 0:
+        if not worker.ready and code:
             self._false_starts += 1
-            if self._false_starts >= _STARTS and self._error is None:
+            most = _STARTS if code > 0 else _KILLED_STARTS
+            if self._false_starts >= most and self._error is None:
                 self._error = StoreError(
                     "The workers' processes end before they begin (see above); a script that runs "
                     "a study must do so under `if __name__ == '__main__':`."
@@ -248,12 +250,11 @@ _VERBS = {"prune": "prune", "attr": "set_attr", "constrain": "constrain", "finis
 
 def _death(code: int | None) -> Ended:
     """What becomes of the trial of a worker that ended with `code` and did not say how."""
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        reason = "Its process was stopped by SIGTERM."
+        return Ended("FAIL", why="interrupted", status="KILLED", reason=reason)
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        if name == "SIGTERM":
-            reason = "Its process was stopped by SIGTERM."
-            return Ended("FAIL", why="interrupted", status="KILLED", reason=reason)
-        reason = f"Its process was killed by {name}."
+        reason = f"Its process was killed by {signal.Signals(-code).name}."
     else:
         reason = f"Its process ended with exit code {code}."
     return Ended("FAIL", why="lost", status="FAILED", reason=reason)
@@ -270,6 +271,20 @@ class Pipe:
         self._sending = threading.Lock()
         self.gone = False
         """Whether the search is dead."""
+        self._shielded = False
+        self._interrupted: str | None = None
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGTERM: it waits while an answer does, and from a trial's end on."""
+        self._interrupted = signal.Signals(number).name
+        if not self._shielded:
+            raise KeyboardInterrupt(self._interrupted)
+
+    def unshield(self) -> None:
+        """From here on SIGTERM interrupts, also one that came before."""
+        self._shielded = False
+        if self._interrupted is not None:
+            raise KeyboardInterrupt(self._interrupted)
 
     def send(self, *message: Any) -> None:
         """Say something; nothing where nobody hears it."""
@@ -288,8 +303,15 @@ class Pipe:
             return ("stop",)
 
     def _ask(self, *message: Any) -> Any:
-        self.send(*message)
-        kind, *answer = self.receive()
+        self._shielded = True  # an answer that nobody took would be the next one's
+        try:
+            self.send(*message)
+            kind, *answer = self.receive()
+        finally:
+            if message[0] != "finish":
+                self._shielded = False
+        if message[0] != "finish":
+            self.unshield()
         if kind == "ok":
             return answer[0]
         if kind == "mistake":
@@ -334,14 +356,15 @@ def work(connection: Connection, spec: Spec) -> None:
     from tracker.search.trial import run_trial
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search says what is to end
-    signal.signal(signal.SIGTERM, _interrupt)
-    torch.set_num_threads(spec.threads)
     pipe = Pipe(connection)
+    signal.signal(signal.SIGTERM, pipe.interrupt)
+    torch.set_num_threads(spec.threads)
     threading.Thread(target=_show_life, args=(pipe,), name="alive", daemon=True).start()
-    code = 0
+    code, way = 0, None
     try:
         way = delivery(spec.tracking.directory, spec.tracking_uri, spec.mode)
         while True:
+            pipe.unshield()
             pipe.send("next")
             kind, *task = pipe.receive()
             if kind != "run":
@@ -354,13 +377,9 @@ def work(connection: Connection, spec: Spec) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_all()
-        if spec.mode == "inline":
+        if way is not None and spec.mode == "inline":
             way.close()
     sys.exit(code)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _show_life(pipe: Pipe) -> None:
