@@ -41,17 +41,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def see_to(storage: Storage, given: argparse.Namespace) -> None:
+    """Do what was asked for, and print what that came to."""
+    for record in studies(storage, given.study):
+        if given.command == "reap":
+            found = reap_study(storage, record, given.grace_seconds)
+            print(f"{record.name}: {len(found)} trials were lost")
+        written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
+        print(f"{record.name}: run {run_id}, {written} things were missing")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for a mistake."""
     given = parse(arguments)
     try:
         storage = Storage(given.storage, make=False)
-        for record in studies(storage, given.study):
-            if given.command == "reap":
-                found = reap_study(storage, record, given.grace_seconds)
-                print(f"{record.name}: {len(found)} trials were lost")
-            written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
-            print(f"{record.name}: run {run_id}, {written} things were missing")
+        try:
+            see_to(storage, given)
+        finally:
+            storage.close()
     except TrackerError as error:
         print(f"studies: {error}", file=sys.stderr)
         return 2

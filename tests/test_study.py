@@ -214,6 +214,23 @@ def test_a_trial_s_seed_follows_from_the_study_s_and_its_place(tracking_uri: str
     assert len(set(seen["first"])) == 3
 
 
+def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(tracking_uri: str) -> None:
+    def objective(trial: Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        if trial.run.params["x"] and trial.number == stops_at:
+            raise RuntimeError("cut off")
+        return x + trial.suggest_float("y", 0, 1)
+
+    found = []
+    for sampler in ("random", "qmc"):
+        for stops_at in (-1, 0):
+            name = f"{sampler} {stops_at}"
+            study = Study(name, objective, sampler=sampler, trials=2, retries=1).run()
+            done = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
+            found.append(sorted(done, key=lambda each: float(each["x"])))
+        assert found[-1] == found[-2]
+
+
 # -- statuses ----------------------------------------------------------------------------------
 
 
@@ -296,6 +313,16 @@ def test_what_somebody_enqueued_is_scheduled_then_run(store: Store) -> None:
     _, children = family(store)
     assert children[1].info.status == "FINISHED"
     assert len(children) == 2
+
+
+def test_what_was_enqueued_is_on_top_of_the_budget_also_when_that_grows(tracking_uri: str) -> None:
+    study = make(quadratic, sampler="random", trials=2).run()
+    study.enqueue_trial({"x": 0.25})
+    for trials, complete in ((2, 3), (4, 5)):
+        make(quadratic, sampler="random", trials=trials).run(resume=True)
+        states = [trial.state for trial in study.get_trials()]
+        assert states.count(TrialState.COMPLETE) == complete
+        assert TrialState.RUNNING not in states
 
 
 # -- the mirror --------------------------------------------------------------------------------
@@ -401,6 +428,16 @@ def test_only_the_best_model_is_kept_and_registered_with_its_lineage(store: Stor
     assert loaded(torch.ones(2, 4)).shape == (2, 1)
 
 
+def test_a_model_that_is_registered_stays_when_a_better_one_comes(store: Store) -> None:
+    for rates in ([0.00001], [0.00001, 0.1]):
+        make(training, space={"lr": rates}, sampler="grid", register="tiny").run(resume=True)
+    for version in ("1", "2"):
+        assert mlflow.pytorch.load_model(f"models:/tiny/{version}")(torch.ones(2, 4)).shape == (
+            2,
+            1,
+        )
+
+
 def test_a_trial_that_is_tried_again_goes_on_from_its_checkpoint(store: Store) -> None:
     WEIGHTS.clear()
     space = {"lr": [0.01]}
@@ -500,7 +537,33 @@ def test_a_study_begins_with_plain_runs_of_an_experiment(store: Store) -> None:
     assert len(found.trials) == 8
 
 
+def test_a_study_does_not_begin_with_its_own_trials_when_it_is_resumed(store: Store) -> None:
+    with start_run(params={"x": 0.5}, experiment="Default") as run:
+        run.log_metrics({"objective": 1.0})
+    for _ in range(2):
+        study = Study(
+            "study", quadratic, space={"x": FloatDistribution(-1, 1)}, sampler="random", trials=2
+        )
+        study.warm_start_from_runs("Default", "objective")
+        found = study.run(resume=True)
+        assert len(found.trials) == 3
+
+
 # -- mistakes ----------------------------------------------------------------------------------
+
+
+def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: Store) -> None:
+    secret = database.replace("postgres@", "postgres:hunter2@")
+    study = make(storage=secret)
+    study.run()
+    with pytest.raises(ArgumentError, match="exists in storage") as raised:
+        study.run()
+    storage = Storage(database)
+    (stored,) = storage.optuna.get_all_studies()
+    storage.close()
+    told = [str(raised.value), str(stored.user_attrs)]
+    told += [str(run.to_dictionary()) for run in store.runs()]
+    assert not any("hunter2" in text for text in told)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,10 @@ class InlineKeeper:
 
     def finish(self, *, settled: bool) -> str | None:
         """Complete the mirror."""
-        return self._keeping.finish(settled=settled)
+        try:
+            return self._keeping.finish(settled=settled)
+        finally:
+            self._keeping.close()
 
 
 class KeeperProcess:

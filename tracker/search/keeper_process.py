@@ -65,6 +65,11 @@ class Keeping:
             self._storage = Storage(self._duty.storage)
         return self._storage
 
+    def close(self) -> None:
+        """Let go of the storage."""
+        if self._storage is not None:
+            self._storage.close()
+
     def refresh(self) -> float:
         """Bring the study's page up to date; returns in how many seconds to do it again."""
         started = time.monotonic()

@@ -182,7 +182,7 @@ class Study:
                 warm_start.add(storage, record, trials)
             return self._run(storage, record, workers)
         finally:
-            storage.disown()
+            storage.close()  # what is returned opens its own connections, if it is asked more
 
     def _run(self, storage: Storage, record: Record, workers: int) -> optuna.Study:
         environment = environment_tags()
