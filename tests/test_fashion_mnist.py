@@ -79,6 +79,7 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_grid_then_more_of_it_then_its_mirror(
     store: Store, capsys: pytest.CaptureFixture[str], workdir: Path
 ) -> None:
@@ -109,6 +110,7 @@ def load_value(number: int) -> float:
     return float(storage.optuna.get_all_trials(study_id)[number].values[0])
 
 
+@pytest.mark.slow
 def test_several_metrics_are_several_objectives(store: Store) -> None:
     command = [*QUICK, "--sampler", "random", "--trials", "2", "--models", "none"]
     assert main([*command, "--metric", "val_accuracy", "val_loss"]) == 0

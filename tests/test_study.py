@@ -184,7 +184,10 @@ def test_a_space_that_is_defined_by_running(store: Store) -> None:
 # -- reproducible ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("random", "qmc"))],
+)
 def test_a_study_in_parts_is_the_study_in_one(sampler: str, tracking_uri: str) -> None:
     def objective(trial: Trial) -> float:
         x = trial.suggest_float("x", -1, 1)
@@ -353,6 +356,7 @@ def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> Non
     assert mirror_study(storage, record, None, Path(".tracker"))[0] == 0
 
 
+@pytest.mark.slow
 def test_an_offline_study_is_mirrored_whenever_its_runs_are_synced(store: Store) -> None:
     program = (
         "from tracker import Study\n"
