@@ -74,7 +74,9 @@ def test_the_uploader_samples_the_system_under_mlflow_s_names(store: Store) -> N
         store.uri,
     )
     run = store.run()
-    assert store.history(run, "system/system_memory_usage_percentage")[0][0] == 0
+    assert store.history(
+        run, "system/system_memory_usage_percentage"
+    )  # by the clock: late ones too
     assert "system/cpu_utilization_percentage" in run.data.metrics
 
 

@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError as UrlError
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
@@ -217,7 +217,9 @@ class Storage:
     def unreachable(self, error: BaseException) -> bool:
         """Whether `error` says that the storage does not answer now, and may later."""
         if isinstance(error, StorageInternalError):
-            return isinstance(error.__cause__, (OperationalError, InterfaceError))
+            return isinstance(
+                error.__cause__, (OperationalError, InterfaceError, PendingRollbackError)
+            )
         return isinstance(error, (OperationalError, InterfaceError, OSError))
 
     def patiently(
