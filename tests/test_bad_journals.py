@@ -51,6 +51,9 @@ class Recorder:
 
     calls: list[tuple[str, Any]] = []  # noqa: RUF012 - one store, opened again and again
 
+    def mend(self, run_ids: Any) -> None:
+        """Nothing is ever half-written here."""
+
     def _called(self, name: str, what: Any = None) -> None:
         Recorder.fails_at -= 1
         if Recorder.fails_at == 0:

@@ -7,13 +7,41 @@ one that was cut off makes every later call fail, for its run and for a search.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_COPY = "meta.yaml.before"
 
 
 def complete_run(folder: Path) -> None:
     """Make the folders that `create_run` had not got to."""
     for name in ("metrics", "params", "artifacts"):
         (folder / name).mkdir(exist_ok=True)
+
+
+@contextmanager
+def guarded(root: Path, run_id: str) -> Iterator[None]:
+    """Keep a copy of a run's meta file while MLflow writes it anew, in place."""
+    mend_run(root, run_id)
+    for meta in root.glob(f"*/{run_id}/meta.yaml"):
+        fresh = meta.with_name(f".{_COPY}")
+        shutil.copyfile(meta, fresh)
+        fresh.replace(meta.with_name(_COPY))
+    yield
+    for copy in root.glob(f"*/{run_id}/{_COPY}"):
+        copy.unlink()
+
+
+def mend_run(root: Path, run_id: str) -> None:
+    """Put a run's meta file back that a process was killed while it wrote.
+
+    Only for runs of a journal that this process delivers: nobody else writes them.
+    """
+    for copy in root.glob(f"*/{run_id}/{_COPY}"):
+        meta = copy.with_name("meta.yaml")
+        if not meta.exists() or meta.stat().st_size == 0:
+            copy.replace(meta)
 
 
 def mend_model(root: Path, run_id: str, tag: str, value: str) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,7 @@ Kind = Literal[
 FLUSH_SECONDS = 0.1  # so that all is on disk within 0.2 s
 OFFLINE = "offline"
 """A file of this name beside it says that nobody but `tracker sync` is to deliver a journal."""
+_LAST = ("journal.sqlite", "writer.", "delivery.lock")
 DAMAGED = "damaged.sqlite"
 """What is left of a database that could be read in parts, beside the one made of these parts."""
 _FORMAT = 2  # PRAGMA user_version
@@ -287,6 +289,10 @@ class Journal:
         runs = [run for (run,) in self._read("SELECT run FROM runs WHERE run_id = ?", run_id)]
         return bool(set(runs) & set(self.unended()) if unended else runs)
 
+    def run_ids(self) -> list[str]:
+        """The MLflow runs that the runs of this journal were bound to."""
+        return [run_id for (run_id,) in self._read("SELECT run_id FROM runs") if run_id]
+
     def run_id(self, run: str) -> str | None:
         """The MLflow run that `run` was bound to, None before that."""
         rows = self._read("SELECT run_id FROM runs WHERE run = ?", run)
@@ -345,6 +351,12 @@ class Journal:
     def remove(self) -> None:
         """Close the file and remove the folder with all that is in it."""
         self.close()
+        # The database last: who is killed before leaves a journal, which `tracker sync` removes.
+        shutil.rmtree(self.folder / "files", ignore_errors=True)
+        with suppress(OSError):  # a folder of somebody's, or it is gone
+            for name in os.listdir(self.folder):
+                if not name.startswith(_LAST):
+                    (self.folder / name).unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

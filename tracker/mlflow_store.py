@@ -14,8 +14,8 @@ import posixpath
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -375,9 +375,20 @@ class MlflowStore:
 
     def end_run(self, run_id: str, status: str, end_time: int) -> None:
         """Give the run its final status, at `end_time` in milliseconds."""
-        with translated(f"end the run {run_id}"), _quiet():
+        with translated(f"end the run {run_id}"), _quiet(), self._guarded(run_id):
             self.client.set_terminated(run_id, status, end_time)
         self._made.discard(run_id)
+
+    def _guarded(self, run_id: str) -> AbstractContextManager[None]:
+        if is_file_store(self.tracking_uri):
+            return file_store.guarded(local_path(self.tracking_uri), run_id)
+        return nullcontext()
+
+    def mend(self, run_ids: Iterable[str]) -> None:
+        """Mend what a killed process left half-written of runs that only we write."""
+        if is_file_store(self.tracking_uri):
+            for run_id in run_ids:
+                file_store.mend_run(local_path(self.tracking_uri), run_id)
 
     def download(self, run_id: str, path: str, into: Path) -> Path:
         """Download a file or folder of the run's artifacts; StoreError where there is none."""

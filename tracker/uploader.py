@@ -78,6 +78,8 @@ class Uploader:
 
     def _send(self, group: list[Record]) -> None:
         in_doubt = self._journal.sending(group[-1].seq)
+        if in_doubt:
+            self._store.mend(self._journal.run_ids())
         problems = [flaw(record.kind, record.body, record.time) for record in group]
         try:
             if problem := next(filter(None, problems), None):
