@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import Store
 from optuna.trial import FrozenTrial, TrialState
 
@@ -287,3 +288,65 @@ def test_reap_cleans_up_after_a_machine_that_was_lost(start: Start, store: Store
     assert {t.state for t in trials()} == {TrialState.FAIL}
     assert statuses(store) == ("FAILED", Counter(FAILED=2))
     finish(start, store)
+
+
+TRAINING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tracker import Study, fit
+
+def objective(trial):
+    network = nn.Linear(4, 1)
+    inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), 8, shuffle=True)
+    optimizer = torch.optim.Adam(network.parameters(), trial.params["lr"])
+    with trial.manager(model=False) as manager:
+        manager.begin_run(trial.params, network, loader)
+        if manager.checkpoint is not None:
+            manager.checkpoint.restore(network=network, optimizer=optimizer)
+        for epoch in fit(
+            network, loader, optimizer, nn.functional.mse_loss, epochs=4, done=manager.epoch_count
+        ):
+            with open("epochs", "a") as log:
+                log.write(f"{trial.params['lr']} {epoch.number}\\n")
+            manager.log_epoch(epoch)
+            manager.save_checkpoint(optimizer=optimizer)
+            if epoch.number == 3 and Path("kill").exists():
+                Path("kill").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        manager.end_run()
+    torch.save(network.state_dict(), f"weights-{trial.params['lr']}.pt")
+    return epoch.metrics["loss"]
+
+if __name__ == "__main__":
+    Study(
+        sys.argv[1], objective, space={"lr": [0.1, 0.01]}, sampler="grid", storage=sys.argv[2],
+    ).run(workers=2)
+"""
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    workdir: Path, store: Store
+) -> None:
+    (workdir / "training.py").write_text(TRAINING)
+    environment = {
+        **os.environ,
+        "TRACKER_INLINE": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    weights = []
+    for name in ("whole", "study"):
+        if name == "study":
+            Path("kill").touch()
+            Path("epochs").unlink()
+        command = [sys.executable, "training.py", name, JOURNAL]
+        assert subprocess.run(command, env=environment, check=False).returncode == 0
+        weights.append([torch.load(f"weights-{lr}.pt") for lr in (0.1, 0.01)])
+    assert Counter(trial.state.name for trial in trials()) == {"COMPLETE": 2, "FAIL": 1}
+    assert max(Counter(Path("epochs").read_text().splitlines()).values()) <= 2
+    assert len(Path("epochs").read_text().splitlines()) <= 2 * 4 + 1
+    for first, second in zip(*weights, strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)

@@ -92,7 +92,7 @@ class Storage:
             if self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(f"{self._file}.lock", fallback_to_soft=False)
-            with self.lock(), _quiet():
+            with self.lock(), quiet():
                 self.optuna = self._open()
         except (OSError, SQLAlchemyError, RuntimeError, ValueError, ImportError) as error:
             raise StoreError(
@@ -313,7 +313,7 @@ def _cut_half_line(descriptor: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optuna tells of each study it makes, and warns of what is experimental."""
     logs = logging.getLogger("optuna")
     level = logs.level
@@ -324,9 +324,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logs.setLevel(level)
-
-
-quiet = _quiet
 
 
 def _first_line(error: BaseException) -> str:
