@@ -208,7 +208,7 @@ class Mirror:
         tags: dict[str, str] = {"tracker.mirrored": digest}
         facts: dict[str, str] = {}
         if (steps := saved(record, trials)) is not None:
-            facts["steps not trained, by pruning"] = f"{steps[0]:,} of {steps[1]:,}"
+            facts["Steps not trained"] = f"{steps[0]:,} of {steps[1]:,}"
             tags["tracker.saved"] = f"{steps[0]} of {steps[1]}"
         if good:
             first = good[0]
@@ -218,7 +218,7 @@ class Mirror:
             tags["best.run"] = child.run_id if child else ""
             if record.replay is not None:
                 tags["tracker.replay"] = record.replay.replace("{number}", str(first.number))
-                facts["train the best again"] = f"$ {tags['tracker.replay']}"
+                facts["Train it again"] = f"$ {tags['tracker.replay']}"
         page = study_page(optuna.Study(record.name, self._storage.optuna), facts)
         self._runs.log_text(parent.run_id, page, "study.html")
         self._runs.log_text(parent.run_id, csv_text(table), "trials.csv")
