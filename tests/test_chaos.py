@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Store
+from mlflow.entities import Run as MlflowRun
 from optuna.trial import TrialState
 
 from tests.postgres import PostgresServer
@@ -100,7 +101,7 @@ def finished(url: str) -> int:
         storage.close()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -124,8 +125,14 @@ def check(url: str, store: Store, trials: int) -> None:
     for trial in found:  # what is suggested follows from the slot alone
         same = [t.params for t in found if t.user_attrs[SLOT] == trial.user_attrs[SLOT]]
         assert all(params in ({}, same[-1]) for params in same)
-    runs = store.runs()
-    (parent,) = [run for run in runs if run.data.tags.get("tracker.run") == record.key]
+
+    def parent_of() -> MlflowRun:
+        (parent,) = [r for r in store.runs() if r.data.tags.get("tracker.run") == record.key]
+        return parent
+
+    # The keeper may outlive the search, which waits for it for a minute.
+    wait_until(lambda: parent_of().info.status != "RUNNING", 300)
+    parent, runs = parent_of(), store.runs()
     assert parent.info.status == "FINISHED"
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1

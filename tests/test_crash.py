@@ -899,7 +899,6 @@ def train_and_check(world: World, program: str, mode: str = "process") -> int:
     if world.journals():  # not delivered by the deadline
         world.sync()
     world.check_status("FINISHED", None)
-    assert world.left_behind() == set()
     return world.check_points()
 
 
@@ -911,6 +910,7 @@ def test_eight_trainings_write_to_one_sqlite_file(world: Callable[..., World]) -
     with ThreadPoolExecutor(len(worlds)) as pool:
         points = list(pool.map(partial(train_and_check, program=long), worlds))
     assert points == [600] * 8
+    assert [each.left_behind() for each in worlds] == [set()] * 8  # when nobody writes any more
 
 
 NEW = f"{TRAINING}with start_run(name=name, experiment='new') as run:\n    train(run, 3)\n"

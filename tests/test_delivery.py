@@ -85,7 +85,10 @@ def test_a_module_of_the_user_s_is_none_of_the_uploader_s(store: Store, tmp_path
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')")
     program = tmp_path / "elsewhere" / "train.py"
     program.parent.mkdir()
-    program.write_text("from tracker import start_run\nwith start_run(): pass")
+    program.write_text(
+        "from tracker import start_run\n"
+        "with start_run() as run:\n    while run.run_id is None: run.flush()"
+    )
     env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
     subprocess.run([sys.executable, str(program)], env=env, check=True, timeout=200)
     assert store.run().info.status == "FINISHED"

@@ -168,6 +168,21 @@ def test_processes_that_start_on_an_empty_folder_all_succeed(tmp_path: Path) -> 
     assert [run.info.status for run in Store(uri).runs()] == ["FINISHED"] * 3
 
 
+def test_a_run_that_a_process_died_creating_stops_no_search_of_a_file_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = MlflowStore(tmp_path.as_uri())
+    experiment = store.experiment_id("Default")
+    unborn = tmp_path / experiment / ("0" * 32)
+    unborn.mkdir()
+    (unborn / "meta.yaml").touch()
+    with pytest.raises(AttributeError):  # why it must go
+        store.client.search_runs([experiment])
+    assert store.find_run("nobody", experiment) is None
+    assert not unborn.exists()
+
+
 # -- a store that goes away ------------------------------------------------------------------------
 
 

@@ -103,7 +103,7 @@ def trials(url: str = JOURNAL) -> list[FrozenTrial]:
         storage.close()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -7,17 +7,40 @@ one that was cut off makes every later call fail, for its run and for a search.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _COPY = "meta.yaml.before"
+_WRITING_SECONDS = 3.0  # a meta file is written within milliseconds, by a process that lives
 
 
 def complete_run(folder: Path) -> None:
     """Make the folders that `create_run` had not got to."""
     for name in ("metrics", "params", "artifacts"):
         (folder / name).mkdir(exist_ok=True)
+
+
+def remove_unborn_runs(experiment: Path) -> None:
+    """Remove the runs whose process was killed before their meta file, the first, was written.
+
+    Each would fail every search of the experiment.
+    """
+    until = time.monotonic() + _WRITING_SECONDS
+    while unborn := [meta for meta in experiment.glob("*/meta.yaml") if _is_unborn(meta)]:
+        if time.monotonic() > until:
+            for meta in unborn:
+                shutil.rmtree(meta.parent)
+            return
+        time.sleep(0.05)
+
+
+def _is_unborn(meta: Path) -> bool:
+    try:
+        return meta.stat().st_size == 0 and len(list(meta.parent.iterdir())) == 1
+    except FileNotFoundError:  # somebody else has removed it
+        return False
 
 
 @contextmanager

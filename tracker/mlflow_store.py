@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -228,6 +229,9 @@ class MlflowStore:
                 ids = [e.experiment_id for e in self.client.search_experiments()]
             else:
                 ids = [experiment_id]
+            if is_file_store(self.tracking_uri):
+                for each in ids:
+                    file_store.remove_unborn_runs(local_path(self.tracking_uri) / str(each))
             found = self.client.search_runs(ids, f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
@@ -396,6 +400,19 @@ class MlflowStore:
             raise StoreError(f"run_id={run_id!r} has no artifact {path!r}.")
         with translated(f"download {path} of run {run_id}"), _quiet():
             return Path(self.client.download_artifacts(run_id, path, str(into)))
+
+    def download_model(self, model_uri: str, into: Path) -> Path:
+        """Download a logged or registered model; StoreError where there is none."""
+        with translated(f"find the model {model_uri!r}"), _quiet():
+            found = download_artifacts(
+                artifact_uri=model_uri,
+                dst_path=str(into),
+                tracking_uri=self.tracking_uri,
+                registry_uri=self.tracking_uri,
+            )
+        if not Path(found, "MLmodel").is_file():
+            raise StoreError(f"model={model_uri!r} is no model.")
+        return Path(found)
 
     def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
         """The paths in one folder of the run's artifacts, by name."""

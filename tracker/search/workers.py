@@ -33,7 +33,7 @@ _TICK_SECONDS = 0.25
 _ALIVE_SECONDS = 1.0
 _EXIT_SECONDS = 30.0  # for a worker that was told to end: its runs are delivered meanwhile
 _STARTS = 3  # of workers that end before they are ready, until we give up
-_KILLED_STARTS = 10  # of such that are killed: by whoever does that, or for want of memory
+_KILLED_STARTS = 20  # of such that are killed: by whoever does that, or for want of memory
 
 WORKER = "trial worker"
 """The name of a worker's process."""
@@ -87,7 +87,7 @@ class Pool:
         self._wanted = workers
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
-        self._false_starts = 0
+        self._false_starts = self._killed_starts = 0
         self._done = False
         self._error: TrackerError | None = None
 
@@ -155,7 +155,7 @@ class Pool:
                 self._error = ArgumentError(text)
             case ("next",):
                 worker.trial, worker.ready = None, True
-                self._false_starts = 0
+                self._false_starts = self._killed_starts = 0
                 self._idle.append(worker)
             case ("report", number, value, step):
                 self._answer(worker, self._search.report, number, value, step, reply=False)
@@ -216,9 +216,12 @@ class Pool:
         if worker.trial is not None:
             self._search.finish(worker.trial, _death(code))
         if not worker.ready and code:
-            self._false_starts += 1
-            most = _STARTS if code > 0 else _KILLED_STARTS
-            if self._false_starts >= most and self._error is None:
+            if code < 0 or code > 128:  # by a signal, the second where it was handled
+                self._killed_starts += 1
+            else:
+                self._false_starts += 1
+            failed = self._false_starts >= _STARTS or self._killed_starts >= _KILLED_STARTS
+            if failed and self._error is None:
                 self._error = StoreError(
                     "The workers' processes end before they begin (see above); a script that runs "
                     "a study must do so under `if __name__ == '__main__':`."
