@@ -4,7 +4,7 @@ python -m bench.search --data-dir data [--seeds 5] [--epochs 10]
 
 Both train `fashion-cnn` with Adam on Fashion-MNIST and look at the accuracy on the validation part.
 The grid is the tutorial's, 8 combinations of lr, batch_size and shuffle, each trained to the end.
-TPE gets as many epochs in all, over the ranges of `studies.fashion_mnist`; the median pruner stops
+TPE gets as many epochs in all, over the ranges of `studies.search`; the median pruner stops
 trials early. Then the best of each is trained again, and judged on the test part.
 """
 
@@ -22,22 +22,30 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from bench.measuring import table
-from models import FashionCNN, load
-from studies.fashion_mnist import GRID, RANGES, Objective
+from models import RECIPES, FashionCNN, load
+from models.recipe import Source
+from studies.arguments import default_space
+from studies.search import Objective
 from tracker import Study, evaluate, fit, set_seed
 
 
 def search(kind: str, seed: int, epochs: int, data_dir: str, folder: Path) -> FrozenTrial:
     """The best trial of one study of 8 `epochs` epochs; TPE may train up to one trial more."""
     objective = Objective(
-        "fashion-cnn", "fashion-mnist", data_dir, epochs, "auto", seed, ("val_accuracy",)
+        "fashion-cnn",
+        {"normalize": False},
+        Source("fashion-mnist", data_dir, seed),
+        epochs,
+        "auto",
+        ("val_accuracy",),
+        None,
     )
     trials, trained = 8, 0
     while trained < 8 * epochs:
         study = Study(
             f"{kind} {seed}",
             objective,
-            space=GRID if kind == "grid" else RANGES,
+            space=default_space(RECIPES["fashion-cnn"], grid=kind == "grid"),
             sampler=kind,
             pruner="none" if kind == "grid" else "median",
             trials=trials,

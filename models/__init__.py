@@ -1,23 +1,70 @@
 """The networks that the studies train, and the data that they train on."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from models.data import DATASETS, Data, Images, load
+from models import fashion_cnn, fashion_mlp
+from models.data import DATASETS, ImageData, Images, load
 from models.errors import ModelsError
 from models.fashion_cnn import FashionCNN
+from models.fashion_mlp import FashionMLP
+from models.recipe import Data, Facts, Params, Recipe
 
-__all__ = ["DATASETS", "MODELS", "Data", "FashionCNN", "Images", "ModelsError", "build", "load"]
+__all__ = [
+    "DATASETS",
+    "RECIPES",
+    "Data",
+    "FashionCNN",
+    "FashionMLP",
+    "ImageData",
+    "Images",
+    "ModelsError",
+    "Recipe",
+    "find",
+    "load",
+    "rebuild",
+    "spec",
+]
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"fashion-cnn": FashionCNN}
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        fashion_cnn.RECIPE,
+        fashion_mlp.RECIPE,
+    )
+}
 
 
-def build(name: str) -> nn.Module:
-    """A fresh network, its weights drawn from torch's global generator.
+def find(name: str) -> Recipe:
+    """The recipe of that name: one of `RECIPES`, or `package.module:object`, which is imported.
 
-    Raises ModelsError for a name that is not in `MODELS`.
+    Raises ModelsError where there is none.
     """
-    if name not in MODELS:
-        raise ModelsError(f"model={name!r} is not known; allowed: {', '.join(MODELS)}.")
-    return MODELS[name]()
+    if name in RECIPES:
+        return RECIPES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ModelsError(
+            f"model={name!r} is not known; allowed: {', '.join(RECIPES)}, or package.module:object."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the user's module may raise anything
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelsError(f"model={name!r} cannot be imported: {why}.") from error
+    if not isinstance(found, Recipe):
+        raise ModelsError(f"model={name!r} is no Recipe; it is a {type(found).__name__}.")
+    return found
+
+
+def spec(name: str, params: Params, facts: Facts) -> dict[str, Any]:
+    """What `rebuild` needs, as JSON."""
+    return {"model": name, "params": dict(params), "facts": dict(facts)}
+
+
+def rebuild(described: Mapping[str, Any]) -> nn.Module:
+    """The network that `spec` describes, with fresh weights. Raises ModelsError."""
+    return find(described["model"]).build(described["params"], described["facts"])

@@ -14,6 +14,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from models import idx
 from models.download import Archives, DownloadError, download
 from models.errors import ModelsError
+from models.recipe import Data, Params, Source
 
 DATASETS = ("fashion-mnist", "mnist", "digits", "auto")
 
@@ -40,18 +41,18 @@ class Images(TensorDataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """A data set in its three parts, which share no image."""
+class ImageData(Data[Images]):
+    """Pictures in three parts. Its facts: `classes`, and `mean` and `std` of the training part."""
 
-    name: str
-    """One of `DATASETS`, never `auto`."""
-    train: Images
     validation: Images
     """A share of the published training part."""
     test: Images
     """The published test part."""
-    source: str
-    """Where the images came from: a folder, or the library that bundles them."""
+
+
+def load_images(source: Source, params: Params) -> ImageData:
+    """The data of a recipe for pictures."""
+    return load(source.dataset, source.data_dir, seed=source.seed)
 
 
 def load(
@@ -61,7 +62,7 @@ def load(
     seed: int = 0,
     validation: float = 0.1,
     archives: Archives | None = None,
-) -> Data:
+) -> ImageData:
     """The data set `name`, with a share of its training part set aside for validation.
 
     `fashion-mnist` and `mnist` are read from `data_dir`/FashionMNIST/raw and `data_dir`/MNIST/raw,
@@ -94,12 +95,18 @@ def load(
             f"validation={validation} of {len(published)} training images leaves one part empty; "
             f"allowed: a share that leaves an image to each."
         )
-    return Data(
+    train = published.part(rest)
+    return ImageData(
         name=chosen,
-        train=published.part(rest),
+        train=train,
         validation=published.part(aside),
         test=test,
         source=source,
+        facts={
+            "classes": list(train.classes),
+            "mean": round(train.images.mean().item(), 4),
+            "std": round(train.images.std().item(), 4),
+        },
     )
 
 

@@ -3,6 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.data import DATASETS, load_images
+from models.normalize import normalized
+from models.recipe import CLASSIFIER_PARAMETERS, Recipe
+
 
 class FashionCNN(nn.Module):
     """Two convolutions and three linear layers: 28x28 grey pictures to ten classes.
@@ -28,3 +32,13 @@ class FashionCNN(nn.Module):
         t = F.relu(self.fc2(t))
         logits: Tensor = self.out(t)
         return logits
+
+
+RECIPE = Recipe(
+    name="fashion-cnn",
+    summary="the tutorial's network: two convolutions, three linear layers",
+    load=load_images,
+    build=lambda params, facts: normalized(FashionCNN(), params, facts),
+    parameters=CLASSIFIER_PARAMETERS,
+    datasets=", ".join(DATASETS),
+)

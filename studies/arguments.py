@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+
+from models import RECIPES, ModelsError, find
+from models.recipe import Parameter, Range, Recipe, Value
+
+RAW = argparse.RawDescriptionHelpFormatter
+DEFAULT_MODEL = "fashion-cnn"
+_PREFIX = "parameter."  # so that a hyperparameter may have the name of an option
 
 
 def positive_float(text: str) -> float:
@@ -43,33 +50,124 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def numbers(text: str) -> list[float] | BaseDistribution:
-    """Numbers above 0, `0.1,0.01`, or the range between two, `0.001:0.1`, with `:log` by ratio."""
-    return _domain(text, positive_float, FloatDistribution)
+def add_model(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Recipe:
+    """Add the options of every training; returns the recipe that `arguments` name.
+
+    Exits with a sentence for a model that is not known.
+    """
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=_known())
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model", nargs="?", default=DEFAULT_MODEL)
+    try:
+        recipe = find(finder.parse_known_args(arguments)[0].model or "")
+    except ModelsError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    parser.add_argument("--dataset", default=recipe.dataset, help=recipe.datasets)
+    parser.add_argument("--data-dir", default="data", help="where data sets lie or go")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=recipe.epochs, help=f"by default {recipe.epochs}"
+    )
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    parser.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
+    parser.add_argument("--offline", action="store_true", default=None, help="for `tracker sync`")
+    return recipe
 
 
-def whole_numbers(text: str) -> list[int] | BaseDistribution:
-    """Whole numbers from 1, `50,100`, or the range between two, `50:200`, with `:log` by ratio."""
-    return _domain(text, positive_int, IntDistribution)
+def add_parameters(
+    parser: argparse.ArgumentParser,
+    recipe: Recipe,
+    kind: Callable[[Parameter], Callable[[str], Any]],
+) -> None:
+    """Add an option for each of the recipe's hyperparameters, read as `kind` says."""
+    group = parser.add_argument_group(recipe.name, recipe.summary)
+    for name, parameter in recipe.parameters.items():
+        text = f"{parameter.help}; by default {parameter.default}"
+        group.add_argument(
+            option(name),
+            dest=_PREFIX + name,
+            type=kind(parameter),
+            help=text.replace("%", "%%"),
+            metavar=name.upper(),
+        )
 
 
-def booleans(text: str) -> list[bool]:
-    """`true`, `false` or both, `true,false`."""
-    return [boolean(part) for part in text.split(",")]
+def given_parameters(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """The hyperparameters that were given."""
+    every = {name: getattr(given, _PREFIX + name) for name in recipe.parameters}
+    return {name: value for name, value in every.items() if value is not None}
 
 
-def _domain(
-    text: str, number: Callable[[str], Any], distribution: Callable[..., BaseDistribution]
-) -> list[Any] | BaseDistribution:
-    if ":" not in text:
-        return [number(part) for part in text.split(",")]
-    low, high, *rest = text.split(":")
-    if rest not in ([], ["log"]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be LOW:HIGH[:log]")
-    ends = number(low), number(high)
-    if ends[0] > ends[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; LOW must not be above HIGH")
-    return distribution(*ends, log=bool(rest))
+def value(parameter: Parameter) -> Callable[[str], Value]:
+    """Reads one value of a hyperparameter."""
+
+    def read(text: str) -> Value:
+        try:
+            return parameter.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def domain(parameter: Parameter) -> Callable[[str], list[Value] | BaseDistribution]:
+    """Reads values, `A,B,C`, or the range between two numbers, `LOW:HIGH`, `:log` by ratio."""
+    one = value(parameter)
+
+    def read(text: str) -> list[Value] | BaseDistribution:
+        if ":" not in text or isinstance(parameter.default, (bool, str)):
+            return [one(part) for part in text.split(",")]
+        low, high, *rest = text.split(":")
+        if rest not in ([], ["log"]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be LOW:HIGH[:log]")
+        ends = one(low), one(high)
+        assert not isinstance(ends[0], str)
+        assert not isinstance(ends[1], str)
+        if ends[0] > ends[1]:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; LOW must not be above HIGH")
+        return distribution(Range(low=ends[0], high=ends[1], log=bool(rest)))
+
+    return read
+
+
+def default_space(recipe: Recipe, *, grid: bool) -> dict[str, list[Value] | BaseDistribution]:
+    """What a study over the recipe searches where nothing else is asked for."""
+    space: dict[str, list[Value] | BaseDistribution] = {}
+    for name, parameter in recipe.parameters.items():
+        usual = parameter.grid if grid else parameter.search
+        if isinstance(usual, Range):
+            space[name] = distribution(usual)
+        elif usual is not None:
+            space[name] = list(usual)
+    return space
+
+
+def distribution(given: Range) -> BaseDistribution:
+    """Optuna's word for a range."""
+    if isinstance(given.low, int) and isinstance(given.high, int):
+        return IntDistribution(given.low, given.high, log=given.log)
+    return FloatDistribution(given.low, given.high, log=given.log)
+
+
+def hyphenated(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--batch_size`, as `mlflow run -P batch_size=1` has it, as options."""
+    return [
+        option(word[2:].partition("=")[0]) + word[len(word.partition("=")[0]) :]
+        if word.startswith("--")
+        else word
+        for word in arguments
+    ]
+
+
+def option(name: str) -> str:
+    """The option of a hyperparameter."""
+    return "--" + name.replace("_", "-")
+
+
+def _known() -> str:
+    known = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+    return f"{known}; or package.module:object, a Recipe of your own".replace("%", "%%")
 
 
 def seed(text: str) -> int:

@@ -1,7 +1,7 @@
-"""Search the hyperparameters of one network on one data set, each trial a tracked run.
+"""Search the hyperparameters of one recipe, each trial a tracked run.
 
-python -m studies.fashion_mnist --sampler grid --workers 2 --epochs 1 --dataset digits
-python -m studies.fashion_mnist --sampler tpe --pruner median --trials 20 --epochs 5
+python -m studies.search --sampler grid --workers 2 --epochs 1 --dataset digits
+python -m studies.search --model char-lstm --dataset TEXT --sampler tpe --pruner median --trials 20
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import FloatDistribution
 
-from models import DATASETS, MODELS, Data, ModelsError, build, load
+from models import ModelsError, find
+from models.recipe import Source
 from studies import training
 from studies.arguments import (
+    RAW,
+    add_model,
+    add_parameters,
     boolean,
-    booleans,
+    default_space,
+    domain,
+    given_parameters,
+    hyphenated,
     natural,
-    numbers,
     positive_float,
     positive_int,
-    seed,
-    whole_numbers,
 )
 from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
@@ -37,34 +40,16 @@ from tracker.search.samplers import PRUNERS, SAMPLERS
 from tracker.search.storage import DEFAULT
 from tracker.tracking_uri import resolve
 
-METRICS = {
-    "val_accuracy": "maximize",
-    "val_loss": "minimize",
-    "accuracy": "maximize",
-    "loss": "minimize",
-    "epoch_duration": "minimize",
-}
-GRID: Mapping[str, Any] = {
-    "lr": [0.01, 0.001],
-    "batch_size": [100, 1000],
-    "shuffle": [True, False],
-}
-"""The tutorial's."""
-RANGES: Mapping[str, Any] = {
-    "lr": FloatDistribution(1e-4, 1e-1, log=True),
-    "batch_size": [50, 100, 200, 500, 1000],
-    "shuffle": [True, False],
-}
 _TRIALS = 20  # of a sampler that has no end of its own
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = OneSentenceParser(
-        prog="studies.fashion_mnist",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(
+    arguments: Sequence[str] | None = None, prog: str = "studies.search", study_name: str = ""
+) -> argparse.Namespace:
+    """The command line; `space` is what is searched, `fixed` the other hyperparameters."""
+    arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
+    parser = OneSentenceParser(prog=prog, description=__doc__, formatter_class=RAW)
+    recipe = add_model(parser, arguments)
     study = parser.add_argument_group("the study")
     study.add_argument("--sampler", default="tpe", help=", ".join(SAMPLERS))
     study.add_argument("--pruner", default="none", help=", ".join(PRUNERS))
@@ -72,7 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--trials", type=_budget, help=f"how many in all; auto: the whole grid, else {_TRIALS}"
     )
     study.add_argument("--workers", type=positive_int, default=1, help="trials at a time")
-    study.add_argument("--study", default="fashion-mnist", help="its name")
+    name = study_name or recipe.name.replace(":", ".")
+    study.add_argument("--study", default=name, help=f"its name, by default {name}")
     study.add_argument("--storage", type=_or_auto, help=f"where it lies, by default {DEFAULT}")
     study.add_argument(
         "--resume", type=boolean, nargs="?", const=True, default=False, help="if it exists"
@@ -80,7 +66,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     study.add_argument("--retries", type=natural, default=0, help="of a trial that fails")
     study.add_argument("--grace-seconds", type=positive_float, default=GRACE_SECONDS)
     study.add_argument(
-        "--metric", nargs="+", default=["val_accuracy"], help=", ".join(METRICS), metavar="NAME"
+        "--metric",
+        nargs="+",
+        default=list(recipe.metrics)[:1],
+        help=", ".join(recipe.metrics),
+        metavar="NAME",
     )
     study.add_argument("--warm-start-study", metavar="NAME", help="begin with its trials")
     study.add_argument("--warm-start-experiment", metavar="NAME", help="begin with its runs")
@@ -88,21 +78,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     study.add_argument("--register", metavar="NAME", help="register the best model")
     study.add_argument("--alias", help="the alias that it gets")
     study.add_argument("--replay", type=natural, metavar="TRIAL", help="train one again")
-    space = parser.add_argument_group("the space: values A,B,C or a range LOW:HIGH[:log]")
-    space.add_argument("--lr", type=numbers, help="Adam's learning rate")
-    space.add_argument("--batch-size", type=whole_numbers)
-    space.add_argument("--shuffle", type=booleans)
-    train = parser.add_argument_group("a training, as of studies.train")
-    train.add_argument("--model", default="fashion-cnn", help=", ".join(MODELS))
-    train.add_argument("--dataset", default="auto", help=", ".join(DATASETS))
-    train.add_argument("--data-dir", default="data", help="where data sets lie or go")
-    train.add_argument("--epochs", type=positive_int, default=3)
-    train.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda")
-    train.add_argument("--seed", type=seed, default=0)
-    train.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
-    train.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
-    train.add_argument("--offline", action="store_true", default=None)
-    return parser.parse_args(arguments)
+    add_parameters(parser, recipe, domain)
+    given = parser.parse_args(arguments)
+    usual = default_space(recipe, grid=given.sampler == "grid")
+    asked = usual | given_parameters(given, recipe)
+    # A single value of what is not searched by default is not a search either.
+    once = {
+        name: values[0]
+        for name, values in asked.items()
+        if name not in usual and isinstance(values, list) and len(values) == 1
+    }
+    given.space = {name: asked[name] for name in recipe.parameters if name in asked.keys() - once}
+    given.fixed = {
+        name: once.get(name, default)
+        for name, default in recipe.defaults().items()
+        if name not in given.space
+    }
+    return given
 
 
 def _budget(text: str) -> int | None:
@@ -118,27 +110,26 @@ class Objective:
     """Trains one trial; the same in each worker."""
 
     model: str
-    dataset: str
-    data_dir: str
+    fixed: Mapping[str, Any]
+    source: Source
     epochs: int
     device: str
-    seed: int
     metrics: tuple[str, ...]
+    tracking_uri: str | None
 
     def __call__(self, trial: Trial) -> list[float]:
         """Train with the trial's hyperparameters; returns its metrics after the last epoch."""
-        data = self.data()
+        task = self.task(trial.params)
         with trial.manager() as manager:
             # The one that an earlier attempt may have ended with.
             metrics = manager.checkpoint.metrics if manager.checkpoint else {}
             _, epochs = training.begin(
                 manager,
-                data,
-                model=self.model,
+                task,
                 epochs=self.epochs,
                 device=choose_device(self.device),
                 params={},
-                **trial.params,
+                final=False,
             )
             for epoch in epochs:
                 metrics = epoch.metrics
@@ -148,40 +139,41 @@ class Objective:
                         raise optuna.TrialPruned()
         return [metrics[name] for name in self.metrics]
 
-    def data(self) -> Data:
-        """The data, split by the study's seed: the same for every trial."""
-        return load(self.dataset, self.data_dir, seed=self.seed)
+    def task(self, params: Mapping[str, Any]) -> training.Task:
+        """The recipe and its data, split by the study's seed: the same for every trial."""
+        params = {**self.fixed, **params}
+        return training.Task.of(self.model, params, self.source, self.tracking_uri)
 
 
-def make(given: argparse.Namespace, arguments: Sequence[str]) -> Study:
+def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Study:
     """The study that the command line describes; ArgumentError where it cannot be."""
+    recipe = find(given.model)
     for name in given.metric:
-        if name not in METRICS:
-            raise ArgumentError(f"metric={name!r} is not known; allowed: {', '.join(METRICS)}.")
+        if name not in recipe.metrics:
+            raise ArgumentError(
+                f"metric={name!r} is not known; allowed: {', '.join(recipe.metrics)}."
+            )
     objective = Objective(
         given.model,
-        given.dataset,
-        given.data_dir,
+        given.fixed,
+        Source(given.dataset, given.data_dir, given.seed),
         given.epochs,
         given.device,
-        given.seed,
         tuple(given.metric),
+        given.tracking_uri,
     )
     choose_device(given.device)
-    build(given.model)
-    objective.data()  # what is wrong with it shows now, not in every trial
+    objective.task(recipe.defaults())  # what is wrong with it shows now, not in every trial
     is_grid = given.sampler == "grid"
-    default = GRID if is_grid else RANGES
-    space = {name: getattr(given, name) or domain for name, domain in default.items()}
-    command = public_command(["python", "-m", "studies.fashion_mnist", *arguments])
+    command = public_command(["python", "-m", prog, *arguments])
     study = Study(
         given.study,
         objective,
-        space=space,
+        space=given.space,
         sampler=given.sampler,
         pruner=given.pruner,
         trials=given.trials or (None if is_grid else _TRIALS),
-        direction=[METRICS[name] for name in given.metric],
+        direction=[recipe.metrics[name] for name in given.metric],
         metric=given.metric,
         storage=given.storage,
         seed=given.seed,
@@ -220,21 +212,23 @@ def report(study: optuna.Study, given: argparse.Namespace) -> None:
     print(f"look at it    {ui_command(uri)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "studies.search", study_name: str = ""
+) -> int:
     """Run the command; returns its exit code, 2 for a mistake in the arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = parse(arguments)
+    given = parse(arguments, prog, study_name)
     try:
-        study = make(given, [word for word in arguments if word != "--resume"])
+        study = make(given, [word for word in arguments if word != "--resume"], prog)
         if given.replay is not None:
             print(f"values        {study.replay(given.replay)}")
             return 0
         report(study.run(workers=given.workers, resume=given.resume), given)
     except (TrackerError, ModelsError) as error:
-        print(f"studies.fashion_mnist: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("studies.fashion_mnist: stopped; --resume goes on from here.", file=sys.stderr)
+        print(f"{prog}: stopped; --resume goes on from here.", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

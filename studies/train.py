@@ -1,6 +1,7 @@
 """Train one network on one data set, tracked.
 
 python -m studies.train --model fashion-cnn --dataset auto --lr 0.01 --epochs 3
+python -m studies.train --model char-lstm --help
 """
 
 from __future__ import annotations
@@ -13,48 +14,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models import DATASETS, MODELS, ModelsError, load
+from models import ModelsError
+from models.recipe import Source
 from studies import training
-from studies.arguments import boolean, positive_float, positive_int, seed
+from studies.arguments import (
+    RAW,
+    add_model,
+    add_parameters,
+    given_parameters,
+    hyphenated,
+    positive_int,
+    value,
+)
 from tracker import Keep, RunManager, TrackerError, choose_device, set_seed
 from tracker.cli import OneSentenceParser
 from tracker.redaction import public_uri
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = OneSentenceParser(prog="studies.train", description=__doc__)
-    parser.add_argument("--model", default="fashion-cnn", help=", ".join(MODELS))
-    parser.add_argument("--dataset", default="auto", help=", ".join(DATASETS))
-    parser.add_argument("--data-dir", default="data", help="where data sets lie or go")
-    parser.add_argument("--lr", type=positive_float, default=0.01, help="Adam's learning rate")
-    parser.add_argument("--batch-size", type=positive_int, default=100)
-    parser.add_argument("--epochs", type=positive_int, default=3)
-    parser.add_argument("--shuffle", type=boolean, default=True, help="true or false")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
-    parser.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
+    """The command line; `params` holds the recipe's hyperparameters."""
+    arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
+    parser = OneSentenceParser(prog="studies.train", description=__doc__, formatter_class=RAW)
+    recipe = add_model(parser, arguments)
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a run from its checkpoint")
     parser.add_argument(
         "--checkpoints", type=positive_int, default=1, help="how many of the last epochs' to keep"
     )
-    parser.add_argument(
-        "--offline", action="store_true", default=None, help="keep the run for `tracker sync`"
-    )
-    return parser.parse_args(arguments)
+    add_parameters(parser, recipe, value)
+    given = parser.parse_args(arguments)
+    given.params = recipe.defaults() | given_parameters(given, recipe)
+    return given
 
 
 def train(given: argparse.Namespace) -> tuple[str | None, str]:
     """Train as `given` says; returns the run's id and tracking URI."""
     device = choose_device(given.device)
     set_seed(given.seed)
-    data = load(given.dataset, given.data_dir, seed=given.seed)
+    source = Source(given.dataset, given.data_dir, given.seed)
+    task = training.Task.of(given.model, given.params, source, given.tracking_uri)
     settings: dict[str, Any] = {
         "experiment": given.experiment,
         "tracking_uri": given.tracking_uri,
         "offline": given.offline,
         "checkpoints": Keep(last=given.checkpoints),
+        "model": task.recipe.is_model,
     }
     if given.resume is None:
         manager = RunManager(**settings)
@@ -63,14 +66,11 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
     with manager:
         run, epochs = training.begin(
             manager,
-            data,
-            model=given.model,
-            lr=given.lr,
-            batch_size=given.batch_size,
-            shuffle=given.shuffle,
+            task,
             epochs=given.epochs,
             device=device,
             params={"seed": given.seed},
+            final=True,
         )
         for _ in epochs:
             pass

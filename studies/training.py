@@ -1,70 +1,172 @@
-"""What `studies.train` and the studies have in common: one classifier, trained and tracked."""
+"""What `studies.train` and the studies have in common: one recipe, trained and tracked."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
-from models import Data, build
-from tracker import Epoch, Run, RunManager, fit
+import models
+from models.recipe import Data, Loop, Params, Picture, Recipe, Source
+from tracker import Epoch, Run, RunManager, Trained, evaluate, fit, load_trained, run_epochs
+
+SPEC = "recipe.json"
+"""What travels with a model: all that `models.rebuild` needs."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe with its data and hyperparameters, ready to be trained."""
+
+    name: str
+    recipe: Recipe
+    params: Params
+    data: Data[Any]
+    backbone: Trained | None = None
+
+    @classmethod
+    def of(cls, model: str, params: Params, source: Source, tracking_uri: str | None) -> Task:
+        """Find the recipe, its data and the weights that it begins with.
+
+        Raises ModelsError or StoreError where one of them is not to be had.
+        """
+        recipe = models.find(model)
+        weights = params.get("weights")
+        trained = None
+        if isinstance(weights, str) and weights.startswith(("runs:/", "models:/")):
+            trained = load_trained(weights, tracking_uri)
+            if SPEC not in trained.files:
+                raise models.ModelsError(
+                    f"weights={weights!r} is not a model of studies.train: it has no {SPEC}."
+                )
+        return cls(model, recipe, params, recipe.load(source, params), trained)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `models.rebuild` needs to make this network."""
+        facts = dict(self.data.facts)
+        if self.backbone is not None:
+            facts["backbone"] = json.loads(self.backbone.files[SPEC])
+        return models.spec(self.name, self.params, facts)
+
+    def network(self) -> nn.Module:
+        """A fresh network; what of it is random is drawn from torch's generator."""
+        network = models.rebuild(self.spec)
+        if self.recipe.weights is not None:
+            state = None if self.backbone is None else self.backbone.program.state_dict
+            self.recipe.weights(network, self.params, state)
+        return network
 
 
 def begin(
     manager: RunManager,
-    data: Data,
+    task: Task,
     *,
-    model: str,
-    lr: float,
-    batch_size: int,
-    shuffle: bool,
     epochs: int,
     device: torch.device,
     params: Mapping[str, Any],
+    final: bool,
 ) -> tuple[Run, Iterator[Epoch]]:
-    """Begin to train `model` on `data` in a run of `manager`: the run, and its epochs.
+    """Begin to train in a run of `manager`: the run, and its epochs.
 
-    Each epoch is logged and checkpointed, and after the last one the run ends. The weights are
-    drawn from torch's generator. A run that was cut off goes on where `manager.checkpoint` is.
-    `params` are logged besides those that are used here.
+    Each epoch is logged and checkpointed, and after the last one the run ends. A run that was cut
+    off goes on where `manager.checkpoint` is. `params` are logged besides those of the recipe.
+    With `final` the network is tested after the last epoch, and a classifier's mistakes logged.
     """
-    network = build(model).to(device)
-    loader = DataLoader(data.train, batch_size, shuffle=shuffle)
-    val_loader = DataLoader(data.validation, batch_size)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    recipe, data = task.recipe, task.data
+    network = task.network().to(device)
+    loop = None if recipe.loop is None else recipe.loop(network, data, task.params)
+    if loop is not None:
+        optimizer, loader = loop.optimizer, loop.loader
+    else:
+        optimizer = recipe.optimizer(network, task.params)
+        size, shuffle = task.params["batch_size"], task.params.get("shuffle", True)
+        loader = DataLoader(data.train, size, shuffle=shuffle)
     told = {
-        "model": model,
+        "model": task.name,
         "dataset": data.name,
-        "lr": lr,
-        "batch_size": batch_size,
+        **task.params,
         "epochs": epochs,
-        "shuffle": shuffle,
         "device": device,
         "optimizer": type(optimizer).__name__,
     }
     run = manager.begin_run(told | dict(params), network, loader)
-    run.log_dataset(data.validation, "validation")
+    for context, part in (("validation", data.validation), ("test", data.test)):
+        if part is not None and (final or context != "test"):
+            run.log_dataset(part, context)
     if manager.checkpoint is not None:
         manager.checkpoint.restore(network=network, optimizer=optimizer, loader=loader)
 
     def train() -> Iterator[Epoch]:
-        for epoch in fit(
-            network,
-            manager.watch(loader),
-            optimizer,
-            F.cross_entropy,
-            epochs=epochs,
-            done=manager.epoch_count,
-            device=device,
-            val_loader=val_loader,
-            accuracy=True,
-        ):
+        numbers = {"epochs": epochs, "done": manager.epoch_count}
+        if loop is not None:
+            passes = run_epochs(
+                lambda number: manager.watch(loop.train(number), len(loader)),
+                validate=loop.validate,
+                **numbers,
+            )
+        else:
+            passes = fit(
+                network,
+                manager.watch(loader),
+                optimizer,
+                recipe.loss,
+                device=device,
+                val_loader=None if data.validation is None else DataLoader(data.validation, size),
+                accuracy=recipe.scores is not None,
+                scores=recipe.scores,
+                **numbers,
+            )
+        for number in range(manager.epoch_count + 1, epochs + 1):
+            if recipe.before_epoch is not None:
+                recipe.before_epoch(network, task.params, number)
+            epoch = next(passes)
             manager.log_epoch(epoch)
+            if loop is not None:
+                _show(run, loop, number)
             manager.save_checkpoint(optimizer=optimizer)
             yield epoch
-        manager.end_run()
+        if final:
+            _finish(run, network, task, epochs, device)
+        manager.end_run(model_files={SPEC: json.dumps(task.spec, indent=1)})
 
     return run, train()
+
+
+def _show(run: Run, loop: Loop, epoch: int) -> None:
+    for thing in loop.show(epoch):
+        if isinstance(thing, Picture):
+            run.log_image(thing.name, thing.image, step=epoch)
+        else:
+            run.log_text(thing.content, thing.path)
+
+
+def _finish(run: Run, network: nn.Module, task: Task, epoch: int, device: torch.device) -> None:
+    """Test the network, and log what a classifier takes for something else."""
+    recipe, data = task.recipe, task.data
+    if recipe.loop is not None or recipe.scores is None:
+        return
+    size = task.params["batch_size"]
+    if data.test is not None:
+        tested = evaluate(
+            network,
+            DataLoader(data.test, size),
+            recipe.loss,
+            device=device,
+            accuracy=True,
+            scores=recipe.scores,
+        )
+        run.log_metrics({f"test_{name}": value for name, value in tested.items()}, epoch)
+    if data.validation is not None:
+        run.log_mistakes(
+            network,
+            DataLoader(data.validation, size),
+            classes=data.facts["classes"],
+            scores=recipe.scores,
+            shown=getattr(data.validation, "texts", None),
+        )

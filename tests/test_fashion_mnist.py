@@ -13,7 +13,8 @@ import pytest
 from conftest import Store
 
 from studies.__main__ import main as upkeep
-from studies.fashion_mnist import main, parse
+from studies.fashion_mnist import main
+from studies.search import parse
 from tracker.search.record import load
 from tracker.search.storage import Storage
 

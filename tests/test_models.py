@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
-from models import DATASETS, MODELS, FashionCNN, Images, ModelsError, build, load
+from models import DATASETS, RECIPES, FashionCNN, Images, ModelsError, find, load
 from models.download import Archives, DownloadError, download
 from models.idx import FILES
 
@@ -208,12 +208,13 @@ def test_fashion_cnn_learns_in_every_parameter() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["fashion-cnn", "fashion-mlp"])
 def test_build_draws_fresh_weights_from_the_global_generator(name: str) -> None:
+    recipe = RECIPES[name]
     torch.manual_seed(5)
-    first, second = build(name), build(name)
+    first, second = (recipe.build(recipe.defaults(), {}) for _ in range(2))
     torch.manual_seed(5)
-    again = build(name)
+    again = recipe.build(recipe.defaults(), {})
 
     assert first is not second
     assert_same_weights = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -222,9 +223,23 @@ def test_build_draws_fresh_weights_from_the_global_generator(name: str) -> None:
         assert_same_weights(dict(second.state_dict()), dict(first.state_dict()))
 
 
-def test_build_names_the_models_it_knows() -> None:
-    with pytest.raises(ModelsError, match=r"^model='resnet' is not known; allowed: fashion-cnn\.$"):
-        build("resnet")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "model='resnet' is not known; allowed: fashion-cnn, fashion-mlp, "),
+        ("nowhere:RECIPE", "model='nowhere:RECIPE' cannot be imported: No module named 'nowhere'."),
+        ("models.recipe:NONE", "model='models.recipe:NONE' cannot be imported: "),
+        ("models:find", "model='models:find' is no Recipe; it is a function."),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_a_sentence(name: str, message: str) -> None:
+    with pytest.raises(ModelsError) as error:
+        find(name)
+    assert str(error.value).startswith(message)
+
+
+def test_a_recipe_of_one_s_own_is_named_by_its_module() -> None:
+    assert find("models.fashion_mlp:RECIPE") is RECIPES["fashion-mlp"]
 
 
 def test_import_needs_neither_the_tracker_nor_scikit_learn() -> None:

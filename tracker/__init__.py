@@ -17,11 +17,12 @@ if TYPE_CHECKING:
         TrackerError,
     )
     from tracker.histograms import load_histograms, load_nonfinite
-    from tracker.loop import Epoch, evaluate, fit
+    from tracker.loop import Epoch, evaluate, fit, run_epochs
     from tracker.manager import RunManager
     from tracker.run import Run, start_run
     from tracker.search.study import Study
     from tracker.search.trial import Trial
+    from tracker.trained import Trained, load_trained
 
 # Imported when they are asked for: the uploader and the command line need no torch, which takes
 # seconds and half a gigabyte.
@@ -37,11 +38,12 @@ _MODULES = {
         "TrackerError",
     ],
     "histograms": ["load_histograms", "load_nonfinite"],
-    "loop": ["Epoch", "evaluate", "fit"],
+    "loop": ["Epoch", "evaluate", "fit", "run_epochs"],
     "manager": ["RunManager"],
     "run": ["Run", "start_run"],
     "search.study": ["Study"],
     "search.trial": ["Trial"],
+    "trained": ["Trained", "load_trained"],
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -58,6 +60,7 @@ __all__ = [
     "StoreError",
     "Study",
     "TrackerError",
+    "Trained",
     "Trial",
     "__version__",
     "choose_device",
@@ -65,6 +68,8 @@ __all__ = [
     "fit",
     "load_histograms",
     "load_nonfinite",
+    "load_trained",
+    "run_epochs",
     "set_seed",
     "start_run",
 ]

@@ -9,7 +9,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from tracker.environment import device_of, evaluation_mode, preserve_rng, unwrap
 
+EXPORTED = "data/model.pt2"
+"""Where mlflow.pytorch saves what torch.export made, below the model's folder."""
+FILES = "extra_files"
+"""Where mlflow.pytorch puts what travels with a model."""
 EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
 _EXPORTING = threading.Lock()  # torch.export works in one thread at a time
 _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
@@ -26,12 +30,15 @@ _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
 logger = logging.getLogger(__name__)
 
 
-def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
+def save_model(
+    network: nn.Module, example: Tensor, folder: Path, files: Mapping[str, str] | None = None
+) -> str | None:
     """Save `network` as an MLflow model in `folder`, which must not exist yet.
 
     `example` is a batch of inputs of which the first samples are used. What is saved is a copy in
     evaluation mode on the CPU; the live network's weights, modes and every random generator stay
     as they are. After saving, the model is loaded and compared with the network on two batch sizes.
+    `files`, texts by name, travel with it in its folder `extra_files`.
 
     Returns None, or one sentence that says why there is no such model: the network cannot be
     exported, or what was exported computes something else. `folder` is then left incomplete.
@@ -74,6 +81,9 @@ def save_model(network: nn.Module, example: Tensor, folder: Path) -> str | None:
             saved = mlflow.pytorch.load_model(str(folder))
         except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
             return f"torch.export cannot follow the network: {_line(error)}"
+        for name, content in (files or {}).items():
+            (folder / FILES).mkdir(exist_ok=True)
+            (folder / FILES / name).write_text(content, encoding="utf-8")
         return _difference(network, saved, example)
 
 

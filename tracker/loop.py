@@ -9,7 +9,7 @@ What should happen between two epochs (a scheduler's step, a log line, `break`) 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,40 +50,22 @@ def fit(
     device: torch.device | str | None = None,
     val_loader: Iterable[Any] | None = None,
     accuracy: bool = False,
+    scores: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Epoch]:
     """Train `network` and yield after each epoch, with the last step's gradients in place.
 
     Batches are (inputs, targets). Both go to `device`, by default where the network is, and
     `loss_fn(outputs, targets)` is the mean over the batch. With `accuracy`, outputs are scores
-    (N, classes, …) and targets class numbers (N, …). The network trains in the mode, of
-    `train()` and `eval()`, that it is in. `done` of the epochs were done before: a run that is
-    continued has `epochs` in all. Raises ArgumentError for epochs < 1 or done < 0.
+    (N, classes, …), or `scores` makes such scores of them, and targets class numbers (N, …). The
+    network trains in the mode, of `train()` and `eval()`, that it is in. `done` of the epochs were
+    done before: a run that is continued has `epochs` in all. Raises ArgumentError for epochs < 1
+    or done < 0.
 
     In a process group, loss and accuracy are those of all ranks together, summed once an epoch.
     All ranks must run it, for as many epochs, and with a `val_loader` or without one alike.
     """
-    if epochs < 1:
-        raise ArgumentError(f"epochs={epochs} is not allowed; it must be at least 1.")
-    if done < 0:
-        raise ArgumentError(f"done={done} is not allowed; it must be at least 0.")
-    numbers = range(done + 1, epochs + 1)
-    return _fit(network, loader, optimizer, loss_fn, numbers, device, val_loader, accuracy)
 
-
-def _fit(
-    network: nn.Module,
-    loader: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
-    loss_fn: Loss,
-    numbers: range,
-    device: torch.device | str | None,
-    val_loader: Iterable[Any] | None,
-    accuracy: bool,
-) -> Iterator[Epoch]:
-    for number in numbers:
-        started = time.perf_counter()
-        meter = EpochMeter()
-        times: list[int] = []
+    def train(meter: EpochMeter) -> Iterator[None]:
         for outputs, targets in _forward(network, loader, device):
             loss = loss_fn(outputs, targets)
             optimizer.zero_grad()
@@ -91,12 +73,60 @@ def _fit(
             optimizer.step()
             meter.add_loss(loss, len(targets))
             if accuracy:
-                meter.add_correct(outputs, targets)
-            times.append(time.time_ns() // 1_000_000)
-        metrics = meter.compute()
-        if val_loader is not None:
-            found = evaluate(network, val_loader, loss_fn, device=device, accuracy=accuracy)
-            metrics |= {f"val_{name}": value for name, value in found.items()}
+                meter.add_correct(outputs if scores is None else scores(outputs), targets)
+            yield
+
+    def validate() -> Mapping[str, float]:
+        if val_loader is None:
+            return {}
+        found = evaluate(
+            network, val_loader, loss_fn, device=device, accuracy=accuracy, scores=scores
+        )
+        return {f"val_{name}": value for name, value in found.items()}
+
+    return _epochs(lambda number, meter: train(meter), validate, _numbers(epochs, done))
+
+
+def run_epochs(
+    train: Callable[[int], Iterable[tuple[Tensor, int]]],
+    *,
+    epochs: int,
+    done: int = 0,
+    validate: Callable[[], Mapping[str, float]] = dict,
+) -> Iterator[Epoch]:
+    """Train by steps of one's own and yield after each epoch, as `fit` does for the usual ones.
+
+    `train(number)` is a pass over the data in epoch `number`: it yields after each step the mean
+    loss, which may stay on the device, and the number of samples. `validate()` gives the metrics
+    after an epoch. Raises ArgumentError for epochs < 1 or done < 0.
+    """
+
+    def add(number: int, meter: EpochMeter) -> Iterator[None]:
+        for loss, samples in train(number):
+            meter.add_loss(loss, samples)
+            yield
+
+    return _epochs(add, validate, _numbers(epochs, done))
+
+
+def _numbers(epochs: int, done: int) -> range:
+    if epochs < 1:
+        raise ArgumentError(f"epochs={epochs} is not allowed; it must be at least 1.")
+    if done < 0:
+        raise ArgumentError(f"done={done} is not allowed; it must be at least 0.")
+    return range(done + 1, epochs + 1)
+
+
+def _epochs(
+    train: Callable[[int, EpochMeter], Iterator[None]],
+    validate: Callable[[], Mapping[str, float]],
+    numbers: range,
+) -> Iterator[Epoch]:
+    for number in numbers:
+        started = time.perf_counter()
+        meter = EpochMeter()
+        times = [time.time_ns() // 1_000_000 for _ in train(number, meter)]
+        metrics = meter.compute() | dict(validate())
         metrics["epoch_duration"] = time.perf_counter() - started
         yield Epoch(number, metrics, meter.losses, times)
 
@@ -109,6 +139,7 @@ def evaluate(
     *,
     device: torch.device | str | None = None,
     accuracy: bool = False,
+    scores: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """`loss` and, if asked for, `accuracy` of `network` over `loader`, as in `fit`.
 
@@ -123,7 +154,7 @@ def evaluate(
         for outputs, targets in _forward(network, loader, device):
             meter.add_loss(loss_fn(outputs, targets), len(targets))
             if accuracy:
-                meter.add_correct(outputs, targets)
+                meter.add_correct(outputs if scores is None else scores(outputs), targets)
     return meter.compute()
 
 

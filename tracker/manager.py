@@ -259,15 +259,16 @@ class RunManager:
         assert self.network is not None
         run.log_network(self.network, self._example)
 
-    def end_run(self) -> None:
+    def end_run(self, model_files: Mapping[str, str] | None = None) -> None:
         """End the run as FINISHED, and log the trained model.
 
+        `model_files` travel with the model, as `Run.log_model` says.
         Raises CallOrderError where no run has begun.
         """
         self._current("end_run")
-        self._end(outcome(None))
+        self._end(outcome(None), model_files)
 
-    def _end(self, ended: Outcome) -> None:
+    def _end(self, ended: Outcome, model_files: Mapping[str, str] | None = None) -> None:
         run = self._current("end_run")
         if left := self._epoch_left():
             ended = Outcome("FAILED", f"The run ended {left}.") if ended.reason is None else ended
@@ -275,7 +276,7 @@ class RunManager:
             run.log_params({"epochs": self.epoch_count - self._in_epoch})
         model = self._model and self._main and ended.status == "FINISHED"
         if model and self.network is not None:
-            run.log_model(self.network, self._example, step=self.epoch_count)
+            run.log_model(self.network, self._example, step=self.epoch_count, files=model_files)
         if self._open.owns:
             run.end(ended)
         for view in self._views:
@@ -387,9 +388,12 @@ class RunManager:
         self._steps += len(epoch.batch_losses)
         self._log(epoch.metrics)
 
-    def watch(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """`loader`, with the progress of each pass over it shown; for `fit`."""
-        return _Watched(loader, self._views, self)
+    def watch(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
+        """`loader`, with the progress of each pass over it shown; for `fit`.
+
+        `length` is how many items it has, for one that does not say.
+        """
+        return _Watched(loader, self._views, self, length or _length(loader))
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         run = self._current("end_epoch")
@@ -526,12 +530,14 @@ class _Open:
 class _Watched:
     """A loader that shows how far it is."""
 
-    def __init__(self, loader: Iterable[Any], views: list[View], manager: RunManager) -> None:
-        self._loader, self._views, self._manager = loader, views, manager
+    def __init__(
+        self, loader: Iterable[Any], views: list[View], manager: RunManager, length: int | None
+    ) -> None:
+        self._loader, self._views, self._manager, self._length = loader, views, manager, length
 
     def __iter__(self) -> Iterator[Any]:
         for view in self._views:
-            view.begin_epoch(self._manager.epoch_count + 1, _length(self._loader))
+            view.begin_epoch(self._manager.epoch_count + 1, self._length)
         for batch in self._loader:
             yield batch
             for view in self._views:

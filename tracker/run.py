@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -399,6 +399,32 @@ class Run:
         if traced is not None:
             self.log_text(graph_svg(traced, type(unwrap(network)).__name__), "network/graph.svg")
 
+    def log_mistakes(
+        self,
+        network: nn.Module,
+        loader: Iterable[Any],
+        *,
+        classes: Sequence[str],
+        scores: Callable[[Tensor], Tensor] | None = None,
+        shown: Sequence[str] | None = None,
+    ) -> None:
+        """Log what a classifier takes for what, over the batches (inputs, labels) of `loader`.
+
+        Writes `mistakes/confusion.csv` and `.png`, and of the worst mistakes `worst.csv` and, of
+        pictures, `worst.png`. `loader` is read twice and must keep its order. `classes` are the
+        classes' names; `scores` makes scores (N, classes) of outputs that are none; `shown` is a
+        text for each sample. Raises ArgumentError where classes and scores differ.
+        """
+        from tracker.mistakes import confusion_picture, find_mistakes, worst_picture
+
+        found = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
+        self.log_text(found.confusion.to_csv(), "mistakes/confusion.csv")
+        self.log_text(found.worst.to_csv(index=False), "mistakes/worst.csv")
+        drawn = confusion_picture(found.confusion)
+        self._log_file("confusion.png", lambda path: path.write_bytes(drawn), "mistakes")
+        if found.pictures is not None and (grid := worst_picture(found.pictures)) is not None:
+            self._log_file("worst.png", grid.save, "mistakes")
+
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients of `network` at `step`.
 
@@ -413,13 +439,21 @@ class Run:
         self._append("epoch", row=dict(row))
 
     def log_model(
-        self, network: nn.Module, example: Tensor | None, name: str = "model", step: int = 0
+        self,
+        network: nn.Module,
+        example: Tensor | None,
+        name: str = "model",
+        step: int = 0,
+        *,
+        files: Mapping[str, str] | None = None,
     ) -> bool:
         """Log `network` as an MLflow model that loads without this project and without CUDA.
 
         `example` is a batch of inputs. The model is loaded and compared with the live network
         before it is logged. Where that fails, the weights alone are logged as `NAME.pt` with one
         warning that says why. Returns whether it is a model.
+
+        `files`, texts by name, travel with it, in its folder `extra_files`: a vocabulary, say.
         """
         from tracker.export import save_model
 
@@ -433,7 +467,7 @@ class Run:
         problem: str | None = "there is no example of its inputs"
         if example is not None:
             try:
-                problem = save_model(network, example, folder)
+                problem = save_model(network, example, folder, files)
             except OSError as error:  # without room for temporary files it cannot even be tried
                 problem = str(error)
         if problem is None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,7 +114,7 @@ class TrialRun(Run):
         )
         self._folder = tracking.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
-        self._held: tuple[nn.Module, Tensor | None, int] | None = None
+        self._held: Callable[[], bool] | None = None
         self.earlier = _earlier(self._folder)
         for row in self.earlier.rows if self.earlier else []:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
@@ -126,19 +127,23 @@ class TrialRun(Run):
         super().log_epoch(row)
 
     def log_model(
-        self, network: nn.Module, example: Tensor | None, name: str = "model", step: int = 0
+        self,
+        network: nn.Module,
+        example: Tensor | None,
+        name: str = "model",
+        step: int = 0,
+        **more: Any,
     ) -> bool:
         """Log `network`, as it is when the objective returns, if the trial is the best so far."""
         if name != "model":
-            return super().log_model(network, example, name, step)
-        self._held = (network, example, step)
+            return super().log_model(network, example, name, step, **more)
+        self._held = partial(super().log_model, network, example, name, step, **more)
         return True
 
     def log_held_model(self) -> None:
         """Log the model that was to be logged."""
         if self._held is not None:
-            network, example, step = self._held
-            super().log_model(network, example, "model", step)
+            self._held()
 
     def log_checkpoint(self, step: int, **states: Any) -> bool:
         """Save a checkpoint where the next attempt at the trial finds it."""
