@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from models import fashion_cnn, fashion_mlp
+from models import char_lstm, fashion_cnn, fashion_mlp, sentiment_lstm, style_transfer, transfer
 from models.data import DATASETS, ImageData, Images, load
 from models.errors import ModelsError
 from models.fashion_cnn import FashionCNN
@@ -34,6 +34,10 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         fashion_cnn.RECIPE,
         fashion_mlp.RECIPE,
+        char_lstm.RECIPE,
+        transfer.RECIPE,
+        style_transfer.RECIPE,
+        sentiment_lstm.RECIPE,
     )
 }
 

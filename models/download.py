@@ -46,7 +46,7 @@ def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
     Raises DownloadError, after which the disk is as it was, folders that were absent included.
     """
     deadline = time.monotonic() + limit_s
-    mirrors = _answering(archives)
+    mirrors = check_answers(archives)
     absent = [path for path in folder.parents if not os.path.exists(path)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,11 @@ def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
                 path.rmdir()  # takes empty folders only, so nothing after a success
 
 
-def _answering(archives: Archives) -> list[str]:
-    """The mirrors that have the first file and say so within PROBE_S; raises where none does."""
+def check_answers(archives: Archives) -> list[str]:
+    """The mirrors that have the first file and say so within PROBE_S.
+
+    Raises DownloadError where none does.
+    """
     failures = {url: f"{url} did not answer within {PROBE_S:g} s" for url in archives.mirrors}
     answers: list[str] = []
 

@@ -672,3 +672,24 @@ def test_a_network_on_a_gpu_is_waited_for_once() -> None:
 
     waits = [str(each.message) for each in caught if "synchronizing" in str(each.message)]
     assert len(waits) == 1  # the transfer of the counts
+
+
+# -- frozen parts ----------------------------------------------------------------------------------
+
+
+def test_frozen_weights_are_logged_again_only_when_they_change(tracking_uri: str) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    with start_run() as run:
+        for step in (1, 2, 3, 4, 5):
+            if step == 3:
+                network[0].weight.data.mul_(2)  # as an average of weights is kept
+            if step == 4:
+                network[0].requires_grad_(True)  # thawed
+            run.log_histograms(network, step)
+        run.flush()
+        found = load_histograms(run.run_id)
+    steps = found[found["kind"] == "weight"].groupby("tensor")["step"].unique().map(list).to_dict()
+    assert steps["1.weight"] == [1, 2, 3, 4, 5]
+    assert steps["0.weight"] == [1, 3, 4, 5]
+    assert steps["0.bias"] == [1, 4, 5]

@@ -47,6 +47,8 @@ from tracker.views.files import json_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tracker.export import Predictor
+
 DIRECTORY = ".tracker"
 """Where journals lie by default, below the current directory."""
 
@@ -127,6 +129,7 @@ class Run:
         self._resumed = dict(self._params)
         self._last_steps = dict(resume.last_steps) if resume else {}
         self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
+        self._frozen: dict[str, float] = {}  # norms of the frozen weights that are logged
         self._warned: set[str] = set()
         self._status: Status | None = None
         self.earlier: Earlier | None = resume
@@ -428,9 +431,10 @@ class Run:
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients of `network` at `step`.
 
+        Weights that need no gradient are logged again only when they have changed.
         `tracker.load_histograms` reads them back; the artifact `histograms.html` shows them.
         """
-        record = network_histograms(network, step)
+        record = network_histograms(network, step, self._frozen)
         self._append("histograms", **record)
         return record
 
@@ -446,6 +450,7 @@ class Run:
         step: int = 0,
         *,
         files: Mapping[str, str] | None = None,
+        predictor: Predictor | None = None,
     ) -> bool:
         """Log `network` as an MLflow model that loads without this project and without CUDA.
 
@@ -453,7 +458,9 @@ class Run:
         before it is logged. Where that fails, the weights alone are logged as `NAME.pt` with one
         warning that says why. Returns whether it is a model.
 
-        `files`, texts by name, travel with it, in its folder `extra_files`: a vocabulary, say.
+        `files`, texts by name, travel with it, in its folder `extra_files`: a vocabulary, say. A
+        `predictor` makes predictions of raw inputs, such as texts, with MLflow's `pyfunc`; where it
+        does not predict what it must, the model is logged without it, with one warning.
         """
         from tracker.export import save_model
 
@@ -467,7 +474,7 @@ class Run:
         problem: str | None = "there is no example of its inputs"
         if example is not None:
             try:
-                problem = save_model(network, example, folder, files)
+                problem = save_model(network, example, folder, files, predictor)
             except OSError as error:  # without room for temporary files it cannot even be tried
                 problem = str(error)
         if problem is None:
