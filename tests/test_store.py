@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -177,10 +178,19 @@ def test_a_run_that_a_process_died_creating_stops_no_search_of_a_file_store(
     unborn = tmp_path / experiment / ("0" * 32)
     unborn.mkdir()
     (unborn / "meta.yaml").touch()
+    (unborn / "tags").mkdir()
+    (unborn / "tags" / "mlflow.runName").write_text("its name makes MLflow write meta.yaml anew")
+    logged = tmp_path / experiment / ("1" * 32)
+    (logged / "metrics").mkdir(parents=True)
+    (logged / "metrics" / "loss").write_text("1 0.5 1")
+    (logged / "meta.yaml").write_bytes(b"")
     with pytest.raises(AttributeError):  # why it must go
         store.client.search_runs([experiment])
-    assert store.find_run("nobody", experiment) is None
+    with pytest.raises(StoreError):  # a number was logged there: that is not ours to remove
+        store.find_run("nobody", experiment)
     assert not unborn.exists()
+    shutil.rmtree(logged)
+    assert store.find_run("nobody", experiment) is None
 
 
 # -- a store that goes away ------------------------------------------------------------------------

@@ -23,9 +23,10 @@ def complete_run(folder: Path) -> None:
 
 
 def remove_unborn_runs(experiment: Path) -> None:
-    """Remove the runs whose process was killed before their meta file, the first, was written.
+    """Remove the runs whose process was killed while it made them: their meta file is empty.
 
-    Each would fail every search of the experiment.
+    Each would fail every search of the experiment. `create_run` writes that file first, and once
+    more with the run's name, which is a tag.
     """
     until = time.monotonic() + _WRITING_SECONDS
     while unborn := [meta for meta in experiment.glob("*/meta.yaml") if _is_unborn(meta)]:
@@ -38,7 +39,10 @@ def remove_unborn_runs(experiment: Path) -> None:
 
 def _is_unborn(meta: Path) -> bool:
     try:
-        return meta.stat().st_size == 0 and len(list(meta.parent.iterdir())) == 1
+        if meta.stat().st_size or meta.with_name(_COPY).exists():
+            return False
+        logged = (path for path in meta.parent.rglob("*") if path.is_file() and path != meta)
+        return all(path.parent.name == "tags" for path in logged)
     except FileNotFoundError:  # somebody else has removed it
         return False
 
