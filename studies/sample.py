@@ -1,0 +1,94 @@
+"""Let a char-lstm that was trained by `studies.train` write text.
+
+python -m studies.sample RUN_ID --prime "Anna" --length 400 --temperature 0.8 --top-k 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from models import ModelsError, rebuild
+from models.char_lstm import RECIPE, CharLSTM, sample
+from models.text import Vocabulary
+from studies.arguments import RAW, natural, positive_float, positive_int, seed
+from studies.training import SPEC
+from tracker import TrackerError, load_trained
+from tracker.cli import OneSentenceParser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is None is as the run has it."""
+    parser = OneSentenceParser(prog="studies.sample", description=__doc__, formatter_class=RAW)
+    parser.add_argument("run_id", metavar="RUN_ID", help="a run of char-lstm")
+    parser.add_argument("--prime", help="the text to go on from; by default the run's")
+    parser.add_argument(
+        "--length", type=positive_int, default=400, help="characters, by default 400"
+    )
+    parser.add_argument("--temperature", type=positive_float, help="by default the run's")
+    parser.add_argument("--top-k", type=natural, help="0: all; by default the run's")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    return parser.parse_args(arguments)
+
+
+def write(given: argparse.Namespace) -> str:
+    """The prime, and the text that goes on from it.
+
+    Raises StoreError for a run that is not there or has no model, and ModelsError for one that
+    trained something else, or for a prime with characters that the network does not know.
+    """
+    network, spec = load(given.run_id, given.tracking_uri)
+    asked = {name: getattr(given, name) for name in ("prime", "temperature", "top_k")}
+    chosen = {
+        name: spec["params"][name] if value is None else value for name, value in asked.items()
+    }
+    drawn = sample(
+        network,
+        Vocabulary(spec["facts"]["characters"]),
+        length=given.length,
+        generator=torch.Generator().manual_seed(given.seed),
+        **chosen,
+    )
+    return str(chosen["prime"]) + drawn
+
+
+def load(run_id: str, tracking_uri: str | None = None) -> tuple[CharLSTM, dict[str, Any]]:
+    """The network that the run `run_id` has trained, on the CPU, and what describes it.
+
+    Raises StoreError or ModelsError, as `write` does.
+    """
+    trained = load_trained(f"runs:/{run_id}/model", tracking_uri)
+    spec = json.loads(trained.files.get(SPEC, "{}"))
+    model = spec.get("model", "something else")
+    # The name alone could be that of any module, which `rebuild` would import.
+    if model != RECIPE.name:
+        raise ModelsError(f"run {run_id!r} trained {model}; allowed: a run of {RECIPE.name}.")
+    spec["params"] = RECIPE.defaults() | spec["params"]  # a parameter may be newer than the run
+    network = rebuild(spec)
+    assert isinstance(network, CharLSTM)
+    network.load_state_dict(trained.program.state_dict)
+    return network, spec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+    given = parse(arguments)
+    try:
+        print(write(given))
+    except (TrackerError, ModelsError) as error:
+        print(f"studies.sample: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
