@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch.nn.functional as F
@@ -200,6 +201,9 @@ class Recipe:
     models as they are given, else by itself."""
     is_model: bool = True
     """Whether what is trained is a model to log, not a picture."""
+    predictor: Path | None = None
+    """The file that makes predictions of raw texts, as `tracker.Predictor.file` has it: a table of
+    `label`, a class's name, and its `probability`. The data's parts then have `texts`."""
     before_epoch: Callable[[nn.Module, Params, int], None] | None = None
     """Change the network before an epoch: thaw layers, say."""
 

@@ -7,16 +7,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import models
 from models.recipe import Data, Loop, Params, Picture, Recipe, Source
-from tracker import Epoch, Run, RunManager, Trained, evaluate, fit, load_trained, run_epochs
+from tracker import (
+    Epoch,
+    Predictor,
+    Run,
+    RunManager,
+    Trained,
+    evaluate,
+    fit,
+    load_trained,
+    run_epochs,
+)
+from tracker.environment import evaluation_mode
 
 SPEC = "recipe.json"
 """What travels with a model: all that `models.rebuild` needs."""
+_CANDIDATES, _CHECKED = 64, 8  # texts that a predictor is checked on
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,32 @@ def begin(
             yield epoch
         if final:
             _finish(run, network, task, epochs, device)
-        manager.end_run(model_files={SPEC: json.dumps(task.spec, indent=1)})
+        manager.end_run(
+            model_files={SPEC: json.dumps(task.spec, indent=1)},
+            predictor=_predictor(network, task, device),
+        )
 
     return run, train()
+
+
+def _predictor(network: nn.Module, task: Task, device: torch.device) -> Predictor | None:
+    """The recipe's predictor, with what the network says of texts of the validation part."""
+    recipe, part = task.recipe, task.data.validation
+    if recipe.predictor is None or recipe.scores is None or part is None:
+        return None
+    inputs = torch.stack([part[index][0] for index in range(min(_CANDIDATES, len(part)))])
+    with evaluation_mode(network), torch.no_grad():
+        sure, number = recipe.scores(network(inputs.to(device))).softmax(dim=1).max(dim=1)
+    # The surest of them: no rounding turns their labels.
+    chosen = sure.argsort(descending=True)[:_CHECKED].tolist()
+    classes = task.data.facts["classes"]
+    expected = pd.DataFrame(
+        {
+            "label": [classes[number[index].item()] for index in chosen],
+            "probability": sure[chosen].double().cpu().numpy(),
+        }
+    )
+    return Predictor(recipe.predictor, [part.texts[index] for index in chosen], expected)
 
 
 def _show(run: Run, loop: Loop, epoch: int) -> None:

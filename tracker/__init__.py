@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         StoreError,
         TrackerError,
     )
+    from tracker.export import Predictor
     from tracker.histograms import load_histograms, load_nonfinite
     from tracker.loop import Epoch, evaluate, fit, run_epochs
     from tracker.manager import RunManager
@@ -37,6 +38,7 @@ _MODULES = {
         "StoreError",
         "TrackerError",
     ],
+    "export": ["Predictor"],
     "histograms": ["load_histograms", "load_nonfinite"],
     "loop": ["Epoch", "evaluate", "fit", "run_epochs"],
     "manager": ["RunManager"],
@@ -54,6 +56,7 @@ __all__ = [
     "Epoch",
     "Keep",
     "NonFiniteLossError",
+    "Predictor",
     "Run",
     "RunBuilder",
     "RunManager",

@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
+import shutil
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -27,18 +33,49 @@ EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
 _EXPORTING = threading.Lock()  # torch.export works in one thread at a time
 _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
 
+_LOADER = f'''
+
+def _load_pyfunc(folder: str) -> object:
+    """What mlflow.pyfunc.load_model calls, with the model's folder."""
+    import mlflow.pytorch
+    from pathlib import Path
+
+    files = {{path.name: path.read_text("utf-8") for path in Path(folder, {FILES!r}).glob("*")}}
+    return load(mlflow.pytorch.load_model(folder), files)
+'''
+
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """What predicts from raw inputs, such as texts: the `pyfunc` of a logged model."""
+
+    file: Path
+    """Python that imports nothing of this project, for it travels with the model. It has a function
+    `load(network, files)`, of the saved network, which takes tensors, and the texts that travel
+    with it; what that returns has a method `predict(inputs)`, which takes a list of texts, or a
+    table with a column of them, and returns a table."""
+    inputs: Sequence[str]
+    expected: pd.DataFrame
+    """What it must predict for `inputs`. Numbers may differ by rounding."""
+
+
 def save_model(
-    network: nn.Module, example: Tensor, folder: Path, files: Mapping[str, str] | None = None
+    network: nn.Module,
+    example: Tensor,
+    folder: Path,
+    files: Mapping[str, str] | None = None,
+    predictor: Predictor | None = None,
 ) -> str | None:
     """Save `network` as an MLflow model in `folder`, which must not exist yet.
 
     `example` is a batch of inputs of which the first samples are used. What is saved is a copy in
     evaluation mode on the CPU; the live network's weights, modes and every random generator stay
     as they are. After saving, the model is loaded and compared with the network on two batch sizes.
-    `files`, texts by name, travel with it in its folder `extra_files`.
+    `files`, texts by name, travel with it in its folder `extra_files`. A `predictor` becomes its
+    `pyfunc`, if it predicts what it must when it is loaded; if not, a warning says why, and the
+    model's `pyfunc` is the network.
 
     Returns None, or one sentence that says why there is no such model: the network cannot be
     exported, or what was exported computes something else. `folder` is then left incomplete.
@@ -76,7 +113,7 @@ def save_model(
                 input_example=inputs.numpy(),
                 signature=ModelSignature(Schema([spec(inputs)]), Schema([spec(output)])),
                 serialization_format="pt2",
-                pip_requirements=[_pin("torch"), _pin("mlflow"), _pin("numpy")],
+                pip_requirements=_requirements(),
             )
             saved = mlflow.pytorch.load_model(str(folder))
         except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
@@ -84,7 +121,83 @@ def save_model(
         for name, content in (files or {}).items():
             (folder / FILES).mkdir(exist_ok=True)
             (folder / FILES / name).write_text(content, encoding="utf-8")
-        return _difference(network, saved, example)
+        problem = _difference(network, saved, example)
+        if problem is None and predictor is not None:
+            try:
+                why = _add_predictor(folder, predictor, _tolerance(device_of(network)))
+            except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
+                why = _line(error)
+            if why is not None:
+                logger.warning("The model is logged without its predictor: %s.", why)
+        return problem
+
+
+def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str | None:
+    """Make `predictor` the `pyfunc` of the model in `folder`; why not, if it is left as it was."""
+    import mlflow.pyfunc
+    from mlflow.models import Model, infer_signature
+
+    inputs = list(predictor.inputs)
+    source = predictor.file.read_text("utf-8") + _LOADER
+    # Named by what it holds: no other module, of another model or program, has its name.
+    name = f"predictor_{hashlib.blake2b(source.encode(), digest_size=16).hexdigest()}"
+    # Beside the model, so that it can be renamed to it.
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        code, whole = Path(temporary, f"{name}.py"), Path(temporary, "model")
+        code.write_text(source, encoding="utf-8")
+        described = Model.load(str(folder))
+        with _without_news():
+            mlflow.pyfunc.save_model(
+                str(whole),
+                loader_module=name,
+                code_paths=[str(code)],
+                mlflow_model=described,
+                signature=infer_signature(inputs, predictor.expected),
+                input_example=inputs[:EXAMPLE_SIZE],
+                pip_requirements=_requirements(),
+            )
+        for part in (Path(EXPORTED).parent.name, FILES):
+            if (folder / part).exists():
+                shutil.copytree(folder / part, whole / part)
+        files = [path for path in whole.rglob("*") if path.is_file()]
+        described.model_size_bytes = sum(path.stat().st_size for path in files)
+        described.save(str(whole / "MLmodel"))
+        with _imports_as_they_were(), _logging_as_it_was():
+            loaded = mlflow.pyfunc.load_model(str(whole), suppress_warnings=True)
+            found = loaded.predict(inputs)
+        try:
+            pd.testing.assert_frame_equal(found, predictor.expected, rtol=tolerance, atol=tolerance)
+        except AssertionError as error:
+            return f"it predicts something else than it must: {' '.join(str(error).split())}"
+        folder.rename(Path(temporary, "bare"))
+        whole.rename(folder)
+    return None
+
+
+@contextmanager
+def _without_news() -> Iterator[None]:
+    """MLflow tells each time that it looks at the example."""
+    news = logging.getLogger("mlflow.pyfunc")
+    level = news.level
+    news.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        news.setLevel(level)
+
+
+@contextmanager
+def _imports_as_they_were() -> Iterator[None]:
+    """mlflow.pyfunc puts a model's code on the path for good, and Python its bytecode beside it."""
+    path, modules, bytecode = list(sys.path), set(sys.modules), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.path[:], sys.dont_write_bytecode = path, bytecode
+        for name in [name for name in sys.modules if name.startswith("predictor_")]:
+            if name not in modules:
+                del sys.modules[name]
 
 
 @contextmanager
@@ -109,12 +222,16 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
             loaded = saved(inputs)
         except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
             return f"it does not take a batch of {size}: {_line(error)}"
-        # Convolutions on CUDA may use TF32, with ten bits of mantissa.
-        tolerance = 1e-4 if device.type == "cpu" else 1e-2
+        tolerance = _tolerance(device)
         if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
             worst = (live - loaded).abs().max().item()
             return f"what was saved differs by {worst:.2g} on a batch of {size}"
     return None
+
+
+def _tolerance(device: torch.device) -> float:
+    # Convolutions on CUDA may use TF32, with ten bits of mantissa.
+    return 1e-4 if device.type == "cpu" else 1e-2
 
 
 def _cpu_copy(network: nn.Module) -> nn.Module:
@@ -136,6 +253,10 @@ def _batch(example: Tensor, size: int) -> Tensor:
     example = example.detach().cpu()
     repeats = -(-size // len(example))
     return torch.cat([example] * repeats)[:size].clone()
+
+
+def _requirements() -> list[str]:
+    return [_pin("torch"), _pin("mlflow"), _pin("numpy")]
 
 
 def _pin(package: str) -> str:

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ from tracker.statuses import Outcome, outcome
 from tracker.views.files import csv_text, json_text, write_atomically
 from tracker.views.table import View, live_view
 from tracker.views.tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from tracker.export import Predictor
 
 _SAMPLES = 64  # pictures in the sample grid
 
@@ -259,16 +262,18 @@ class RunManager:
         assert self.network is not None
         run.log_network(self.network, self._example)
 
-    def end_run(self, model_files: Mapping[str, str] | None = None) -> None:
+    def end_run(
+        self, model_files: Mapping[str, str] | None = None, predictor: Predictor | None = None
+    ) -> None:
         """End the run as FINISHED, and log the trained model.
 
-        `model_files` travel with the model, as `Run.log_model` says.
+        `model_files` and `predictor` travel with the model, as `Run.log_model` says.
         Raises CallOrderError where no run has begun.
         """
         self._current("end_run")
-        self._end(outcome(None), model_files)
+        self._end(outcome(None), files=model_files, predictor=predictor)
 
-    def _end(self, ended: Outcome, model_files: Mapping[str, str] | None = None) -> None:
+    def _end(self, ended: Outcome, **travels: Any) -> None:
         run = self._current("end_run")
         if left := self._epoch_left():
             ended = Outcome("FAILED", f"The run ended {left}.") if ended.reason is None else ended
@@ -276,7 +281,7 @@ class RunManager:
             run.log_params({"epochs": self.epoch_count - self._in_epoch})
         model = self._model and self._main and ended.status == "FINISHED"
         if model and self.network is not None:
-            run.log_model(self.network, self._example, step=self.epoch_count, files=model_files)
+            run.log_model(self.network, self._example, step=self.epoch_count, **travels)
         if self._open.owns:
             run.end(ended)
         for view in self._views:
