@@ -89,7 +89,7 @@ def load(
         published, test, source = _digits()
     else:
         published, test, source = _published(chosen, root, archives)
-    rest, aside = _split(published.labels, validation, seed)
+    rest, aside = split(published.labels, validation, seed)
     if not len(rest) or not len(aside):
         raise ModelsError(
             f"validation={validation} of {len(published)} training images leaves one part empty; "
@@ -175,11 +175,11 @@ def _digits() -> tuple[Images, Images, str]:
     images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
     labels = torch.from_numpy(bundled.target).long()
     every = Images("digits", tuple(str(digit) for digit in range(10)), images, labels)
-    train, test = _split(labels, 0.2, seed=0)  # the test part is the same under every seed
+    train, test = split(labels, 0.2, seed=0)  # the test part is the same under every seed
     return every.part(train), every.part(test), "sklearn.datasets.load_digits, resized to 28x28"
 
 
-def _split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices, ascending, of the rest and of `share` of `labels`, which each class gives alike."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
