@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from models import ModelsError, find
 from models.recipe import Source
@@ -163,7 +164,8 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         given.tracking_uri,
     )
     choose_device(given.device)
-    objective.task(recipe.defaults())  # what is wrong with it shows now, not in every trial
+    # What is wrong with it shows now, not in every trial.
+    objective.task({name: _first(values) for name, values in given.space.items()})
     is_grid = given.sampler == "grid"
     command = public_command(["python", "-m", prog, *arguments])
     study = Study(
@@ -193,6 +195,14 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
     if given.warm_start_experiment:
         study.warm_start_from_runs(given.warm_start_experiment, given.metric[0])
     return study
+
+
+def _first(values: list[Any] | BaseDistribution) -> Any:
+    """A value that a trial may have."""
+    if isinstance(values, list):
+        return values[0]
+    assert isinstance(values, (FloatDistribution, IntDistribution))
+    return values.low
 
 
 def report(study: optuna.Study, given: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from models.char_lstm import RECIPE, CharLSTM, TruncatedLoop, draw, evaluate, sa
 from models.recipe import Source, Text
 from models.text import TextData, Vocabulary, Windows, load_text, read_text
 from studies import sample as sampling
+from studies import search
 from studies.train import main as train
 from tracker import load_trained
 
@@ -35,7 +36,6 @@ ROOT = Path(__file__).parents[1]
 WORDS = ("anna", "vronsky", "levin", "kitty", "went", "to", "the", "ball", "and", "said", "was")
 SMALL = {"hidden": 16, "batch_size": 4, "length": 20, "sample_length": 30}
 FLAGS = ["--hidden", "16", "--batch-size", "4", "--length", "20", "--sample-length", "30"]
-SAMPLED = {"temperature": 1.0, "top_k": 0}
 PATIENT = settings(deadline=None)  # of a shared machine
 
 
@@ -344,8 +344,15 @@ def test_it_learns_what_can_be_known(tmp_path: Path) -> None:
             pass
     assert loop.validate()["val_perplexity"] < 1.2
     vocabulary = Vocabulary(data.facts["characters"])
-    chosen = {"temperature": 0.1, "top_k": 1, "generator": torch.Generator().manual_seed(0)}
-    text = sample(network, vocabulary, prime="cdefghab", length=16, **chosen)
+    text = sample(
+        network,
+        vocabulary,
+        prime="cdefghab",
+        length=16,
+        temperature=0.1,
+        top_k=1,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert text == "cdefghab" * 2
 
 
@@ -411,7 +418,15 @@ def test_each_character_costs_one_step(text_file: Path) -> None:
     for prime, first in (("anna", 4), ("", 1)):
         lengths.clear()
         generator = torch.Generator().manual_seed(0)
-        drawn = sample(network, vocabulary, prime=prime, length=20, generator=generator, **SAMPLED)
+        drawn = sample(
+            network,
+            vocabulary,
+            prime=prime,
+            length=20,
+            generator=generator,
+            temperature=1.0,
+            top_k=0,
+        )
         assert len(drawn) == 20
         assert lengths == [first] + [1] * 19
 
@@ -563,6 +578,18 @@ def test_one_epoch_and_one_more_equal_two_straight(
     assert all(torch.equal(one[name], other[name]) for name in one)
     for name in ("loss", "val_loss"):
         assert store.history(straight, name) == store.history(resumed, name)
+
+
+@pytest.mark.parametrize("size", ["4", "2,4"])
+def test_a_study_is_tried_with_what_its_trials_may_have(
+    store: Store, text_file: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text is too short for the default batch_size, and long enough for what is asked."""
+    arguments = ["--model", "char-lstm", "--dataset", str(text_file), "--length", "20"]
+    arguments += ["--tracking-uri", store.uri, "--batch-size"]
+    search.make(search.parse([*arguments, size]), arguments, "studies.search")  # is not refused
+    assert search.main([*arguments, "400"]) == 2
+    assert "with batch_size=400 and length=20 it must have at least" in one_sentence(capsys)
 
 
 @pytest.mark.slow
