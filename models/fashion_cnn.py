@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.data import DATASETS, load_images
-from models.normalize import normalized
+from models.prepare import PREPARATION, prepared
 from models.recipe import CLASSIFIER_PARAMETERS, Recipe
 
 
@@ -38,7 +38,7 @@ RECIPE = Recipe(
     name="fashion-cnn",
     summary="the tutorial's network: two convolutions, three linear layers",
     load=load_images,
-    build=lambda params, facts: normalized(FashionCNN(), params, facts),
-    parameters=CLASSIFIER_PARAMETERS,
+    build=lambda params, facts: prepared(FashionCNN(), params, facts),
+    parameters={**CLASSIFIER_PARAMETERS, **PREPARATION},
     datasets=", ".join(DATASETS),
 )

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.data import DATASETS, load_images
-from models.normalize import normalized
+from models.prepare import PREPARATION, prepared
 from models.recipe import CLASSIFIER_PARAMETERS, Recipe
 
 
@@ -34,7 +34,7 @@ RECIPE = Recipe(
     name="fashion-mlp",
     summary="the course's multi-layer perceptron, 784-256-128-64-10",
     load=load_images,
-    build=lambda params, facts: normalized(FashionMLP(), params, facts),
-    parameters=CLASSIFIER_PARAMETERS,
+    build=lambda params, facts: prepared(FashionMLP(), params, facts),
+    parameters={**CLASSIFIER_PARAMETERS, **PREPARATION},
     datasets=", ".join(DATASETS),
 )

@@ -228,8 +228,5 @@ CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
     "shuffle": Parameter(
         default=True, help="true or false", search=(True, False), grid=(True, False)
     ),
-    "normalize": Parameter(
-        default=False, help="subtract the training part's mean, divide by its deviation"
-    ),
 }
 """The tutorial's hyperparameters, and its grid."""

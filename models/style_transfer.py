@@ -28,8 +28,8 @@ from models.backbones import (
     load_weights,
 )
 from models.errors import ModelsError
-from models.normalize import Normalize
 from models.pictures import read_picture
+from models.prepare import Normalize
 from models.recipe import Data, Facts, Parameter, Params, Picture, Range, Recipe, Source, Step, Text
 
 _VGG19_STYLE = ("features.0", "features.5", "features.10", "features.19", "features.28")

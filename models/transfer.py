@@ -20,7 +20,7 @@ from models.backbones import (
 )
 from models.data import DATASETS, load_images
 from models.errors import ModelsError
-from models.normalize import Normalize
+from models.prepare import Normalize
 from models.recipe import CLASSIFIER_PARAMETERS, Facts, Parameter, Params, Range, Recipe
 
 

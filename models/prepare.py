@@ -1,11 +1,11 @@
-"""Normalisation within the network, so that whoever deploys it feeds plain pictures."""
+"""What a network does to pictures first, so that whoever deploys it feeds plain ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from models.recipe import Facts, Params
+from models.recipe import Facts, Parameter, Params
 
 
 class Normalize(nn.Module):
@@ -25,8 +25,16 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-def normalized(network: nn.Module, params: Params, facts: Facts) -> nn.Module:
-    """`network` behind a normalisation by the training part, if `params` ask for one."""
+PREPARATION = {
+    "normalize": Parameter(
+        default=False, help="subtract the training part's mean, divide by its deviation"
+    ),
+}
+"""The hyperparameters of `prepared`."""
+
+
+def prepared(network: nn.Module, params: Params, facts: Facts) -> nn.Module:
+    """`network`, behind what `params` ask for."""
     if not params["normalize"]:
         return network
     return nn.Sequential(Normalize([facts["mean"]], [facts["std"]]), network)
