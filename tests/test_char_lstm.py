@@ -624,7 +624,7 @@ def test_it_is_better_than_three_grams_on_anna(store: Store, data_dir: Path | No
     if data_dir is None or not (data_dir / "text" / "anna.txt").is_file():
         pytest.skip("TRACKER_DATA_DIR has no text/anna.txt")
     arguments = ["--model", "char-lstm", "--data-dir", str(data_dir), "--hidden", "128"]
-    assert train([*arguments, "--epochs", "1"]) == 0
+    assert train([*arguments, "--epochs", "2"]) == 0
     data = load_text(Source("auto", str(data_dir), 0), 64, 100)
     baseline = character_trigram(data)
     assert store.run().data.metrics["val_perplexity"] < baseline.perplexity
