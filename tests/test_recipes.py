@@ -1,0 +1,165 @@
+"""Every recipe, by the same commands: a study over each, and a recipe of one's own."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import Store
+from PIL import Image
+
+from models import RECIPES, rebuild
+from models.recipe import Parameter, Range, Source
+from studies import search, train
+from studies.arguments import default_space
+from studies.training import Task
+from tracker import load_trained
+
+OWN = """
+import torch
+from torch import nn
+from models.data import load_images
+from models.recipe import Parameter, Recipe
+
+RECIPE = Recipe(
+    name="linear",
+    summary="one layer",
+    load=load_images,
+    build=lambda params, facts: nn.Sequential(
+        nn.Flatten(), nn.Dropout(params["dropout"]), nn.Linear(784, len(facts["classes"]))
+    ),
+    parameters={
+        "lr": Parameter(default=0.01, help="Adam's", search=(0.01, 0.001), grid=(0.01, 0.001)),
+        "batch_size": Parameter(default=200, help="pictures"),
+        "dropout": Parameter(default=0.0, least=0, most=0.9, help="share of pixels"),
+    },
+    datasets="digits",
+    dataset="digits",
+    epochs=1,
+)
+"""
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> dict[str, list[str]]:
+    """For each recipe, the options that make a training short."""
+    words = "the cat sat on a mat and saw that it was good, or was it not? "
+    (tmp_path / "text.txt").write_text("".join(words[i % 7 :] for i in range(400)))
+    for ending, word in (("pos", "gorgeous"), ("neg", "dull")):
+        lines = [f"a {word} film of number {number}" for number in range(60)]
+        (tmp_path / f"films.{ending}").write_text("\n".join(lines))
+    for name in ("content", "style"):
+        Image.effect_noise((48, 40), 90).save(tmp_path / f"{name}.png")
+    pair = f"{tmp_path / 'content.png'},{tmp_path / 'style.png'}"
+    digits = ["--dataset", "digits"]
+    return {
+        "fashion-cnn": digits,
+        "fashion-mlp": digits,
+        "transfer": [*digits, "--weights", "none", "--image-size", "16"],
+        "style-transfer": ["--dataset", pair, "--weights", "none", "--steps", "2", "--size", "32"],
+        "char-lstm": ["--dataset", str(tmp_path / "text.txt"), "--batch-size", "8",
+                      "--hidden", "16", "--length", "20"],
+        "sentiment-lstm": ["--dataset", str(tmp_path / "films"), "--hidden", "8"],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_study_of_four_trials_over_each_recipe(
+    name: str, quick: dict[str, list[str]], store: Store, workdir: Path
+) -> None:
+    command = ["--model", name, *quick[name], "--epochs", "1"]
+    assert search.main([*command, "--sampler", "random", "--trials", "4"]) == 0
+    runs = store.runs()
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    objective = next(iter(RECIPES[name].metrics))
+    table = pd.read_csv(io.StringIO(store.text(parent, "trials.csv", workdir)))
+    assert len(table) == 4
+    searched = default_space(RECIPES[name], grid=False)
+    assert searched
+    assert set(searched) <= set(table.columns)
+    for run in runs:
+        if run is not parent:
+            assert run.data.params["model"] == name
+            assert objective in run.data.metrics
+
+
+def test_a_recipe_of_one_s_own_trains_and_is_rebuilt(
+    store: Store, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workdir / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(workdir)
+    assert train.main(["--model", "mine:RECIPE", "--dropout", "0.5", "--batch_size", "100"]) == 0
+    run = store.run()
+    assert run.data.params["model"] == "mine:RECIPE"
+    assert run.data.params["batch_size"] == "100"
+    trained = load_trained(f"runs:/{run.info.run_id}/model")
+    network = rebuild(json.loads(trained.files["recipe.json"]))
+    network.load_state_dict(trained.program.state_dict)
+    sys.modules.pop("mine")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_says_what_it_searches_and_what_it_is(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RECIPES[name]
+    for command in (train, search):
+        with pytest.raises(SystemExit):
+            command.parse(["--model", name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        for parameter in recipe.parameters:
+            assert f"--{parameter.replace('_', '-')} " in shown
+    for grid in (False, True):
+        assert default_space(recipe, grid=grid)
+    for parameter in recipe.parameters.values():
+        for value in (*(parameter.grid or ()), parameter.default):
+            assert type(value) is type(parameter.default)
+            assert parameter.parse(str(value)) == value
+        if isinstance(parameter.search, Range):
+            assert parameter.search.low < parameter.search.high
+            assert parameter.parse(str(parameter.search.low)) == parameter.search.low
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text", "domain"),
+    [
+        (Parameter(default=1, help=""), "1.5", "a whole number from 1"),
+        (Parameter(default=1, help="", least=0), "-1", "a whole number from 0"),
+        (Parameter(default=1, help="", most=8), "9", "a whole number from 1 to 8"),
+        (Parameter(default=0.1, help=""), "0", "a number above 0"),
+        (Parameter(default=0.1, help=""), "inf", "a number above 0"),
+        (Parameter(default=0.1, help="", least=0, most=1), "nan", "a number from 0 to 1"),
+        (Parameter(default=True, help=""), "yes", "true or false"),
+        (Parameter(default="a", help="", allowed=("a", "b")), "c", "one of a, b"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_a_sentence(
+    parameter: Parameter, text: str, domain: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^'{text}' is not allowed; it must be {domain}$"):
+        parameter.parse(text)
+
+
+def test_the_parts_of_a_data_set_are_inputs_of_the_run_with_their_digests(store: Store) -> None:
+    assert train.main(["--dataset", "digits", "--epochs", "1"]) == 0
+    inputs = store.run().inputs.dataset_inputs
+    contexts = {each.tags[0].value: each.dataset for each in inputs}
+    assert set(contexts) == {"training", "validation", "test"}
+    assert len({dataset.digest for dataset in contexts.values()}) == 3
+    parts = Task.of("fashion-cnn", {}, Source("digits", "data", 0), None).data
+    assert len(parts.train) + len(parts.validation) + len(parts.test) == 1797
+
+
+def test_normalisation_is_of_the_training_part_and_travels_with_the_model(store: Store) -> None:
+    command = ["--dataset", "digits", "--epochs", "1", "--normalize", "true"]
+    assert train.main(command) == 0
+    state = load_trained(f"runs:/{store.run().info.run_id}/model").program.state_dict
+    part = Task.of("fashion-cnn", {}, Source("digits", "data", 0), None).data.train
+    assert state["0.mean"].item() == pytest.approx(part.images.mean().item(), abs=1e-4)
+    assert state["0.std"].item() == pytest.approx(part.images.std().item(), abs=1e-4)
