@@ -335,21 +335,26 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is not to be had here")
 sys.meta_path.insert(0, Blocker())
 import mlflow, torch
-uri, *texts = sys.argv[1:]
+uri, length, *texts = sys.argv[1:]
 found = mlflow.pyfunc.load_model(uri).predict(texts)
-logits = mlflow.pytorch.load_model(uri)(torch.ones(3, 12, dtype=torch.long))
+logits = mlflow.pytorch.load_model(uri)(torch.ones(3, int(length), dtype=torch.long))
 json.dump([found.to_dict("list"), logits.shape], open("found.json", "w"))
 """
 
 
-def predict_elsewhere(store: Store, run_id: str, folder: Path, texts: Sequence[str]) -> Any:
-    """What a process that cannot import this project says of the texts."""
+def predict_elsewhere(
+    store: Store, run_id: str, folder: Path, texts: Sequence[str], length: int = 12
+) -> Any:
+    """What a process that cannot import this project says of the texts.
+
+    It gives the network too a batch, of texts of `length` tokens.
+    """
     folder.mkdir()
     # -S leaves out the path to this project that an editable installation adds.
     packages = next(path for path in sys.path if path.endswith("site-packages"))
     program = f"import sys; sys.path.append({packages!r}){PREDICT_ELSEWHERE}"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program, f"runs:/{run_id}/model", *texts],
+        [sys.executable, "-I", "-S", "-c", program, f"runs:/{run_id}/model", str(length), *texts],
         cwd=folder,
         env={"MLFLOW_TRACKING_URI": store.uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
         capture_output=True,
@@ -476,5 +481,5 @@ def test_it_learns_the_real_reviews(store: Store, data_dir: Path | None, tmp_pat
     run = store.run()
     assert run.data.metrics["test_accuracy"] > 0.72
     texts = ["a gorgeous film", "dull and far too long"]
-    found, _ = predict_elsewhere(store, run.info.run_id, tmp_path / "elsewhere", texts)
+    found, _ = predict_elsewhere(store, run.info.run_id, tmp_path / "elsewhere", texts, 50)
     assert found["label"] == ["positive", "negative"]
