@@ -1,0 +1,74 @@
+"""Write the model that a run has logged as one file for other programs.
+
+python -m studies.export RUN_ID --to torchscript
+python -m studies.export models:/fashion@champion --to onnx --output fashion.onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.arguments import RAW
+from tracker import TrackerError, load_trained
+from tracker.cli import OneSentenceParser
+from tracker.deploy import CHECKED_SIZES, FORMATS, deploy
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `model` is a URI, and `output` is set."""
+    formats = "\n".join(f"  {name:12} {each.summary}" for name, each in FORMATS.items())
+    parser = OneSentenceParser(
+        prog="studies.export",
+        description=f"{__doc__}\nThe file needs no Python class, takes any batch size, and is "
+        "compared with the logged\nmodel before it is there. Formats, and who reads them:\n\n"
+        + formats,
+        formatter_class=RAW,
+    )
+    parser.add_argument(
+        "model",
+        metavar="RUN_ID",
+        help="a run, or a model: runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/1",
+    )
+    parser.add_argument("--to", choices=list(FORMATS), required=True, help="the format")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the file, by default named after RUN_ID and the format; a file that is there is "
+        "replaced, once the new one has passed its check",
+    )
+    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    given = parser.parse_args(arguments)
+    if given.output is None:
+        name = re.sub(r"\W+", "-", given.model.partition(":/")[2] or given.model).strip("-")
+        given.output = Path((name or "model") + FORMATS[given.to].suffix)
+    if ":/" not in given.model:
+        given.model = f"runs:/{given.model}/model"
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 where there is no file."""
+    given = parse(arguments)
+    try:
+        program = load_trained(given.model, given.tracking_uri).program
+        difference = deploy(program, given.output, given.to)
+    except TrackerError as error:
+        print(f"studies.export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    sizes = ", ".join(str(size) for size in CHECKED_SIZES)
+    print(f"file        {given.output}")
+    print(f"size        {given.output.stat().st_size:,} bytes")
+    print(f"difference  {difference:.2g} at most from the logged model, on batches of {sizes}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
