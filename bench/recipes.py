@@ -1,6 +1,6 @@
 """The recipes for pictures beside what they may be compared with, on one split.
 
-python -m bench.recipes --data-dir data [--seeds 3] [--epochs 15]
+python -m bench.recipes --data-dir data [--part accuracy|transfer] [--seeds 3] [--epochs 40]
 
 For each data set: logistic regression from scikit-learn on the pixels, `fashion-mlp` and
 `fashion-cnn`, each trained on the training part and judged on the test part; the logistic
@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -89,43 +88,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the tables."""
     parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__)
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--part", choices=("accuracy", "transfer"), help="by default both")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(2)
     seeds = range(given.seeds)
     data = {
         name: [load(name, given.data_dir, seed=seed) for seed in seeds]
         for name in ("fashion-mnist", "mnist")
     }
+    if given.part != "transfer":
+        accuracies(data, given.epochs)
+    if given.part != "accuracy":
+        curves(data["mnist"], data["fashion-mnist"], given.epochs)
+
+
+def accuracies(data: Mapping[str, Sequence[ImageData]], epochs: int) -> None:
+    """Print the medians over the splits, by number of the seed, of each data set."""
+    changed = {"lr": 0.003, "batch_size": 50, "normalize": True}
     rows = []
     for name, splits in data.items():
-        found = [f"{median(logistic_regression(split) for split in splits):.3f}"]
+        found = [median(logistic_regression(split) for split in splits)]
         for model in ("fashion-mlp", "fashion-cnn"):
-            changed = {"lr": 0.003, "batch_size": 50, "normalize": True}
-            tests = [train(model, splits[seed], seed, given.epochs, changed)[1] for seed in seeds]
-            found.append(f"{median(tests):.3f}")
+            tests = [
+                train(model, each, seed, epochs, changed)[1] for seed, each in enumerate(splits)
+            ]
+            found.append(median(tests))
         parts = (splits[0].train, splits[0].validation, splits[0].test)
-        rows.append([name, "/".join(str(len(part)) for part in parts), *found])
-        print(*rows[-1], flush=True)
-    print(table(["test accuracy", "pictures", "logistic regression", "MLP", "CNN"], rows))
+        sizes = "/".join(str(len(part)) for part in parts)
+        rows.append([name, sizes, *(f"{accuracy:.3f}" for accuracy in found)])
+    columns = ["data set", "pictures", "logistic regression", "fashion-mlp", "fashion-cnn"]
+    table(f"Test accuracy, medians of {len(splits)} seeds", columns, rows)
 
-    curves: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
-    for seed in seeds:
-        _, _, digits = train("fashion-cnn", data["mnist"][seed], seed, 5, {"lr": 0.001})
-        fashion, common = data["fashion-mnist"][seed], {"lr": 0.001, "batch_size": 50}
-        own = common | {"weights": "runs:/the/model"}
-        scratch, _, _ = train("fashion-cnn", fashion, seed, given.epochs, common)
-        curves["from scratch"].append(scratch)
+
+def curves(digits: Sequence[ImageData], fashion: Sequence[ImageData], epochs: int) -> None:
+    """Print the validation accuracy by epoch, with features from `digits` and without."""
+    common = {"lr": 0.001, "batch_size": 50}
+    own = {**common, "weights": "runs:/ID/model"}
+    found: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
+    for seed, (before, after) in enumerate(zip(digits, fashion, strict=True)):
+        _, _, backbone = train("fashion-cnn", before, seed, 5, {"lr": 0.001})
+        found["from scratch"].append(train("fashion-cnn", after, seed, epochs, common)[0])
         for label, thaw in (("head alone", 0), ("thaw 1", 1)):
-            changed = own | {"thaw": thaw}
-            curve, _, _ = train("transfer", fashion, seed, given.epochs, changed, digits)
-            curves[label].append(curve)
+            changed = {**own, "thaw": thaw}
+            curve = train("transfer", after, seed, epochs, changed, backbone)[0]
+            found[label].append(curve)
     rows = [
-        [str(epoch + 1), *(f"{median(c[epoch] for c in curve):.3f}" for curve in curves.values())]
-        for epoch in [*range(10), *range(14, given.epochs, 5)]
+        [str(epoch + 1), *(f"{median(c[epoch] for c in curve):.3f}" for curve in found.values())]
+        for epoch in [*range(5), *range(9, epochs, 5)]
     ]
-    print(table(["epoch", *curves], rows))
+    table(f"Validation accuracy, medians of {len(digits)} seeds", ["epoch", *found], rows)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from models.errors import ModelsError
 from models.pictures import read_picture
 from models.prepare import Normalize
 from models.recipe import Data, Facts, Parameter, Params, Picture, Range, Recipe, Source, Step, Text
+from models.transfer import Fit, Transfer
 
 _VGG19_STYLE = ("features.0", "features.5", "features.10", "features.19", "features.28")
 _VGG19_CONTENT = "features.21"
@@ -60,6 +61,8 @@ class StyledPicture(nn.Module):
     """The picture that is trained, and the network that judges it."""
 
     judge: nn.Module
+    whole: nn.Module
+    """The network that the judge is a part of, as it was saved."""
 
     def __init__(self, height: int, width: int, judge: nn.Module, mean: Any, std: Any) -> None:
         """Begin with a grey picture. `judge` takes pictures normalised by `mean` and `std`."""
@@ -133,7 +136,8 @@ class StyleLoop:
             self._content = network.features(content, self._layers)[self._content_layer]
             found = network.features(style, self._layers)
             self._grams = {name: gram(found[name]) for name in self._style_layers}
-            self._first_style = self._losses()[1].item()
+            self._first_style = max(self._losses()[1].item(), 1e-30)
+            self._size = max(self._content.square().mean().item(), 1e-30)
         self.optimizer: Optimizer = Adam([network.picture], lr=params["lr"])
         self.loader: DataLoader[Any] = DataLoader(self._pair)
 
@@ -141,7 +145,9 @@ class StyleLoop:
         """Change the picture, step by step."""
         for _ in range(self._params["steps"]):
             content, style = self._losses()
-            loss = self._params["content_weight"] * content + self._params["style_weight"] * style
+            # By their own sizes: the same weights then serve every network.
+            loss = self._params["content_weight"] * content / self._size
+            loss = loss + self._params["style_weight"] * style / self._first_style
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -224,19 +230,25 @@ def load(source: Source, params: Params) -> Data[Pair]:
 
 def build(params: Params, facts: Facts) -> nn.Module:
     """A grey picture, and the network that judges it. Raises ModelsError."""
-    judge = backbone(params, facts)
+    whole = judge = backbone(params, facts)
+    mean, std = ([0.0] * 3, [1.0] * 3) if is_own(params) else (IMAGENET_MEAN, IMAGENET_STD)
+    while isinstance(judge, Transfer):  # without what makes pictures small and grey for it
+        if isinstance(judge.prepare, Fit):
+            mean, std = judge.prepare.mean, judge.prepare.std
+        judge = judge.backbone
     if not any(isinstance(module, nn.Conv2d) for module in judge.modules()):
         raise ModelsError(
             f"weights={params['weights']!r} is a network without a convolution; allowed: one with."
         )
-    statistics = (IMAGENET_MEAN, IMAGENET_STD) if not is_own(params) else ([0.0] * 3, [1.0] * 3)
-    return StyledPicture(facts["height"], facts["width"], judge, *statistics)
+    network = StyledPicture(facts["height"], facts["width"], judge, mean, std)
+    object.__setattr__(network, "whole", whole)
+    return network
 
 
 def weights(network: nn.Module, params: Params, state: Mapping[str, Tensor] | None) -> None:
     """Give the judge its weights."""
     assert isinstance(network, StyledPicture)
-    load_weights(network.judge, first_weights(params, state), params["weights"])
+    load_weights(network.whole, first_weights(params, state), params["weights"])
 
 
 RECIPE = Recipe(
@@ -259,12 +271,14 @@ RECIPE = Recipe(
         ),
         "steps": Parameter(default=30, help="steps in an epoch"),
         "size": Parameter(default=256, least=16, most=2048, help="pixels of the longer side"),
-        "content_weight": Parameter(default=1.0, least=0, help="of the content loss"),
+        "content_weight": Parameter(
+            default=1.0, least=0, help="of the content loss, as a share of the features' squares"
+        ),
         "style_weight": Parameter(
-            default=1e5,
-            help="of the style loss",
-            search=Range(low=1e3, high=1e7, log=True),
-            grid=(1e4, 1e5),
+            default=100.0,
+            help="of the style loss, as a share of what it is at the start",
+            search=Range(low=1.0, high=1e4, log=True),
+            grid=(10.0, 100.0),
         ),
         "backbone": replace(BACKBONE, default="vgg19"),
         "weights": WEIGHTS,

@@ -68,7 +68,7 @@ class Fit(nn.Module):
     def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
         """Take the length of a side in pixels, and statistics for three colours."""
         super().__init__()
-        self.size = size
+        self.size, self.mean, self.std = size, mean, std
         self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> Tensor:

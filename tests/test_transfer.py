@@ -204,6 +204,19 @@ def test_the_style_loss_falls_and_the_picture_is_logged_by_step(
     assert run.outputs.model_outputs == []
 
 
+def test_a_network_for_colours_that_we_trained_judges_pictures_at_their_own_size(
+    store: Store, pictures: str
+) -> None:
+    small = ["--weights", "none", "--image-size", "16", "--dataset", "digits", "--epochs", "1"]
+    assert main(["--model", "transfer", *small]) == 0
+    own = f"runs:/{store.run().info.run_id}/model"
+    command = ["--model", "style-transfer", "--dataset", pictures, "--weights", own]
+    assert main([*command, "--epochs", "1", "--steps", "10", "--size", "64"]) == 0
+    run = store.runs()[-1]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["style_fall"] > 1
+
+
 def test_vgg_19_judges_by_the_paper_s_layers(pictures: str) -> None:
     chosen = params("style-transfer", size=32)
     task = Task.of("style-transfer", chosen, Source(pictures, "data", 0), None)
