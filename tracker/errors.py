@@ -5,6 +5,7 @@ TrackerError             anything this library raises on purpose
 ├── CallOrderError       a method was called before the one it needs (also a RuntimeError)
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
 │   └── RefusedError     the store answered, and will never take what it was given
+├── DeployError          a model cannot be written in a format, or computes something else there
 └── NonFiniteLossError   the loss became NaN or infinite and the user asked to stop
 
 Every message is one sentence that names the argument, its value and what is allowed.

@@ -405,7 +405,7 @@ class MlflowStore:
         """Download a logged or registered model; StoreError where there is none."""
         with translated(f"find the model {model_uri!r}"), _quiet():
             found = download_artifacts(
-                artifact_uri=model_uri,
+                artifact_uri=self._model_place(model_uri),
                 dst_path=str(into),
                 tracking_uri=self.tracking_uri,
                 registry_uri=self.tracking_uri,
@@ -413,6 +413,39 @@ class MlflowStore:
         if not Path(found, "MLmodel").is_file():
             raise StoreError(f"model={model_uri!r} is no model.")
         return Path(found)
+
+    def _model_place(self, model_uri: str) -> str:
+        """The URI of a model's files.
+
+        MLflow 3.17 looks for `models:/` in the tracking URI of the process, and for the models of
+        `runs:/` too, whatever URI its download is told.
+        """
+        scheme, _, path = model_uri.partition(":/")
+        name, _, rest = path.partition("/")
+        if scheme == "runs":
+            experiment = self.client.get_run(name).info.experiment_id
+            query = f"source_run_id = '{name}'"
+            found = self.client.search_logged_models([experiment], query)  # the last one first
+            places = [model.artifact_location for model in found if model.name == rest]
+            if not places:
+                raise StoreError(
+                    f"MLflow could not find the model {model_uri!r}: the run has no such model."
+                )
+            return str(places[0])
+        if scheme == "models" and "@" in name:
+            name, _, alias = name.partition("@")
+            rest = str(self.client.get_model_version_by_alias(name, alias).version)
+        if scheme == "models" and rest:
+            place = str(self.client.get_model_version_download_uri(name, rest))
+            # A version that was registered by its URI alone.
+            is_model = place.startswith(("models:/", "runs:/"))
+            return self._model_place(place) if is_model else place
+        if scheme == "models":
+            return str(self.client.get_logged_model(name).artifact_location)
+        raise StoreError(
+            f"model={model_uri!r} is not allowed; it must be runs:/RUN_ID/model, "
+            "models:/NAME@ALIAS or models:/NAME/1."
+        )
 
     def artifacts(self, run_id: str, folder: str | None = None) -> list[str]:
         """The paths in one folder of the run's artifacts, by name."""

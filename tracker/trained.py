@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from tracker.errors import StoreError
 from tracker.export import EXPORTED, FILES
 from tracker.redaction import public_uri
 from tracker.tracking_uri import is_file_store, local_path, resolve
-
-if TYPE_CHECKING:
-    from tracker.mlflow_store import MlflowStore
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,8 @@ def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
     if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():
         # MLflow would make an empty store there, and find nothing in it.
         raise StoreError(f"tracking_uri={public_uri(uri)!r} does not exist, and so has no models.")
-    store = MlflowStore(tracking_uri)
     with TemporaryDirectory() as temporary:
-        folder = store.download_model(_where(model_uri, store), Path(temporary))
+        folder = MlflowStore(tracking_uri).download_model(model_uri, Path(temporary))
         exported = folder / EXPORTED
         if not exported.is_file():
             raise StoreError(
@@ -74,40 +69,3 @@ def muted(logger: str) -> Iterator[None]:
         yield
     finally:
         silenced.disabled = was
-
-
-def _where(model_uri: str, store: MlflowStore) -> str:
-    """The URI of the model's files.
-
-    MLflow 3.17 would look for `models:/` in the tracking URI of the process, and for the models
-    of `runs:/` too, whatever URI its download is told.
-    """
-    from tracker.mlflow_store import translated
-
-    scheme, _, path = model_uri.partition(":/")
-    name, _, rest = path.partition("/")
-    client = store.client
-    with translated(f"find the model {model_uri!r}"):
-        if scheme == "runs":
-            experiment = client.get_run(name).info.experiment_id
-            query = f"source_run_id = '{name}'"
-            found = client.search_logged_models([experiment], query)  # the last one first
-            places = [model.artifact_location for model in found if model.name == rest]
-            if not places:
-                raise StoreError(
-                    f"MLflow could not find the model {model_uri!r}: the run has no such model."
-                )
-            return str(places[0])
-        if scheme == "models" and "@" in name:
-            name, _, alias = name.partition("@")
-            rest = str(client.get_model_version_by_alias(name, alias).version)
-        if scheme == "models" and rest:
-            place = client.get_model_version_download_uri(name, rest)
-            # A version that was registered by its URI alone.
-            return _where(place, store) if place.startswith(("models:/", "runs:/")) else place
-        if scheme == "models":
-            return str(client.get_logged_model(name).artifact_location)
-    raise StoreError(
-        f"model={model_uri!r} is not allowed; it must be runs:/RUN_ID/model, models:/NAME@ALIAS "
-        "or models:/NAME/1."
-    )
