@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported, for the programs that tests start too: several of them share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import socket
 import subprocess
 import sys

@@ -14,10 +14,11 @@ from PIL import Image
 
 from models import RECIPES, rebuild
 from models.recipe import Parameter, Range, Source
-from studies import search, train
+from studies import export, search, train
 from studies.arguments import default_space
 from studies.training import Task
 from tracker import load_trained
+from tracker.deploy import FORMATS
 
 OWN = """
 import torch
@@ -87,6 +88,19 @@ def test_a_study_of_four_trials_over_each_recipe(
         if run is not parent:
             assert run.data.params["model"] == name
             assert objective in run.data.metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fashion-mlp", "transfer", "sentiment-lstm"])
+def test_each_classifier_is_exported_to_each_format(
+    name: str, quick: dict[str, list[str]], store: Store, workdir: Path
+) -> None:
+    assert train.main(["--model", name, *quick[name], "--epochs", "1"]) == 0
+    run_id = store.run().info.run_id
+    for kind in FORMATS:  # each file is compared with the model before it is there
+        target = workdir / f"model.{kind}"
+        assert export.main([run_id, "--to", kind, "--output", str(target)]) == 0
+        assert target.stat().st_size > 1000
 
 
 def test_a_recipe_of_one_s_own_trains_and_is_rebuilt(
