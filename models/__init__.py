@@ -1,6 +1,7 @@
 """The networks that the studies train, and the data that they train on."""
 
 import importlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "find",
     "load",
+    "parse_spec",
     "rebuild",
     "spec",
 ]
@@ -67,6 +69,25 @@ def find(name: str) -> Recipe:
 def spec(name: str, params: Params, facts: Facts) -> dict[str, Any]:
     """What `rebuild` needs, as JSON."""
     return {"model": name, "params": dict(params), "facts": dict(facts)}
+
+
+def parse_spec(text: str, own: str = "") -> dict[str, Any]:
+    """What `spec` made, from its JSON.
+
+    Parameters that are newer than it get their defaults. The text comes with a model, so it may
+    name the recipes of `RECIPES` and `own` alone: any other would be imported.
+    Raises ModelsError for a text that is none, and for another recipe.
+    """
+    try:
+        found = json.loads(text)
+        name, params, facts = found["model"], dict(found["params"]), dict(found["facts"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelsError("the recipe.json of the model is damaged.") from error
+    if name not in (*RECIPES, own):
+        raise ModelsError(f"the model is of {name!r}; allowed: {', '.join(RECIPES)}.")
+    if "backbone" in facts:
+        facts["backbone"] = parse_spec(json.dumps(facts["backbone"]), own)
+    return spec(name, {**find(name).defaults(), **params}, facts)
 
 
 def rebuild(described: Mapping[str, Any]) -> nn.Module:

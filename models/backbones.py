@@ -65,19 +65,28 @@ def first_weights(params: Params, state: Mapping[str, Tensor] | None) -> Mapping
         return {}
     url = torchvision.models.get_model_weights(params["backbone"]).DEFAULT.url
     file = Path(urlsplit(url).path).name
+    cached = Path(torch.hub.get_dir(), "checkpoints", file)
     try:
-        if not Path(torch.hub.get_dir(), "checkpoints", file).is_file():
+        if not cached.is_file():
             base = url.removesuffix(file)
             check_answers(Archives(mirrors=(base,), files=((file, ""),)))
-        loaded: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-            url, progress=False, map_location="cpu", check_hash=True
-        )
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), _hash_of(file), progress=False)
     except (DownloadError, OSError, RuntimeError) as error:
         raise ModelsError(
             f"weights='imagenet' of {params['backbone']} cannot be downloaded ({error}); "
             "allowed without a network: none, or a tracked model, runs:/RUN_ID/model."
         ) from error
+    try:
+        loaded: dict[str, Tensor] = torch.load(cached, map_location="cpu", weights_only=True)
+    except Exception as error:  # what zip files, pickles and torch raise on a damaged file
+        raise ModelsError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
     return loaded
+
+
+def _hash_of(file: str) -> str:
+    """The beginning of the file's SHA-256, which torchvision's names end with: name-HASH.pth."""
+    return file.rpartition("-")[2].partition(".")[0]
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], named: Any) -> None:

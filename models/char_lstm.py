@@ -101,6 +101,13 @@ class TruncatedLoop:
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
         return {"val_perplexity": perplexity, "val_loss": loss}
 
+    def test(self) -> Mapping[str, float]:
+        """`test_loss` and `test_perplexity`, as `validate` has them."""
+        assert self._data.test is not None
+        loss = evaluate(self._network, self._data.test)
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+        return {"test_perplexity": perplexity, "test_loss": loss}
+
     def show(self, epoch: int) -> Iterable[Picture | Text]:
         """A sample of text, the same under the same weights, seed and epoch."""
         if not self._params["sample_length"]:
@@ -242,8 +249,12 @@ RECIPE = Recipe(
             search=Range(low=5e-4, high=2e-2, log=True),
             grid=(0.002, 0.004),
         ),
-        "batch_size": Parameter(default=64, help="streams that the text is cut into"),
-        "length": Parameter(default=100, help="characters that gradients go back, at most"),
+        "batch_size": Parameter(
+            default=64, most=1_000_000, help="streams that the text is cut into"
+        ),
+        "length": Parameter(
+            default=100, most=1_000_000, help="characters that gradients go back, at most"
+        ),
         "hidden": Parameter(
             default=256, help="units in a layer", most=16384, search=(128, 256), grid=(128, 256)
         ),

@@ -31,6 +31,10 @@ def read_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
                         f"{path} has {opened.width}x{opened.height} pixels; allowed are "
                         f"{MOST_PIXELS:,} in all."
                     )
+                if opened.mode.startswith(("I", "F")):
+                    raise ModelsError(
+                        f"{path} has pixels of the kind {opened.mode}; allowed: 8 bits a colour."
+                    )
                 opened.draft("RGB", _enough(opened, size))  # a JPEG is decoded smaller at once
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError as error:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from models.errors import ModelsError
+
 Value: TypeAlias = float | int | bool | str
 Params: TypeAlias = Mapping[str, Any]
 """A value for each of the recipe's parameters."""
@@ -147,6 +149,9 @@ class Loop(Protocol):
     def validate(self) -> Mapping[str, float]:
         """The metrics after an epoch, by their names in `Recipe.metrics`."""
 
+    def test(self) -> Mapping[str, float]:
+        """The metrics on the test part, `test_loss` for one; none where there is no such part."""
+
     def show(self, epoch: int) -> Iterable[Picture | Text]:
         """What there is to see after an epoch."""
 
@@ -159,6 +164,15 @@ def _adam(network: nn.Module, params: Params) -> Optimizer:
     return Adam(network.parameters(), lr=params["lr"])
 
 
+_RESERVED = frozenset(
+    {
+        *("help", "model", "dataset", "data_dir", "epochs", "device", "seed", "tracking_uri"),
+        *("experiment", "offline", "resume", "checkpoints", "sampler", "pruner", "trials"),
+        *("workers", "study", "storage", "retries", "grace_seconds", "metric", "models"),
+        *("warm_start_study", "warm_start_experiment", "register", "alias", "replay"),
+        *("optimizer",),  # a param of every run
+    }
+)
 _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
     "val_accuracy": "maximize",
     "val_loss": "minimize",
@@ -207,6 +221,21 @@ class Recipe:
     before_epoch: Callable[[nn.Module, Params, int], None] | None = None
     """Change the network before an epoch: thaw layers, say."""
 
+    def __post_init__(self) -> None:
+        """Raise ModelsError for a recipe that could not be trained."""
+        needed = {"batch_size"} if self.loop is None else set()
+        if self.loop is None and self.optimizer is _adam:
+            needed |= {"lr"}
+        if missing := sorted(needed - set(self.parameters)):
+            raise ModelsError(
+                f"recipe {self.name!r} has no parameter {missing[0]!r}, which its training needs."
+            )
+        if taken := sorted(_RESERVED & set(self.parameters)):
+            raise ModelsError(
+                f"recipe {self.name!r} has a parameter {taken[0]!r}, which is an option of the "
+                "commands; it needs another name."
+            )
+
     def defaults(self) -> dict[str, Value]:
         """The default of each parameter."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
@@ -221,6 +250,7 @@ CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
     ),
     "batch_size": Parameter(
         default=100,
+        most=1_000_000,
         help="pictures in a batch",
         search=(50, 100, 200, 500, 1000),
         grid=(100, 1000),

@@ -111,6 +111,11 @@ def _vocabulary(texts: Iterable[Sequence[str]], params: Params) -> list[str]:
     """The words that occur most often, the most frequent first; ties by the alphabet."""
     counts = Counter(token for tokens in texts for token in tokens)
     often = [word for word, count in counts.items() if count >= params["min_count"]]
+    if not often:
+        raise ModelsError(
+            f"min_count={params['min_count']} leaves no word of the training part; allowed: up to "
+            f"{max(counts.values(), default=0)}."
+        )
     return sorted(often, key=lambda word: (-counts[word], word))[: params["vocabulary"]]
 
 
@@ -196,7 +201,7 @@ def _read_csv(path: Path, params: Params) -> _Texts:
         ) from error
     classes = sorted(set(names))
     if len(classes) != 2:
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        shown = ", ".join(name[:20] for name in classes[:5]) + (", ..." if len(classes) > 5 else "")
         raise ModelsError(
             f"label_column={label_column!r} of {path} has {len(classes)} different labels"
             f"{f' ({shown})' if classes else ''}; allowed: two."

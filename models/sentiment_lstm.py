@@ -109,15 +109,17 @@ RECIPE = Recipe(
             search=Range(low=1e-3, high=2e-2, log=True),
             grid=(0.002, 0.005),
         ),
-        "batch_size": Parameter(default=64, help="texts in a batch", search=(32, 64, 128)),
+        "batch_size": Parameter(
+            default=64, most=1_000_000, help="texts in a batch", search=(32, 64, 128)
+        ),
         "shuffle": Parameter(default=True, help="true or false"),
         "embedding": Parameter(
-            default=64, help="numbers for a word", search=(32, 64, 128), grid=(64, 128)
+            default=64, most=16384, help="numbers for a word", search=(32, 64, 128), grid=(64, 128)
         ),
         "hidden": Parameter(
-            default=32, help="numbers in a state, each way", search=(16, 32, 64, 128)
+            default=32, most=16384, help="numbers in a state, each way", search=(16, 32, 64, 128)
         ),
-        "layers": Parameter(default=1, help="LSTMs on top of each other", search=(1, 2)),
+        "layers": Parameter(default=1, most=16, help="LSTMs on top of each other", search=(1, 2)),
         "bidirectional": Parameter(default=True, help="read backwards too"),
         "dropout": Parameter(
             default=0.5, help="of the layers", least=0, most=0.9, search=Range(low=0.2, high=0.8)
@@ -130,7 +132,7 @@ RECIPE = Recipe(
         ),
         "vocabulary": Parameter(default=20_000, help="words at most"),
         "min_count": Parameter(default=2, help="how often the training part has a word"),
-        "length": Parameter(default=50, help="words of a text; the rest is cut"),
+        "length": Parameter(default=50, most=10_000, help="words of a text; the rest is cut"),
         "text_column": Parameter(default="text", help="of a CSV"),
         "label_column": Parameter(default="label", help="of a CSV"),
     },

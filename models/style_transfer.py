@@ -6,6 +6,7 @@ What is trained is the picture itself, against the features of a network that is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -133,8 +134,14 @@ class StyleLoop:
         content, style = self._pair.content.to(place), self._pair.style.to(place)
         with torch.no_grad():
             network.picture.copy_(content)
-            self._content = network.features(content, self._layers)[self._content_layer]
-            found = network.features(style, self._layers)
+            try:
+                self._content = network.features(content, self._layers)[self._content_layer]
+                found = network.features(style, self._layers)
+            except RuntimeError as error:
+                raise ModelsError(
+                    f"size={params['size']} is not allowed: the network does not take pictures of "
+                    f"{content.shape[1]}x{content.shape[2]} ({str(error).splitlines()[0]})."
+                ) from error
             self._grams = {name: gram(found[name]) for name in self._style_layers}
             self._first_style = max(self._losses()[1].item(), 1e-30)
             self._size = max(self._content.square().mean().item(), 1e-30)
@@ -164,6 +171,10 @@ class StyleLoop:
             "content_loss": content,
             "style_fall": self._first_style / max(style, 1e-30),
         }
+
+    def test(self) -> Mapping[str, float]:
+        """Nothing: there is no other part."""
+        return {}
 
     def show(self, epoch: int) -> Iterable[Picture | Text]:
         """The picture; first also what it is made of."""
@@ -213,7 +224,7 @@ def load(source: Source, params: Params) -> Data[Pair]:
         files = [str(folder / name) for name in ("octopus.jpg", "delaunay.jpg")]
     else:
         files = source.dataset.split(",")
-    if len(files) != 2 or not all(Path(file).is_file() for file in files):
+    if len(files) != 2 or not all(os.path.isfile(file) for file in files):
         raise ModelsError(
             f"dataset={source.dataset!r} is not two picture files; allowed: CONTENT.jpg,STYLE.jpg."
         )
@@ -261,7 +272,12 @@ RECIPE = Recipe(
     is_model=False,
     scores=None,
     epochs=10,
-    metrics={"style_loss": "minimize", "content_loss": "minimize", "loss": "minimize"},
+    metrics={
+        "style_loss": "minimize",
+        "content_loss": "minimize",
+        "loss": "minimize",
+        "style_fall": "maximize",
+    },
     parameters={
         "lr": Parameter(
             default=0.02,
@@ -277,8 +293,6 @@ RECIPE = Recipe(
         "style_weight": Parameter(
             default=100.0,
             help="of the style loss, as a share of what it is at the start",
-            search=Range(low=1.0, high=1e4, log=True),
-            grid=(10.0, 100.0),
         ),
         "backbone": replace(BACKBONE, default="vgg19"),
         "weights": WEIGHTS,

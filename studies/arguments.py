@@ -112,10 +112,15 @@ def value(parameter: Parameter) -> Callable[[str], Value]:
 
 
 def domain(parameter: Parameter) -> Callable[[str], list[Value] | BaseDistribution]:
-    """Reads values, `A,B,C`, or the range between two numbers, `LOW:HIGH`, `:log` by ratio."""
+    """Reads values, `A,B,C`, or the range between two numbers, `LOW:HIGH`, `:log` by ratio.
+
+    Texts may hold commas: those that are no choice of a few are split at `|`.
+    """
     one = value(parameter)
 
     def read(text: str) -> list[Value] | BaseDistribution:
+        if isinstance(parameter.default, str) and not parameter.allowed:
+            return [one(part) for part in text.split("|")]
         if ":" not in text or isinstance(parameter.default, (bool, str)):
             return [one(part) for part in text.split(",")]
         low, high, *rest = text.split(":")
@@ -126,6 +131,10 @@ def domain(parameter: Parameter) -> Callable[[str], list[Value] | BaseDistributi
         assert not isinstance(ends[1], str)
         if ends[0] > ends[1]:
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; LOW must not be above HIGH")
+        if rest and ends[0] == 0:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not allowed; LOW must be above 0 for log"
+            )
         return distribution(Range(low=ends[0], high=ends[1], log=bool(rest)))
 
     return read

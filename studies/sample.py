@@ -6,7 +6,6 @@ python -m studies.sample RUN_ID --prime "Anna" --length 400 --temperature 0.8 --
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from models import ModelsError, rebuild
+from models import ModelsError, parse_spec, rebuild
 from models.char_lstm import RECIPE, CharLSTM, sample
 from models.text import Vocabulary
 from studies.arguments import RAW, natural, positive_float, positive_int, seed
@@ -65,12 +64,15 @@ def load(run_id: str, tracking_uri: str | None = None) -> tuple[CharLSTM, dict[s
     Raises StoreError or ModelsError, as `write` does.
     """
     trained = load_trained(f"runs:/{run_id}/model", tracking_uri)
-    spec = json.loads(trained.files.get(SPEC, "{}"))
-    model = spec.get("model", "something else")
-    # The name alone could be that of any module, which `rebuild` would import.
-    if model != RECIPE.name:
-        raise ModelsError(f"run {run_id!r} trained {model}; allowed: a run of {RECIPE.name}.")
-    spec["params"] = RECIPE.defaults() | spec["params"]  # a parameter may be newer than the run
+    if SPEC not in trained.files:
+        raise ModelsError(
+            f"run {run_id!r} trained something else; allowed: a run of {RECIPE.name}."
+        )
+    spec = parse_spec(trained.files[SPEC])
+    if spec["model"] != RECIPE.name:
+        raise ModelsError(
+            f"run {run_id!r} trained {spec['model']}; allowed: a run of {RECIPE.name}."
+        )
     network = rebuild(spec)
     assert isinstance(network, CharLSTM)
     network.load_state_dict(trained.program.state_dict)

@@ -49,7 +49,9 @@ def parse(
 ) -> argparse.Namespace:
     """The command line; `space` is what is searched, `fixed` the other hyperparameters."""
     arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
-    parser = OneSentenceParser(prog=prog, description=__doc__, formatter_class=RAW)
+    parser = OneSentenceParser(
+        prog=prog, description=__doc__, formatter_class=RAW, allow_abbrev=False
+    )
     recipe = add_model(parser, arguments)
     study = parser.add_argument_group("the study")
     study.add_argument("--sampler", default="tpe", help=", ".join(SAMPLERS))
@@ -121,7 +123,7 @@ class Objective:
     def __call__(self, trial: Trial) -> list[float]:
         """Train with the trial's hyperparameters; returns its metrics after the last epoch."""
         task = self.task(trial.params)
-        with trial.manager() as manager:
+        with trial.manager(model=task.recipe.is_model) as manager:
             # The one that an earlier attempt may have ended with.
             metrics = manager.checkpoint.metrics if manager.checkpoint else {}
             _, epochs = training.begin(
@@ -163,9 +165,11 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         tuple(given.metric),
         given.tracking_uri,
     )
+    if given.register and not recipe.is_model:
+        raise ArgumentError(f"register={given.register!r}: {recipe.name} makes no model.")
     choose_device(given.device)
     # What is wrong with it shows now, not in every trial.
-    objective.task({name: _first(values) for name, values in given.space.items()})
+    objective.task({name: _first(values) for name, values in given.space.items()}).check()
     is_grid = given.sampler == "grid"
     command = public_command(["python", "-m", prog, *arguments])
     study = Study(

@@ -10,7 +10,8 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from studies.arguments import (
     positive_int,
     value,
 )
-from tracker import Keep, RunManager, TrackerError, choose_device, set_seed
+from tracker import ArgumentError, Keep, RunManager, TrackerError, choose_device, set_seed
 from tracker.cli import OneSentenceParser
 from tracker.redaction import public_uri
 
@@ -34,7 +35,9 @@ from tracker.redaction import public_uri
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `params` holds the recipe's hyperparameters."""
     arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
-    parser = OneSentenceParser(prog="studies.train", description=__doc__, formatter_class=RAW)
+    parser = OneSentenceParser(
+        prog="studies.train", description=__doc__, formatter_class=RAW, allow_abbrev=False
+    )
     recipe = add_model(parser, arguments)
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a run from its checkpoint")
     parser.add_argument(
@@ -63,6 +66,7 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
         manager = RunManager(**settings)
     else:
         manager = RunManager.resume(given.resume, **settings)
+        _check_same(task, given.seed, manager.earlier_params)
     with manager:
         run, epochs = training.begin(
             manager,
@@ -75,6 +79,22 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
         for _ in epochs:
             pass
         return run.run_id, run.tracking_uri
+
+
+def _check_same(task: training.Task, seed: int, earlier: Mapping[str, str]) -> None:
+    """Raise ArgumentError where the run that is continued began with something else."""
+    told = {"model": task.name, "dataset": task.data.name, "seed": seed, **task.params}
+    for name, now in told.items():
+        had = earlier.get(name, str(now))
+        parameter = task.recipe.parameters.get(name)
+        with suppress(ValueError):  # `mlflow run -P lr=1e-2` has it as it was typed
+            if parameter is not None and parameter.parse(had) == now:
+                continue
+        if had != str(now):
+            raise ArgumentError(
+                f"{name}={now!r} is not what the run began with, {had!r}; "
+                "it goes on with the same options."
+            )
 
 
 def ui_command(tracking_uri: str) -> str:

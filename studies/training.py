@@ -57,14 +57,26 @@ class Task:
                 raise models.ModelsError(
                     f"weights={weights!r} is not a model of studies.train: it has no {SPEC}."
                 )
-        return cls(model, recipe, params, recipe.load(source, params), trained)
+        data = recipe.load(source, params)
+        if recipe.loop is None and recipe.scores is not None and "classes" not in data.facts:
+            raise models.ModelsError(
+                f"recipe {recipe.name!r} is a classifier whose data has no facts['classes']; "
+                "with scores=None it is none."
+            )
+        return cls(model, recipe, params, data, trained)
+
+    def check(self) -> None:
+        """Raise ModelsError where the network does not fit its hyperparameters or its data."""
+        network = self.network()
+        if self.recipe.loop is not None:
+            self.recipe.loop(network, self.data, self.params)
 
     @property
     def spec(self) -> dict[str, Any]:
         """What `models.rebuild` needs to make this network."""
         facts = dict(self.data.facts)
         if self.backbone is not None:
-            facts["backbone"] = json.loads(self.backbone.files[SPEC])
+            facts["backbone"] = models.parse_spec(self.backbone.files[SPEC], self.name)
         return models.spec(self.name, self.params, facts)
 
     def network(self) -> nn.Module:
@@ -94,12 +106,12 @@ def begin(
     recipe, data = task.recipe, task.data
     network = task.network().to(device)
     loop = None if recipe.loop is None else recipe.loop(network, data, task.params)
+    size = task.params.get("batch_size", 1)
     if loop is not None:
         optimizer, loader = loop.optimizer, loop.loader
     else:
         optimizer = recipe.optimizer(network, task.params)
-        size, shuffle = task.params["batch_size"], task.params.get("shuffle", True)
-        loader = DataLoader(data.train, size, shuffle=shuffle)
+        loader = DataLoader(data.train, size, shuffle=task.params.get("shuffle", True))
     told = {
         "model": task.name,
         "dataset": data.name,
@@ -145,7 +157,9 @@ def begin(
             manager.save_checkpoint(optimizer=optimizer)
             yield epoch
         if final:
-            _finish(run, network, task, epochs, device)
+            if tested := _test(network, task, device) if loop is None else loop.test():
+                run.log_metrics(tested, epochs)
+            _log_mistakes(run, network, task)
         manager.end_run(
             model_files={SPEC: json.dumps(task.spec, indent=1)},
             predictor=_predictor(network, task, device),
@@ -182,27 +196,29 @@ def _show(run: Run, loop: Loop, epoch: int) -> None:
             run.log_text(thing.content, thing.path)
 
 
-def _finish(run: Run, network: nn.Module, task: Task, epoch: int, device: torch.device) -> None:
-    """Test the network, and log what a classifier takes for something else."""
-    recipe, data = task.recipe, task.data
-    if recipe.loop is not None or recipe.scores is None:
-        return
-    size = task.params["batch_size"]
-    if data.test is not None:
-        tested = evaluate(
-            network,
-            DataLoader(data.test, size),
-            recipe.loss,
-            device=device,
-            accuracy=True,
-            scores=recipe.scores,
-        )
-        run.log_metrics({f"test_{name}": value for name, value in tested.items()}, epoch)
-    if data.validation is not None:
+def _test(network: nn.Module, task: Task, device: torch.device) -> Mapping[str, float]:
+    """The metrics on the test part."""
+    if task.data.test is None:
+        return {}
+    found = evaluate(
+        network,
+        DataLoader(task.data.test, task.params["batch_size"]),
+        task.recipe.loss,
+        device=device,
+        accuracy=task.recipe.scores is not None,
+        scores=task.recipe.scores,
+    )
+    return {f"test_{name}": value for name, value in found.items()}
+
+
+def _log_mistakes(run: Run, network: nn.Module, task: Task) -> None:
+    """Log what a classifier takes for something else, of the validation part."""
+    recipe, part = task.recipe, task.data.validation
+    if recipe.loop is None and recipe.scores is not None and part is not None:
         run.log_mistakes(
             network,
-            DataLoader(data.validation, size),
-            classes=data.facts["classes"],
+            DataLoader(part, task.params["batch_size"]),
+            classes=task.data.facts["classes"],
             scores=recipe.scores,
-            shown=getattr(data.validation, "texts", None),
+            shown=getattr(part, "texts", None),
         )

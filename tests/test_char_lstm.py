@@ -527,7 +527,7 @@ def test_runs_without_such_a_model(store: Store, capsys: pytest.CaptureFixture[s
     expected = (
         (False, None, "could not find the model 'runs:/RUN/model'"),
         (True, None, "run 'RUN' trained something else; allowed: a run of char-lstm."),
-        (True, {"recipe.json": other}, "run 'RUN' trained os:system; allowed: a run of char-lstm."),
+        (True, {"recipe.json": other}, "the model is of 'os:system'; allowed: fashion-cnn, "),
     )
     for has_model, files, message in expected:
         with RunManager(model=has_model) as manager:

@@ -12,7 +12,7 @@ import pytest
 from conftest import Store
 from PIL import Image
 
-from models import RECIPES, rebuild
+from models import RECIPES, ModelsError, parse_spec, rebuild
 from models.recipe import Parameter, Range, Source
 from studies import export, search, train
 from studies.arguments import default_space
@@ -177,3 +177,120 @@ def test_normalisation_is_of_the_training_part_and_travels_with_the_model(store:
     part = Task.of("fashion-cnn", {}, Source("digits", "data", 0), None).data.train
     assert state["0.mean"].item() == pytest.approx(part.images.mean().item(), abs=1e-4)
     assert state["0.std"].item() == pytest.approx(part.images.std().item(), abs=1e-4)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: object, *arguments: str) -> str:
+    """What a command says of a mistake: one sentence, with an exit code of 2."""
+    capsys.readouterr()
+    try:
+        code = command.main(list(arguments))  # type: ignore[attr-defined]
+    except SystemExit as exited:
+        code = int(str(exited.code))
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_a_run_goes_on_as_what_it_began(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = ["--dataset", "digits", "--epochs", "1", "--lr", "0.002"]
+    assert train.main(begun) == 0
+    again = ["--resume", store.run().info.run_id, "--dataset", "digits", "--epochs", "2"]
+    for changed, said in (
+        (["--model", "fashion-mlp"], "model='fashion-mlp' is not what the run began with"),
+        ([], "lr=0.01 is not what the run began with, '0.002'; it goes on with the same options."),
+        (["--lr", "0.002", "--seed", "1"], "seed=1 is not what the run began with, '0'"),
+    ):
+        assert said in refused(capsys, train, *again, *changed)
+        assert store.run().info.status == "FINISHED"
+    assert train.main([*again, "--lr", "2e-3"]) == 0
+    assert len(store.history(store.run(), "loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("parameters={}", "has no parameter 'batch_size', which its training needs."),
+        ("parameters={'seed': ONE, 'lr': ONE, 'batch_size': ONE}", "which is an option of the"),
+        (
+            "parameters={'lr': ONE, 'batch_size': ONE}",
+            "is a classifier whose data has no facts['classes']; with scores=None it is none.",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_says_so_before_it_is(
+    recipe: str,
+    said: str,
+    store: Store,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (workdir / "wrong.py").write_text(
+        "from torch import nn\nfrom models.recipe import Data, Parameter, Recipe\n"
+        "ONE = Parameter(default=1.0, help='')\n"
+        "RECIPE = Recipe(name='wrong', summary='', datasets='', dataset='none',\n"
+        "    load=lambda source, params: Data(name='none', train=[], source=''),\n"
+        f"    build=lambda params, facts: nn.Linear(1, 1), {recipe})\n"
+    )
+    monkeypatch.syspath_prepend(workdir)
+    assert said in refused(capsys, train, "--model", "wrong:RECIPE")
+    sys.modules.pop("wrong", None)
+    assert store.runs() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "transfer", "--backbone", "nosuch"], "backbone='nosuch' is not known"),
+        (["--model", "style-transfer", "--style-layers", "a,b"], "layer 'a' is no convolution"),
+        (["--model", "style-transfer", "--register", "x"], "style-transfer makes no model."),
+        (
+            ["--model", "transfer", "--thaw", "0:2:log"],
+            "'0:2:log' is not allowed; LOW must be above 0 for log",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_study_shows_before_its_first_trial(
+    arguments: list[str],
+    said: str,
+    quick: dict[str, list[str]],
+    store: Store,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [*quick[arguments[1]], "--epochs", "1", "--trials", "2"]
+    if arguments[1] == "style-transfer":
+        options += ["--backbone", "resnet18"]
+    assert said in refused(capsys, search, *arguments, *options)
+    assert store.runs() == []
+
+
+def test_an_option_is_spelt_out(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: --mod" in refused(capsys, train, "--mod", "char-lstm")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "the recipe.json of the model is damaged."),
+        ("[1]", "the recipe.json of the model is damaged."),
+        (
+            '{"model": "antigravity:x", "params": {}, "facts": {}}',
+            "the model is of 'antigravity:x'",
+        ),
+        ('{"model": "fashion-cnn"}', "the recipe.json of the model is damaged."),
+    ],
+)
+def test_what_travels_with_a_model_is_not_trusted(text: str, said: str) -> None:
+    with pytest.raises(ModelsError) as error:
+        parse_spec(text)
+    assert str(error.value).startswith(said)
+    assert "antigravity" not in sys.modules
+
+
+def test_a_parameter_that_is_newer_than_a_model_has_its_default() -> None:
+    text = '{"model": "fashion-cnn", "params": {"lr": 0.5}, "facts": {}}'
+    assert parse_spec(text)["params"] == {**RECIPES["fashion-cnn"].defaults(), "lr": 0.5}

@@ -152,7 +152,7 @@ def deploy(program: ExportedProgram, path: Path, to: str) -> float:
     form = FORMATS[to]
     if (lacking := form.lacks()) is not None:
         raise DeployError(f"format={to!r} needs {lacking}.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DeployError(f"output={str(path)!r} is a folder; it must be a file.")
     batches = _batches(program)
     try:

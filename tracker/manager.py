@@ -469,6 +469,11 @@ class RunManager:
         return made if made and made.position and self._steps == made.step else None
 
     @property
+    def earlier_params(self) -> Mapping[str, str]:
+        """The params of the run that the next `begin_run` continues; none where there is none."""
+        return {} if self._earlier is None else self._earlier.params
+
+    @property
     def run(self) -> Run:
         """The run that goes on. Raises CallOrderError where there is none."""
         return self._current("run")

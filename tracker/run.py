@@ -129,7 +129,7 @@ class Run:
         self._resumed = dict(self._params)
         self._last_steps = dict(resume.last_steps) if resume else {}
         self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
-        self._frozen: dict[str, float] = {}  # norms of the frozen weights that are logged
+        self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum, of those logged
         self._warned: set[str] = set()
         self._status: Status | None = None
         self.earlier: Earlier | None = resume
@@ -431,7 +431,7 @@ class Run:
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients of `network` at `step`.
 
-        Weights that need no gradient are logged again only when they have changed.
+        Weights that need no gradient are logged again only when their norm or sum has changed.
         `tracker.load_histograms` reads them back; the artifact `histograms.html` shows them.
         """
         record = network_histograms(network, step, self._frozen)
