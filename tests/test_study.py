@@ -334,7 +334,7 @@ def test_what_was_enqueued_is_on_top_of_the_budget_also_when_that_grows(tracking
 def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> None:
     def objective(trial: Trial) -> float:
         trial.report(float(trial.number), 1)
-        if trial.number == 3:
+        if trial.number in (3, 5):
             raise RuntimeError("no")
         return float(trial.number)
 
@@ -344,13 +344,16 @@ def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> Non
     assert mirror_study(storage, record, None, Path(".tracker"))[0] == 0
     _, children = family(store)
     store.client.delete_run(children[2].info.run_id)
+    store.client.delete_run(children[5].info.run_id)
     store.client.set_terminated(children[3].info.run_id, "FINISHED")
     store.client.set_terminated(children[4].info.run_id, "RUNNING")
     assert mirror_study(storage, record, None, Path(".tracker"))[0] > 0
     _, mended = family(store)
-    assert [mended[n].info.status for n in range(8)] == ["FINISHED"] * 3 + ["FAILED"] + [
-        "FINISHED"
-    ] * 4
+    failed = {number for number, run in mended.items() if run.info.status == "FAILED"}
+    assert failed == {3, 5}
+    assert {run.info.status for run in mended.values()} == {"FINISHED", "FAILED"}
+    for number in failed:  # whoever wrote it
+        assert "RuntimeError: no" in mended[number].data.tags["tracker.failure"]
     assert mended[2].data.metrics == children[2].data.metrics
     assert mended[2].data.params == children[2].data.params
     assert mirror_study(storage, record, None, Path(".tracker"))[0] == 0

@@ -148,6 +148,9 @@ class Mirror:
                     self.written += 1
             children[key] = child
         new_tags = {k: v for k, v in tags.items() if child.tags.get(k) != v}
+        reason = trial.user_attrs.get(ENDED, {}).get("reason")
+        if trial.state == TrialState.FAIL and reason and "tracker.failure" not in child.tags:
+            new_tags["tracker.failure"] = reason  # its process ended before it had a run
         new_params = {k: v for k, v in params.items() if k not in child.params}
         new_metrics = [point for point in metrics if point[0] not in child.metrics]
         if new_tags or new_params or new_metrics:
