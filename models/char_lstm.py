@@ -96,17 +96,18 @@ class TruncatedLoop:
 
     def validate(self) -> Mapping[str, float]:
         """`val_loss`, nats per character, and `val_perplexity`, e to the power of that."""
-        loss = evaluate(self._network, self._data.validation)
-        # Not math.exp: a training that diverged has a perplexity of inf, not an OverflowError.
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-        return {"val_perplexity": perplexity, "val_loss": loss}
+        return self._metrics("val", self._data.validation)
 
     def test(self) -> Mapping[str, float]:
         """`test_loss` and `test_perplexity`, as `validate` has them."""
         assert self._data.test is not None
-        loss = evaluate(self._network, self._data.test)
+        return self._metrics("test", self._data.test)
+
+    def _metrics(self, name: str, part: Windows) -> Mapping[str, float]:
+        loss = evaluate(self._network, part)
+        # Not math.exp: a training that diverged has a perplexity of inf, not an OverflowError.
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-        return {"test_perplexity": perplexity, "test_loss": loss}
+        return {f"{name}_perplexity": perplexity, f"{name}_loss": loss}
 
     def show(self, epoch: int) -> Iterable[Picture | Text]:
         """A sample of text, the same under the same weights, seed and epoch."""

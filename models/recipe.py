@@ -164,15 +164,6 @@ def _adam(network: nn.Module, params: Params) -> Optimizer:
     return Adam(network.parameters(), lr=params["lr"])
 
 
-_RESERVED = frozenset(
-    {
-        *("help", "model", "dataset", "data_dir", "epochs", "device", "seed", "tracking_uri"),
-        *("experiment", "offline", "resume", "checkpoints", "sampler", "pruner", "trials"),
-        *("workers", "study", "storage", "retries", "grace_seconds", "metric", "models"),
-        *("warm_start_study", "warm_start_experiment", "register", "alias", "replay"),
-        *("optimizer",),  # a param of every run
-    }
-)
 _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
     "val_accuracy": "maximize",
     "val_loss": "minimize",
@@ -229,11 +220,6 @@ class Recipe:
         if missing := sorted(needed - set(self.parameters)):
             raise ModelsError(
                 f"recipe {self.name!r} has no parameter {missing[0]!r}, which its training needs."
-            )
-        if taken := sorted(_RESERVED & set(self.parameters)):
-            raise ModelsError(
-                f"recipe {self.name!r} has a parameter {taken[0]!r}, which is an option of the "
-                "commands; it needs another name."
             )
 
     def defaults(self) -> dict[str, Value]:

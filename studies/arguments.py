@@ -14,7 +14,7 @@ from models.recipe import Parameter, Range, Recipe, Value
 
 RAW = argparse.RawDescriptionHelpFormatter
 DEFAULT_MODEL = "fashion-cnn"
-_PREFIX = "parameter."  # so that a hyperparameter may have the name of an option
+_PREFIX = "parameter."  # what they are in the parsed arguments
 
 
 def positive_float(text: str) -> float:
@@ -84,13 +84,20 @@ def add_parameters(
     group = parser.add_argument_group(recipe.name, recipe.summary)
     for name, parameter in recipe.parameters.items():
         text = f"{parameter.help}; by default {parameter.default}"
-        group.add_argument(
-            option(name),
-            dest=_PREFIX + name,
-            type=kind(parameter),
-            help=text.replace("%", "%%"),
-            metavar=name.upper(),
-        )
+        try:
+            group.add_argument(
+                option(name),
+                dest=_PREFIX + name,
+                type=kind(parameter),
+                help=text.replace("%", "%%"),
+                metavar=name.upper(),
+            )
+        except argparse.ArgumentError:
+            parser.exit(
+                2,
+                f"{parser.prog}: recipe {recipe.name!r} has a parameter {name!r}, which is an "
+                "option of the command; it needs another name.\n",
+            )
 
 
 def given_parameters(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.environment import device_of, evaluation_mode, preserve_rng, unwrap
+from tracker.logs import muted
 
 EXPORTED = "data/model.pt2"
 """Where mlflow.pytorch saves what torch.export made, below the model's folder."""
@@ -146,7 +147,7 @@ def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str 
         code, whole = Path(temporary, f"{name}.py"), Path(temporary, "model")
         code.write_text(source, encoding="utf-8")
         described = Model.load(str(folder))
-        with _without_news():
+        with muted("mlflow.pyfunc", logging.WARNING):
             mlflow.pyfunc.save_model(
                 str(whole),
                 loader_module=name,
@@ -172,18 +173,6 @@ def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str 
         folder.rename(Path(temporary, "bare"))
         whole.rename(folder)
     return None
-
-
-@contextmanager
-def _without_news() -> Iterator[None]:
-    """MLflow tells each time that it looks at the example."""
-    news = logging.getLogger("mlflow.pyfunc")
-    level = news.level
-    news.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        news.setLevel(level)
 
 
 @contextmanager

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from tracker.environment import device_of, evaluation_mode
 from tracker.errors import ArgumentError
-from tracker.images import image_grid
 
 WORST = 25
 """How many mistakes are shown."""
@@ -119,19 +117,9 @@ def _pictures(loader: Iterable[Any], wanted: Tensor) -> Tensor | None:
         return None
     found: dict[int, Tensor] = {}
     numbers = set(wanted.tolist())
-    for number, sample in enumerate(_samples(loader)):
+    for number, sample in enumerate(sample for inputs, _ in loader for sample in inputs):
         if sample.dim() != 3 or sample.shape[0] not in (1, 3):
             return None
         if number in numbers:
             found[number] = sample
     return torch.stack([found[number] for number in wanted.tolist()])
-
-
-def _samples(loader: Iterable[Any]) -> Iterator[Tensor]:
-    for inputs, _ in loader:
-        yield from inputs
-
-
-def worst_picture(pictures: Tensor) -> Image.Image | None:
-    """The worst mistakes in rows, in the order of their table."""
-    return image_grid(pictures)

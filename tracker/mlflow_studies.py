@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -16,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from tracker.errors import StoreError
+from tracker.logs import muted
 from tracker.mlflow_store import MlflowStore, translated
 from tracker.shapes import RUN_TAG
 
@@ -187,7 +187,7 @@ class StudyRuns:
         self, name: str, alias: str | None, model_id: str, run_id: str, tags: Mapping[str, str]
     ) -> str | None:
         """Register a logged model under `name`, once; its version, None where it was before."""
-        with translated(f"register the model {name}"), _silent():
+        with translated(f"register the model {name}"), muted("mlflow", logging.ERROR):
             try:
                 self._client.create_registered_model(name)
             except MlflowException as error:
@@ -219,15 +219,3 @@ def _mirrored(run: Run) -> MirroredRun:
         {name: value for name, value in run.data.metrics.items() if not math.isnan(value)},
         [output.model_id for output in outputs],
     )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """MLflow prints of each version that it creates."""
-    logs = logging.getLogger("mlflow")
-    level = logs.level
-    logs.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logs.setLevel(level)

@@ -36,7 +36,7 @@ from tracker.delivery import Delivery, delivery, mode_of
 from tracker.environment import environment_tags, unwrap
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.histograms import network_histograms
-from tracker.images import mlflow_image_files, to_pil
+from tracker.images import image_grid, mlflow_image_files, to_pil
 from tracker.journal import Kind, Point, now
 from tracker.redaction import is_secret_name, public_uri, public_values
 from tracker.resume import CHECKPOINTS, Earlier
@@ -418,14 +418,14 @@ class Run:
         classes' names; `scores` makes scores (N, classes) of outputs that are none; `shown` is a
         text for each sample. Raises ArgumentError where classes and scores differ.
         """
-        from tracker.mistakes import confusion_picture, find_mistakes, worst_picture
+        from tracker.mistakes import confusion_picture, find_mistakes
 
         found = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
         self.log_text(found.confusion.to_csv(), "mistakes/confusion.csv")
         self.log_text(found.worst.to_csv(index=False), "mistakes/worst.csv")
         drawn = confusion_picture(found.confusion)
         self._log_file("confusion.png", lambda path: path.write_bytes(drawn), "mistakes")
-        if found.pictures is not None and (grid := worst_picture(found.pictures)) is not None:
+        if found.pictures is not None and (grid := image_grid(found.pictures)) is not None:
             self._log_file("worst.png", grid.save, "mistakes")
 
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +11,7 @@ import torch
 
 from tracker.errors import StoreError
 from tracker.export import EXPORTED, FILES
+from tracker.logs import muted
 from tracker.redaction import public_uri
 from tracker.tracking_uri import is_file_store, local_path, resolve
 
@@ -58,14 +57,3 @@ def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
         extra = folder / FILES
         files = {path.name: path.read_text("utf-8") for path in extra.glob("*") if path.is_file()}
     return Trained(program, files)
-
-
-@contextmanager
-def muted(logger: str) -> Iterator[None]:
-    """Silence a logger."""
-    silenced = logging.getLogger(logger)
-    was, silenced.disabled = silenced.disabled, True
-    try:
-        yield
-    finally:
-        silenced.disabled = was
