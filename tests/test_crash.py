@@ -477,7 +477,7 @@ def kill_and_check(world: World, moment: Moment, *whom: str) -> int:
         kill(training.pid)
     code = training.wait()
     training.wait_for_all()
-    if world.journals():  # nobody was there to deliver it
+    if world.left_behind():  # nobody was there to deliver it, or to remove all of it
         world.sync()
     assert world.left_behind() == set(), f"{world.name}: {world.left_behind()} {world.tell()}"
     if not world.store.runs():
@@ -546,8 +546,7 @@ def kill_sync_and_check(world: World, kills: int, seed: int) -> int:
         kill(syncing.pid)
         syncing.wait()
         killed += 1
-    if world.journals():
-        world.sync()
+    world.sync()
     assert world.left_behind() == set(), f"{world.name}: {world.left_behind()} {world.tell()}"
     world.check_status("FINISHED", None)
     world.check_points()
@@ -560,11 +559,65 @@ def test_a_sync_that_was_killed_goes_on(world: Callable[..., World]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SYNCED)
-def test_a_sync_killed_at_any_moment_goes_on(world: Callable[..., World], kind: str) -> None:
-    killed = side_by_side([partial(kill_sync_and_check, world(kind), 12, n) for n in range(6)])
+def test_a_sync_killed_at_any_moment_goes_on(world: Callable[..., World]) -> None:
+    killed = side_by_side([partial(kill_sync_and_check, world(), 12, n) for n in range(6)])
     print(killed, "times killed")
     assert killed > 20
+
+
+SYNC_AND_DIE = """
+import os, signal, sys
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link"}
+left = MOMENT
+
+
+def die_at_the_moment(event, arguments):
+    global left
+    opens = event == "open" and bool(arguments[2] & os.O_TRUNC)
+    if opens or (event in CHANGES and not EMPTIED):
+        left -= 1
+        if left < 0:
+            if EMPTIED:
+                os.truncate(os.open(arguments[0], os.O_WRONLY | os.O_CREAT), 0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(die_at_the_moment)
+from tracker.cli import main
+
+sys.exit(main(["sync"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emptied", [False, True], ids=["before it", "with the file empty"])
+def test_a_sync_killed_at_each_change_of_a_file_store_goes_on(
+    world: Callable[..., World], emptied: bool
+) -> None:
+    """Its process dies before it changes the first file, the second … or as it has opened one."""
+    case = world("file")
+    program = MODEL.replace(str(STEPS), "3")
+    assert case.start(program, "offline", nursery="deliverers").wait() == 0, case.tell()
+    shutil.copytree(case.folder, before := case.folder.with_name("before"))
+    moment = 0
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        case.name = f"killed at change {moment}"
+        for folder in (".tracker", "store"):
+            shutil.rmtree(case.folder / folder, ignore_errors=True)
+            shutil.copytree(before / folder, case.folder / folder)
+        dying = SYNC_AND_DIE.replace("MOMENT", str(moment)).replace("EMPTIED", str(emptied))
+        code = case.start(dying, nursery="deliverers").wait() or 0
+        case.sync()
+        assert case.left_behind() == set(), f"{case.name}: {case.left_behind()} {case.tell()}"
+        case.check_status("FINISHED", None)
+        case.check_points()
+        case.check_model()
+        moment += 1
+    assert code == 0, case.tell()
+    print(moment, "moments")
+    assert moment > 20
 
 
 # -- 2. true statuses ------------------------------------------------------------------------------

@@ -70,10 +70,12 @@ def _journals(paths: Sequence[Path]) -> list[Path]:
 def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
     from tqdm import tqdm
 
-    from tracker.sync import standing, sync
+    from tracker.sync import standing, sweep, sync
 
     # MLflow's own retries hold a call for minutes; to go on, the command is given again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    for path in paths:
+        sweep(path)
     folders = _journals(paths)
     standings = {folder: standing(folder) for folder in folders}
     total = sum(each.undelivered for each in standings.values() if each.state != "in use")

@@ -28,8 +28,12 @@ def remove_unborn_runs(experiment: Path) -> None:
     Each would fail every search of the experiment. `create_run` writes that file first, and once
     more with the run's name, which is a tag.
     """
+    _remove_unborn(experiment, "*/meta.yaml")
+
+
+def _remove_unborn(root: Path, metas: str) -> None:
     until = time.monotonic() + _WRITING_SECONDS
-    while unborn := [meta for meta in experiment.glob("*/meta.yaml") if _is_unborn(meta)]:
+    while unborn := [meta for meta in root.glob(metas) if _is_unborn(meta)]:
         if time.monotonic() > until:
             for meta in unborn:
                 shutil.rmtree(meta.parent)
@@ -74,12 +78,14 @@ def mend_run(root: Path, run_id: str) -> None:
 def mend_model(root: Path, run_id: str, tag: str, value: str) -> None:
     """Remove what is cut off of the model that carries our `tag`, and of the run's links to models.
 
-    Nobody else writes either of them: the tag names one record of one journal.
+    Nobody else writes either of them: the tag names one record of one journal. A model that was cut
+    off before it had tags, whosever it was, fails every search of its experiment: it goes too.
     """
     for meta in root.glob("*/models/*/meta.yaml"):
         mark = meta.parent / "tags" / tag
         if meta.stat().st_size == 0 and mark.is_file() and mark.read_text() == value:
             shutil.rmtree(meta.parent)
+    _remove_unborn(root, "*/models/*/meta.yaml")
     for kind in ("inputs", "outputs"):
         for link in root.glob(f"*/{run_id}/{kind}/*"):
             meta = link / "meta.yaml"

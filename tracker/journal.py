@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,7 +43,8 @@ Kind = Literal[
 FLUSH_SECONDS = 0.1  # so that all is on disk within 0.2 s
 OFFLINE = "offline"
 """A file of this name beside it says that nobody but `tracker sync` is to deliver a journal."""
-_LAST = ("journal.sqlite", "writer.", "delivery.lock")
+DONE = ".done"
+"""What the name of a journal ends with that is delivered and being removed."""
 DAMAGED = "damaged.sqlite"
 """What is left of a database that could be read in parts, beside the one made of these parts."""
 _FORMAT = 2  # PRAGMA user_version
@@ -351,13 +351,13 @@ class Journal:
     def remove(self) -> None:
         """Close the file and remove the folder with all that is in it."""
         self.close()
-        # The database last: who is killed before leaves a journal, which `tracker sync` removes.
-        shutil.rmtree(self.folder / "files", ignore_errors=True)
-        with suppress(OSError):  # a folder of somebody's, or it is gone
-            for name in os.listdir(self.folder):
-                if not name.startswith(_LAST):
-                    (self.folder / name).unlink()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        folder = self.folder.resolve()
+        done = folder.with_name(f".{folder.name}{DONE}")
+        try:
+            folder.rename(done)  # all at once: who is killed later leaves what `sync.sweep` removes
+        except OSError:  # it is gone, or nobody may rename it
+            done = folder
+        shutil.rmtree(done, ignore_errors=True)
 
 
 @contextmanager

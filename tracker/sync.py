@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracker.errors import StoreError, TrackerError
-from tracker.journal import DAMAGED, OFFLINE, Journal, is_ours, new_database
+from tracker.journal import DAMAGED, DONE, OFFLINE, Journal, is_ours, new_database
 from tracker.ownership import Lock, Writer, writer_lives
 from tracker.redaction import MASK, public_uri
 from tracker.uploader import Uploader, close_unended, never
@@ -61,6 +62,12 @@ def journals(path: Path) -> list[Path]:
     if (path / "writer.json").exists() or (path / "journal.sqlite").exists():
         return [path]
     return sorted(file.parent for file in path.glob("[!.]*/journal.sqlite"))
+
+
+def sweep(directory: Path) -> None:
+    """Remove what is left of delivered journals where a process was killed as it removed them."""
+    for folder in directory.glob(f".*{DONE}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def standing(folder: Path) -> Standing:
@@ -137,6 +144,7 @@ def deliver_left_behind(
 
     Offline runs are left to `tracker sync`. Returns False where `stop` ended it.
     """
+    sweep(directory)
     ours = public_uri(store.tracking_uri)
     for folder in journals(directory):
         if stop():
