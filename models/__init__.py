@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -71,22 +71,21 @@ def spec(name: str, params: Params, facts: Facts) -> dict[str, Any]:
     return {"model": name, "params": dict(params), "facts": dict(facts)}
 
 
-def parse_spec(text: str, own: str = "") -> dict[str, Any]:
-    """What `spec` made, from its JSON.
+def parse_spec(text: str, allowed: Collection[str], whose: str) -> dict[str, Any]:
+    """What `spec` made, from its JSON, which came with the model `whose`.
 
-    Parameters that are newer than it get their defaults. The text comes with a model, so it may
-    name the recipes of `RECIPES` and `own` alone: any other would be imported.
-    Raises ModelsError for a text that is none, and for another recipe.
+    Parameters that are newer than it get their defaults. It may name no recipe but those that are
+    `allowed`: it would be imported. Raises ModelsError for a text that is none, or names another.
     """
     try:
         found = json.loads(text)
         name, params, facts = found["model"], dict(found["params"]), dict(found["facts"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelsError("the recipe.json of the model is damaged.") from error
-    if name not in (*RECIPES, own):
-        raise ModelsError(f"the model is of {name!r}; allowed: {', '.join(RECIPES)}.")
+        raise ModelsError(f"{whose} is a model whose recipe.json is damaged.") from error
+    if name not in allowed:
+        raise ModelsError(f"{whose} is a model of {name!r}; allowed: {', '.join(sorted(allowed))}.")
     if "backbone" in facts:
-        facts["backbone"] = parse_spec(json.dumps(facts["backbone"]), own)
+        facts["backbone"] = parse_spec(json.dumps(facts["backbone"]), {*RECIPES, *allowed}, whose)
     return spec(name, {**find(name).defaults(), **params}, facts)
 
 

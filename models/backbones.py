@@ -11,13 +11,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.download import Archives, DownloadError, check_answers
+from models.download import DownloadError, download_file
 from models.errors import ModelsError
 from models.recipe import Facts, Parameter, Params
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 """Of each colour; what torchvision's weights were trained with."""
+_PATIENCE_S = 1800.0  # for half a gigabyte
 _WITH_HELPERS = ("googlenet", "inception_v3")  # in training they return more than the logits
 
 BACKBONE = Parameter(
@@ -25,13 +26,13 @@ BACKBONE = Parameter(
 )
 WEIGHTS = Parameter(
     default="imagenet",
-    help="imagenet (downloaded), none, or a tracked model: runs:/RUN_ID/model, models:/NAME/1",
+    help="imagenet (downloaded), none, or a tracked model: runs:/RUN_ID/model, models:/NAME@ALIAS",
 )
 
 
 def is_own(params: Params) -> bool:
     """Whether the backbone is one of our own tracked models."""
-    return str(params["weights"]).startswith(("runs:/", "models:/"))
+    return str(params.get("weights")).startswith(("runs:/", "models:/"))
 
 
 def backbone(params: Params, facts: Facts) -> nn.Module:
@@ -44,7 +45,7 @@ def backbone(params: Params, facts: Facts) -> nn.Module:
     if weights not in ("imagenet", "none"):
         raise ModelsError(
             f"weights={weights!r} is not known; allowed: imagenet, none, runs:/RUN_ID/model or "
-            "models:/NAME/VERSION."
+            "models:/NAME@ALIAS."
         )
     known = torchvision.models.list_models(module=torchvision.models, exclude=_WITH_HELPERS)
     if name not in known:
@@ -63,30 +64,26 @@ def first_weights(params: Params, state: Mapping[str, Tensor] | None) -> Mapping
         return state
     if params["weights"] == "none":
         return {}
-    url = torchvision.models.get_model_weights(params["backbone"]).DEFAULT.url
+    name = params["backbone"]
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(urlsplit(url).path).name
     cached = Path(torch.hub.get_dir(), "checkpoints", file)
     try:
-        if not cached.is_file():
-            base = url.removesuffix(file)
-            check_answers(Archives(mirrors=(base,), files=((file, ""),)))
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(cached), _hash_of(file), progress=False)
-    except (DownloadError, OSError, RuntimeError) as error:
+        if not cached.is_file():  # where torchvision then finds it
+            # torchvision's names end with the beginning of the file's SHA-256: name-HASH.pth.
+            sha256 = file.rpartition("-")[2].partition(".")[0]
+            download_file(url, cached, sha256=sha256, limit_s=_PATIENCE_S)
+    except DownloadError as error:
         raise ModelsError(
-            f"weights='imagenet' of {params['backbone']} cannot be downloaded ({error}); "
+            f"weights='imagenet' of {name} cannot be downloaded ({error}); "
             "allowed without a network: none, or a tracked model, runs:/RUN_ID/model."
         ) from error
     try:
-        loaded: dict[str, Tensor] = torch.load(cached, map_location="cpu", weights_only=True)
+        trained = torchvision.models.get_model(name, weights="DEFAULT", progress=False)
     except Exception as error:  # what zip files, pickles and torch raise on a damaged file
         raise ModelsError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
-    return loaded
-
-
-def _hash_of(file: str) -> str:
-    """The beginning of the file's SHA-256, which torchvision's names end with: name-HASH.pth."""
-    return file.rpartition("-")[2].partition(".")[0]
+    state_dict: dict[str, Tensor] = trained.state_dict()
+    return state_dict
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], named: Any) -> None:

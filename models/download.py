@@ -1,8 +1,9 @@
-"""Fetch a data set's packed files: all of them or none, and within a bounded time.
+"""Fetch a data set's packed files, all of them or none, or one file; within a bounded time.
 
 torchvision's own download has no time limit and leaves what it has when it fails.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -46,7 +47,7 @@ def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
     Raises DownloadError, after which the disk is as it was, folders that were absent included.
     """
     deadline = time.monotonic() + limit_s
-    mirrors = check_answers(archives)
+    mirrors = _check_answers(archives)
     absent = [path for path in folder.parents if not os.path.exists(path)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,28 @@ def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
                 path.rmdir()  # takes empty folders only, so nothing after a success
 
 
-def check_answers(archives: Archives) -> list[str]:
+def download_file(url: str, path: Path, *, sha256: str, limit_s: float) -> None:
+    """Put the file at `url`, whose SHA-256 begins with `sha256`, at `path` within `limit_s`.
+
+    Raises DownloadError, after which there is nothing at `path`.
+    """
+    deadline = time.monotonic() + limit_s
+    mirror, _, name = url.rpartition("/")
+    _check_answers(Archives(mirrors=(f"{mirror}/",), files=((name, ""),)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".download-", dir=path.parent) as temporary:
+            fetched = Path(temporary, name)
+            _fetch(url, fetched, deadline)
+            with fetched.open("rb") as file:
+                if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
+                    raise DownloadError(f"{url} arrived damaged: its SHA-256 is not {sha256}...")
+            fetched.replace(path)
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _check_answers(archives: Archives) -> list[str]:
     """The mirrors that have the first file and say so within PROBE_S.
 
     Raises DownloadError where none does.
@@ -97,7 +119,9 @@ def _fetch_all(archives: Archives, mirrors: list[str], into: Path, deadline: flo
     for mirror in mirrors:
         try:
             for name, md5 in archives.files:
-                _fetch(mirror + name, md5, into / name, deadline)
+                _fetch(mirror + name, into / name, deadline)
+                if not check_integrity(into / name, md5):
+                    raise DownloadError(f"{mirror}{name} arrived damaged: its MD5 is not {md5}")
                 extract_archive(into / name, remove_finished=True)
         except DownloadError as error:
             failures.append(str(error))
@@ -106,7 +130,7 @@ def _fetch_all(archives: Archives, mirrors: list[str], into: Path, deadline: flo
     raise DownloadError("; ".join(failures))
 
 
-def _fetch(url: str, md5: str, path: Path, deadline: float) -> None:
+def _fetch(url: str, path: Path, deadline: float) -> None:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         raise DownloadError(f"{url} did not arrive in time")
@@ -116,8 +140,6 @@ def _fetch(url: str, md5: str, path: Path, deadline: float) -> None:
             file.write(chunk)
             if time.monotonic() > deadline:
                 raise DownloadError(f"{url} did not arrive in time")
-    if not check_integrity(path, md5):
-        raise DownloadError(f"{url} arrived damaged: its MD5 is not {md5}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ named as `package.module:object`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -51,6 +51,11 @@ class Parameter:
     """What a study draws from; None: the default."""
     grid: tuple[Value, ...] | None = None
     """The values of a study's grid; None: the default."""
+
+    def __post_init__(self) -> None:
+        """Raise ModelsError for a default that could not be given."""
+        if self._value(str(self.default)) is None:
+            raise ModelsError(f"default={self.default!r} is not allowed; it must be {self.domain}.")
 
     def parse(self, text: str) -> Value:
         """The value that `text` spells. Raises ValueError: one sentence that says what may be."""
@@ -160,6 +165,10 @@ def _as_they_are(outputs: Tensor) -> Tensor:
     return outputs
 
 
+def _none(params: Params) -> Collection[str]:
+    return ()
+
+
 def _adam(network: nn.Module, params: Params) -> Optimizer:
     return Adam(network.parameters(), lr=params["lr"])
 
@@ -209,6 +218,8 @@ class Recipe:
     predictor: Path | None = None
     """The file that makes predictions of raw texts, as `tracker.Predictor.file` has it: a table of
     `label`, a class's name, and its `probability`. The data's parts then have `texts`."""
+    unused: Callable[[Params], Collection[str]] = _none
+    """The parameters that have no effect beside the others, of which some may be missing."""
     before_epoch: Callable[[nn.Module, Params, int], None] | None = None
     """Change the network before an epoch: thaw layers, say."""
 

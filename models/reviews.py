@@ -44,6 +44,8 @@ class Reviews(TensorDataset):
         self.texts = list(texts)
         self.words = words
         self.labels = labels
+        self.digest_of = (self.texts, labels)
+        """What the data is, whatever the vocabulary: for the tracker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,10 @@ def load_reviews(source: Source, params: Params) -> ReviewData:
     parts = _split(tokens, labels, source.seed)
     for index in parts:
         if len(labels[index].unique()) < len(found.classes):
+            different = len({tuple(text) for text in tokens})
             raise ModelsError(
-                f"dataset={source.dataset!r} has {len(labels)} texts, too few to split; each class "
-                f"must give different texts to the training, the validation and the test part."
+                f"dataset={source.dataset!r} has {different} different texts, too few to split; "
+                "each class must give some to the training, the validation and the test part."
             )
     training = parts[0].tolist()
     vocabulary = _vocabulary((tokens[i] for i in training), params)
@@ -157,31 +160,35 @@ def _read_files(path: Path) -> _Texts:
     if not os.path.isdir(path) and not any(
         os.path.exists(file) for files in every for file in files
     ):
-        raise ModelsError(f"dataset='{path}' is not there; allowed: {_ALLOWED}.")
+        why = "is none of these" if os.path.exists(path) else "is not there"
+        raise ModelsError(f"dataset='{path}' {why}; allowed: {_ALLOWED}.")
     texts, labels = [], []
     for number, (files, suffix) in enumerate(zip(every, (".neg", ".pos"), strict=True)):
         if not files:
             raise ModelsError(f"dataset='{path}' has no {suffix} file; allowed: {_ALLOWED}.")
         for file in files:
             # Not splitlines: it takes more for a line's end than that, such as Latin-1's \x85.
-            lines = read_text(file)[0].split("\n")
+            lines = read_text(file, _ALLOWED)[0].split("\n")
             found = [line.strip() for line in lines if line.strip()]
             texts += found
             labels += [number] * len(found)
+        if number not in labels:
+            raise ModelsError(f"dataset='{path}' has no text in its {suffix} file.")
     return _Texts(path.name, str(path), _CLASSES, texts, labels)
 
 
 def _read_csv(path: Path, params: Params) -> _Texts:
     text_column, label_column = params["text_column"], params["label_column"]
-    rows = csv.reader(io.StringIO(read_text(path)[0], newline=""))
+    rows = csv.reader(io.StringIO(read_text(path, _ALLOWED)[0], newline=""))
     texts: list[str] = []
     names: list[str] = []
     try:
         header = [name.strip() for name in next(rows, [])]
         for parameter, name in (("text_column", text_column), ("label_column", label_column)):
-            if name not in header:
+            if header.count(name) != 1:
+                which = "two columns" if name in header else "no column"
                 raise ModelsError(
-                    f"{parameter}={name!r} is no column of {path}; allowed: {', '.join(header)}."
+                    f"{parameter}={name!r} is {which} of {path}; allowed: {', '.join(header)}."
                 )
         text_at, label_at = header.index(text_column), header.index(label_column)
         for row in rows:

@@ -56,11 +56,10 @@ class SentimentPredictor:
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """The columns `label`, a class's name, and `probability`, of that label.
 
-        `model_input` is texts, or a table whose first column is texts; one that is missing is
-        taken for an empty one.
+        `model_input` is texts, or a table with one column, or one called `text`; a text that is
+        missing is taken for an empty one. Raises ValueError for anything else.
         """
-        column = model_input.iloc[:, 0] if isinstance(model_input, pd.DataFrame) else model_input
-        texts = [text if isinstance(text, str) else "" for text in column]
+        texts = _texts(model_input)
         labels: list[str] = []
         sure: list[float] = []
         for start in range(0, len(texts), _BATCH):
@@ -70,6 +69,22 @@ class SentimentPredictor:
                 labels.append(self._classes[probability > 0.5])
                 sure.append(max(probability, 1 - probability))
         return pd.DataFrame({"label": labels, "probability": pd.Series(sure, dtype=float)})
+
+
+def _texts(model_input: Any) -> list[str]:
+    column = model_input
+    if isinstance(model_input, pd.DataFrame):
+        names = list(model_input.columns)
+        if len(names) != 1 and names.count("text") != 1:
+            raise ValueError(f"the columns are {names}; it must be one, or one of them `text`.")
+        column = model_input[names[0] if len(names) == 1 else "text"]
+    texts = []
+    for cell in column:
+        missing = cell is None or cell is pd.NA or (isinstance(cell, float) and cell != cell)
+        if not (missing or isinstance(cell, str)):
+            raise ValueError(f"{cell!r} is a {type(cell).__name__}; it must be a text.")
+        texts.append("" if missing else cell)
+    return texts
 
 
 def load(network: Callable[[Tensor], Tensor], files: Mapping[str, str]) -> SentimentPredictor:

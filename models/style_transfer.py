@@ -7,7 +7,7 @@ What is trained is the picture itself, against the features of a network that is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,11 @@ class StyleLoop:
             try:
                 self._content = network.features(content, self._layers)[self._content_layer]
                 found = network.features(style, self._layers)
-            except RuntimeError as error:
+            except Exception as error:  # any network's forward may raise anything
+                why = next(iter(str(error).splitlines()), type(error).__name__)
                 raise ModelsError(
                     f"size={params['size']} is not allowed: the network does not take pictures of "
-                    f"{content.shape[1]}x{content.shape[2]} ({str(error).splitlines()[0]})."
+                    f"{content.shape[1]}x{content.shape[2]} ({why})."
                 ) from error
             self._grams = {name: gram(found[name]) for name in self._style_layers}
             self._first_style = max(self._losses()[1].item(), 1e-30)
@@ -256,6 +257,11 @@ def build(params: Params, facts: Facts) -> nn.Module:
     return network
 
 
+def unused(params: Params) -> Collection[str]:
+    """A tracked model brings its own network."""
+    return ("backbone",) if is_own(params) else ()
+
+
 def weights(network: nn.Module, params: Params, state: Mapping[str, Tensor] | None) -> None:
     """Give the judge its weights."""
     assert isinstance(network, StyledPicture)
@@ -268,6 +274,7 @@ RECIPE = Recipe(
     load=load,
     build=build,
     weights=weights,
+    unused=unused,
     loop=StyleLoop,
     is_model=False,
     scores=None,

@@ -69,9 +69,11 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     than one window of each stream, are left out.
     """
 
-    def __init__(self, name: str, tokens: Tensor, streams: int, length: int) -> None:
-        """Take `tokens`, int32 (characters,), of at least streams * length + 1 characters."""
+    def __init__(self, name: str, text: str, tokens: Tensor, streams: int, length: int) -> None:
+        """Take a text of at least streams * length + 1 characters, and `tokens`, int32, of it."""
         self.name = name
+        self.digest_of = text
+        """What the data is, however it is cut: for the tracker."""
         self.streams = streams
         self.length = length
         self.windows = (len(tokens) - 1) // (streams * length)
@@ -136,40 +138,44 @@ def load_text(source: Source, streams: int, length: int) -> TextData:
     vocabulary = Vocabulary.of(text[:first])
     tokens = vocabulary.encode(text)
 
-    def held_out(part: Tensor) -> Windows:
-        return Windows(name, part, min(STREAMS, (len(part) - 1) // LENGTH), LENGTH)
+    def part(start: int, end: int, streams: int, length: int) -> Windows:
+        return Windows(name, text[start:end], tokens[start:end], streams, length)
+
+    def held_out(start: int, end: int) -> Windows:
+        return part(start, end, min(STREAMS, (end - start - 1) // LENGTH), LENGTH)
 
     return TextData(
         name=name,
-        train=Windows(name, tokens[:first], streams, length),
-        validation=held_out(tokens[first:second]),
-        test=held_out(tokens[second:]),
+        train=part(0, first, streams, length),
+        validation=held_out(first, second),
+        test=held_out(second, len(text)),
         source=whence,
         facts={"characters": vocabulary.characters},
         seed=source.seed,
     )
 
 
-def read_text(path: Path) -> tuple[str, str]:
+def read_text(path: Path, allowed: str = "a text file, or auto") -> tuple[str, str]:
     r"""The text in the file `path`, its lines ended by `\n`, and the encoding that it is in.
 
     That is UTF-8, with or without a byte order mark, else Windows-1252, else Latin-1.
-    Raises ModelsError where there is no such file, it is empty, or what it holds is no text.
+    Raises ModelsError, which says what is `allowed`, where there is no such file, it is empty, or
+    what it holds is no text.
     """
     told = f"dataset={str(path)!r}"
     if os.path.isdir(path):  # pathlib raises for names that are too long
-        raise ModelsError(f"{told} is a folder; allowed: a text file, or auto.")
+        raise ModelsError(f"{told} is a folder; allowed: {allowed}.")
     if not os.path.isfile(path):  # a pipe or /dev/zero would never end
-        raise ModelsError(f"{told} is not a file; allowed: a text file, or auto.")
+        raise ModelsError(f"{told} is not a file; allowed: {allowed}.")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ModelsError(
-            f"{told} cannot be read: {error.strerror}; allowed: a text file."
+            f"{told} cannot be read: {error.strerror}; allowed: {allowed}."
         ) from error
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content:
-        raise ModelsError(f"{told} is empty; allowed: a text file.")
+        raise ModelsError(f"{told} is empty; allowed: {allowed}.")
     text, encoding = _decode(content)
     codes = _codes(text)
     white = np.isin(codes, [ord(character) for character in "\t\n\v\f\r"])

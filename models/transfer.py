@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,13 @@ def thaw(network: nn.Module, params: Params, epoch: int) -> None:
             part.train()
 
 
+def unused(params: Params) -> Collection[str]:
+    """A tracked model brings its own network and size; what learnt nothing is not kept frozen."""
+    if is_own(params):
+        return ("backbone", "image_size")
+    return ("thaw",) if params.get("weights") == "none" else ()
+
+
 def _check(network: nn.Module, params: Params) -> None:
     """Raise ModelsError for a backbone that does not take such pictures."""
     try:
@@ -128,9 +135,11 @@ def _check(network: nn.Module, params: Params) -> None:
             network.eval()(torch.zeros(2, 1, 28, 28))
     except Exception as error:  # any network's forward may raise anything
         why = next(iter(str(error).splitlines()), type(error).__name__)
+        size = "" if is_own(params) else f" at image_size={params['image_size']}"
+        whose = "weights" if is_own(params) else "backbone"
         raise ModelsError(
-            f"weights={params['weights']!r} and backbone={params['backbone']!r} do not take "
-            f"pictures of 28x28 at image_size={params['image_size']}: {why[:200]}."
+            f"{whose}={params[whose]!r} does not take pictures of 28x28{size}: "
+            f"{why[:200].rstrip('.')}."
         ) from error
     network.train()
 
@@ -142,6 +151,7 @@ RECIPE = Recipe(
     build=build,
     weights=weights,
     before_epoch=thaw,
+    unused=unused,
     parameters={
         **{name: CLASSIFIER_PARAMETERS[name] for name in ("batch_size", "shuffle")},
         "lr": Parameter(

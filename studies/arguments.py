@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
@@ -75,15 +75,30 @@ def add_model(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Reci
     return recipe
 
 
+def add_logged_model(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `model`, which becomes a model's URI."""
+    parser.add_argument(
+        "model",
+        type=lambda text: text if ":/" in text else f"runs:/{text}/model",
+        metavar="RUN_ID",
+        help="a run, or a model: runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/1",
+    )
+
+
 def add_parameters(
     parser: argparse.ArgumentParser,
     recipe: Recipe,
     kind: Callable[[Parameter], Callable[[str], Any]],
+    usual: Callable[[Parameter], str],
+    how: str = "",
 ) -> None:
-    """Add an option for each of the recipe's hyperparameters, read as `kind` says."""
-    group = parser.add_argument_group(recipe.name, recipe.summary)
+    """Add an option for each of the recipe's hyperparameters, read as `kind` says.
+
+    `usual` says what it is by default, and `how` what may be written.
+    """
+    group = parser.add_argument_group(recipe.name, f"{recipe.summary}{how}")
     for name, parameter in recipe.parameters.items():
-        text = f"{parameter.help}; by default {parameter.default}"
+        text = f"{parameter.help}; by default {usual(parameter)}"
         try:
             group.add_argument(
                 option(name),
@@ -104,6 +119,35 @@ def given_parameters(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any
     """The hyperparameters that were given."""
     every = {name: getattr(given, _PREFIX + name) for name in recipe.parameters}
     return {name: value for name, value in every.items() if value is not None}
+
+
+def refuse_unused(
+    parser: argparse.ArgumentParser, asked: Iterable[str], unused: Collection[str]
+) -> None:
+    """Exit with a sentence where a hyperparameter was asked for that has no effect."""
+    for name in asked:
+        if name in unused:
+            parser.error(f"argument {option(name)}: it has no effect beside the other arguments")
+
+
+def usual_value(parameter: Parameter) -> str:
+    """What a hyperparameter of a training is by default."""
+    return str(parameter.default)
+
+
+def usual_domain(parameter: Parameter) -> str:
+    """What a study searches of a hyperparameter by default, spelt as `domain` reads it."""
+    drawn, points = _spelt(parameter.search), _spelt(parameter.grid)
+    if drawn is None and points is None:
+        return usual_value(parameter)
+    fixed = usual_value(parameter)
+    return f"{drawn or fixed}, in a grid {points or fixed}" if drawn != points else drawn or fixed
+
+
+def _spelt(searched: Range | tuple[Value, ...] | None) -> str | None:
+    if isinstance(searched, Range):
+        return f"{searched.low:g}:{searched.high:g}{':log' if searched.log else ''}"
+    return None if searched is None else ",".join(map(str, searched))
 
 
 def value(parameter: Parameter) -> Callable[[str], Value]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from studies.arguments import RAW
+from studies.arguments import RAW, add_logged_model
 from tracker import TrackerError, load_trained
 from tracker.cli import OneSentenceParser
 from tracker.deploy import CHECKED_SIZES, FORMATS, deploy
@@ -29,11 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         + formats,
         formatter_class=RAW,
     )
-    parser.add_argument(
-        "model",
-        metavar="RUN_ID",
-        help="a run, or a model: runs:/RUN_ID/model, models:/NAME@ALIAS, models:/NAME/1",
-    )
+    add_logged_model(parser)
     parser.add_argument("--to", choices=list(FORMATS), required=True, help="the format")
     parser.add_argument(
         "--output",
@@ -45,10 +41,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
     given = parser.parse_args(arguments)
     if given.output is None:
-        name = re.sub(r"\W+", "-", given.model.partition(":/")[2] or given.model).strip("-")
+        name = re.sub(r"\W+", "-", given.model.removesuffix("/model").partition(":/")[2]).strip("-")
         given.output = Path((name or "model") + FORMATS[given.to].suffix)
-    if ":/" not in given.model:
-        given.model = f"runs:/{given.model}/model"
     return given
 
 

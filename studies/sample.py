@@ -16,7 +16,7 @@ import torch
 from models import ModelsError, parse_spec, rebuild
 from models.char_lstm import RECIPE, CharLSTM, sample
 from models.text import Vocabulary
-from studies.arguments import RAW, natural, positive_float, positive_int, seed
+from studies.arguments import RAW, add_logged_model, natural, positive_float, positive_int, seed
 from studies.training import SPEC
 from tracker import TrackerError, load_trained
 from tracker.cli import OneSentenceParser
@@ -25,7 +25,7 @@ from tracker.cli import OneSentenceParser
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is None is as the run has it."""
     parser = OneSentenceParser(prog="studies.sample", description=__doc__, formatter_class=RAW)
-    parser.add_argument("run_id", metavar="RUN_ID", help="a run of char-lstm")
+    add_logged_model(parser)
     parser.add_argument("--prime", help="the text to go on from; by default the run's")
     parser.add_argument(
         "--length", type=positive_int, default=400, help="characters, by default 400"
@@ -43,7 +43,7 @@ def write(given: argparse.Namespace) -> str:
     Raises StoreError for a run that is not there or has no model, and ModelsError for one that
     trained something else, or for a prime with characters that the network does not know.
     """
-    network, spec = load(given.run_id, given.tracking_uri)
+    network, spec = load(given.model, given.tracking_uri)
     asked = {name: getattr(given, name) for name in ("prime", "temperature", "top_k")}
     chosen = {
         name: spec["params"][name] if value is None else value for name, value in asked.items()
@@ -58,21 +58,17 @@ def write(given: argparse.Namespace) -> str:
     return str(chosen["prime"]) + drawn
 
 
-def load(run_id: str, tracking_uri: str | None = None) -> tuple[CharLSTM, dict[str, Any]]:
-    """The network that the run `run_id` has trained, on the CPU, and what describes it.
+def load(model: str, tracking_uri: str | None = None) -> tuple[CharLSTM, dict[str, Any]]:
+    """The network of a run's or a registered model, on the CPU, and what describes it.
 
     Raises StoreError or ModelsError, as `write` does.
     """
-    trained = load_trained(f"runs:/{run_id}/model", tracking_uri)
+    trained = load_trained(model, tracking_uri)
     if SPEC not in trained.files:
         raise ModelsError(
-            f"run {run_id!r} trained something else; allowed: a run of {RECIPE.name}."
+            f"model={model!r} was not logged by studies.train; allowed: one of {RECIPE.name}."
         )
-    spec = parse_spec(trained.files[SPEC])
-    if spec["model"] != RECIPE.name:
-        raise ModelsError(
-            f"run {run_id!r} trained {spec['model']}; allowed: a run of {RECIPE.name}."
-        )
+    spec = parse_spec(trained.files[SPEC], {RECIPE.name}, f"model={model!r}")
     network = rebuild(spec)
     assert isinstance(network, CharLSTM)
     network.load_state_dict(trained.program.state_dict)

@@ -31,6 +31,8 @@ from studies.arguments import (
     natural,
     positive_float,
     positive_int,
+    refuse_unused,
+    usual_domain,
 )
 from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
@@ -81,17 +83,24 @@ def parse(
     study.add_argument("--register", metavar="NAME", help="register the best model")
     study.add_argument("--alias", help="the alias that it gets")
     study.add_argument("--replay", type=natural, metavar="TRIAL", help="train one again")
-    add_parameters(parser, recipe, domain)
+    add_parameters(
+        parser, recipe, domain, usual_domain, "; a value, several (A,B) or a range (LOW:HIGH[:log])"
+    )
     given = parser.parse_args(arguments)
     usual = default_space(recipe, grid=given.sampler == "grid")
-    asked = usual | given_parameters(given, recipe)
+    explicit = given_parameters(given, recipe)
+    asked = usual | explicit
     # A single value of what is not searched by default is not a search either.
     once = {
         name: values[0]
         for name, values in asked.items()
         if name not in usual and isinstance(values, list) and len(values) == 1
     }
-    given.space = {name: asked[name] for name in recipe.parameters if name in asked.keys() - once}
+    searched = asked.keys() - once
+    told = {n: once.get(n, d) for n, d in recipe.defaults().items() if n not in searched}
+    refuse_unused(parser, explicit, recipe.unused(told))
+    searched -= set(recipe.unused(told))
+    given.space = {name: asked[name] for name in recipe.parameters if name in searched}
     given.fixed = {
         name: once.get(name, default)
         for name, default in recipe.defaults().items()

@@ -25,6 +25,8 @@ from studies.arguments import (
     given_parameters,
     hyphenated,
     positive_int,
+    refuse_unused,
+    usual_value,
     value,
 )
 from tracker import ArgumentError, Keep, RunManager, TrackerError, choose_device, set_seed
@@ -43,9 +45,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoints", type=positive_int, default=1, help="how many of the last epochs' to keep"
     )
-    add_parameters(parser, recipe, value)
+    add_parameters(parser, recipe, value, usual_value)
     given = parser.parse_args(arguments)
-    given.params = recipe.defaults() | given_parameters(given, recipe)
+    asked = given_parameters(given, recipe)
+    given.params = recipe.defaults() | asked
+    refuse_unused(parser, asked, recipe.unused(given.params))
     return given
 
 

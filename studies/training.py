@@ -76,7 +76,11 @@ class Task:
         """What `models.rebuild` needs to make this network."""
         facts = dict(self.data.facts)
         if self.backbone is not None:
-            facts["backbone"] = models.parse_spec(self.backbone.files[SPEC], self.name)
+            facts["backbone"] = models.parse_spec(
+                self.backbone.files[SPEC],
+                {*models.RECIPES, self.name},
+                f"weights={self.params['weights']!r}",
+            )
         return models.spec(self.name, self.params, facts)
 
     def network(self) -> nn.Module:
@@ -115,10 +119,10 @@ def begin(
     told = {
         "model": task.name,
         "dataset": data.name,
-        **task.params,
         "epochs": epochs,
         "device": device,
         "optimizer": type(optimizer).__name__,
+        **{n: v for n, v in task.params.items() if n not in recipe.unused(task.params)},
     }
     run = manager.begin_run(told | dict(params), network, loader)
     for context, part in (("validation", data.validation), ("test", data.test)):

@@ -32,6 +32,7 @@ from studies import sample as sampling
 from studies import search
 from studies.train import main as train
 from tracker import load_trained
+from tracker.samples import describe_dataset
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("anna", "vronsky", "levin", "kitty", "went", "to", "the", "ball", "and", "said", "was")
@@ -120,6 +121,19 @@ def test_the_encoding_is_told(tmp_path: Path) -> None:
         assert loaded(path).source == f"{path} ({encoding})"
 
 
+def test_the_digest_is_of_the_text_however_it_is_cut(tmp_path: Path, text_file: Path) -> None:
+    other = tmp_path / "other.txt"  # letter by letter, and so with the same numbers
+    letters = text_file.read_text().translate(str.maketrans("abc", "xyz"))
+    other.write_text(letters)
+
+    def digests(path: Path, length: int) -> list[str]:
+        data = loaded(path, length=length)
+        return [describe_dataset(part).digest for part in (data.train, data.validation, data.test)]
+
+    assert len({*digests(text_file, 20), *digests(text_file, 30)}) == 3
+    assert not {*digests(text_file, 20)} & {*digests(other, 20)}
+
+
 @given(text=st.text(min_size=1), more=st.text())
 @PATIENT
 def test_a_vocabulary_encodes_what_it_has_and_nothing_else(text: str, more: str) -> None:
@@ -137,7 +151,7 @@ def test_a_vocabulary_encodes_what_it_has_and_nothing_else(text: str, more: str)
 def test_windows_cover_each_stream_once_and_in_order(data: st.DataObject) -> None:
     streams, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     count = data.draw(st.integers(streams * length + 1, 200))
-    windows = Windows("text", torch.arange(count, dtype=torch.int32), streams, length)
+    windows = Windows("text", "", torch.arange(count, dtype=torch.int32), streams, length)
     loader = torch.utils.data.DataLoader(windows, batch_size=streams)
     batches = list(loader)
     assert len(batches) == windows.windows
@@ -193,8 +207,8 @@ def test_auto_is_anna_where_it_is_there(tmp_path: Path, caplog: pytest.LogCaptur
     ("content", "message"),
     [
         (None, "is not a file; allowed: a text file, or auto."),
-        (b"", "is empty; allowed: a text file."),
-        (b"\xef\xbb\xbf", "is empty; allowed: a text file."),
+        (b"", "is empty; allowed: a text file, or auto."),
+        (b"\xef\xbb\xbf", "is empty; allowed: a text file, or auto."),
         (b"a\0b" * 5000, "is binary; allowed: text in UTF-8 or Latin-1."),
         (words(800).encode("utf-16"), "is binary; allowed: text in UTF-8 or Latin-1."),
         (bytes(range(1, 256)) * 50, "is binary; allowed: text in UTF-8 or Latin-1."),
@@ -526,8 +540,12 @@ def test_runs_without_such_a_model(store: Store, capsys: pytest.CaptureFixture[s
     other = json.dumps(spec("os:system", {}, {}))
     expected = (
         (False, None, "could not find the model 'runs:/RUN/model'"),
-        (True, None, "run 'RUN' trained something else; allowed: a run of char-lstm."),
-        (True, {"recipe.json": other}, "the model is of 'os:system'; allowed: fashion-cnn, "),
+        (True, None, "model='runs:/RUN/model' was not logged by studies.train; allowed: one of"),
+        (
+            True,
+            {"recipe.json": other},
+            "model='runs:/RUN/model' is a model of 'os:system'; allowed: char-lstm.",
+        ),
     )
     for has_model, files, message in expected:
         with RunManager(model=has_model) as manager:

@@ -54,7 +54,7 @@ def test_the_counts_are_scikit_learn_s_and_the_worst_come_first(seed: int, sampl
         assert row.probability == pytest.approx(
             scores[row.sample].softmax(0).max().item(), abs=1e-5
         )
-    assert found.pictures is None
+    assert not found.pictures
 
 
 def test_one_logit_and_texts() -> None:
@@ -95,6 +95,23 @@ def test_a_run_holds_tables_and_pictures(store: Store, workdir: Path) -> None:
         )
         with Image.open(path) as picture:
             assert np.ptp(np.asarray(picture)) > 100  # it shows something
+
+
+def test_a_loader_that_shuffles_shows_the_samples_that_were_wrong() -> None:
+    pictures = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(60) % 3
+    shuffled = DataLoader(TensorDataset(pictures, labels), batch_size=7, shuffle=True)
+    found = find_mistakes(Scores(), shuffled, classes=CLASSES)
+    assert len(found.pictures) == WORST
+    for picture, row in zip(found.pictures, found.worst.itertuples(), strict=True):
+        assert CLASSES[int(Scores()(picture[None]).argmax())] == row.predicted
+        (at,) = (pictures == picture).flatten(1).all(1).nonzero()
+        assert CLASSES[labels[at]] == row.label
+
+
+def test_an_empty_loader_has_no_mistakes() -> None:
+    found = find_mistakes(Scores(), [], classes=CLASSES)
+    assert found.confusion.to_numpy().sum() == len(found.worst) == len(found.pictures) == 0
 
 
 def test_a_classifier_without_a_mistake_has_no_worst(store: Store) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
 from models import DATASETS, RECIPES, FashionCNN, Images, ModelsError, find, load
-from models.download import Archives, DownloadError, download
+from models.download import Archives, DownloadError, download, download_file
 from models.idx import FILES
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
@@ -471,6 +471,23 @@ def test_a_transfer_that_stalls_is_given_up_at_the_limit(tmp_path: Path, stalled
 
     assert time.monotonic() - start < 4
     assert everything_in(tmp_path) == []
+
+
+def test_one_file_comes_whole_or_not_at_all(
+    tmp_path: Path, archives: Archives, stalled: Archives
+) -> None:
+    url = f"{archives.mirrors[0]}{archives.files[0][0]}"
+    path = tmp_path / "deep" / "weights.pth"
+    with pytest.raises(DownloadError, match="arrived damaged: its SHA-256 is not 0123"):
+        download_file(url, path, sha256="0123", limit_s=30)
+    with pytest.raises(DownloadError, match="timed out"):
+        download_file(f"{stalled.mirrors[0]}{stalled.files[0][0]}", path, sha256="", limit_s=0.5)
+    assert everything_in(path.parent) == []
+    download_file(url, path, sha256="", limit_s=30)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.unlink()
+    download_file(url, path, sha256=sha256[:8], limit_s=30)
+    assert everything_in(path.parent) == ["weights.pth"]
 
 
 @pytest.mark.parametrize(

@@ -248,9 +248,10 @@ def test_a_recipe_that_cannot_be_trained_says_so_before_it_is(
         (["--model", "transfer", "--backbone", "nosuch"], "backbone='nosuch' is not known"),
         (["--model", "style-transfer", "--style-layers", "a,b"], "layer 'a' is no convolution"),
         (["--model", "style-transfer", "--register", "x"], "style-transfer makes no model."),
+        (["--model", "transfer", "--thaw", "0,1"], "argument --thaw: it has no effect beside"),
         (
-            ["--model", "transfer", "--thaw", "0:2:log"],
-            "'0:2:log' is not allowed; LOW must be above 0 for log",
+            ["--model", "sentiment-lstm", "--dropout", "0:0.5:log"],
+            "'0:0.5:log' is not allowed; LOW must be above 0 for log",
         ),
     ],
 )
@@ -268,6 +269,30 @@ def test_what_is_wrong_with_a_study_shows_before_its_first_trial(
     assert store.runs() == []
 
 
+def test_what_has_no_effect_is_neither_searched_nor_logged(
+    store: Store, quick: dict[str, list[str]]
+) -> None:
+    options = ["--model", "transfer", *quick["transfer"], "--epochs", "1"]
+    assert list(search.parse(options).space) == ["batch_size", "shuffle", "lr"]
+    assert "thaw" in search.parse(["--model", "transfer"]).space
+    assert train.main(options) == 0
+    assert "thaw" not in store.run().data.params
+
+
+def test_a_study_s_help_says_what_it_searches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        search.parse(["--model", "fashion-cnn", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "several (A,B) or a range (LOW:HIGH[:log])" in said
+    assert "Adam's learning rate; by default 0.0001:0.1:log, in a grid 0.01,0.001" in said
+    assert "divide by its deviation; by default False" in said
+
+
+def test_a_parameter_has_a_default_that_could_be_given() -> None:
+    with pytest.raises(ModelsError, match=r"^default=-1 is not allowed; it must be a whole number"):
+        Parameter(default=-1, help="")
+
+
 def test_an_option_is_spelt_out(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --mod" in refused(capsys, train, "--mod", "char-lstm")
 
@@ -275,22 +300,25 @@ def test_an_option_is_spelt_out(store: Store, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "the recipe.json of the model is damaged."),
-        ("[1]", "the recipe.json of the model is damaged."),
+        ("{", "weights='w' is a model whose recipe.json is damaged."),
+        ("[1]", "weights='w' is a model whose recipe.json is damaged."),
         (
             '{"model": "antigravity:x", "params": {}, "facts": {}}',
-            "the model is of 'antigravity:x'",
+            "weights='w' is a model of 'antigravity:x'; allowed: char-lstm, fashion-cnn, ",
         ),
-        ('{"model": "fashion-cnn"}', "the recipe.json of the model is damaged."),
+        ('{"model": "fashion-cnn"}', "weights='w' is a model whose recipe.json is damaged."),
     ],
 )
 def test_what_travels_with_a_model_is_not_trusted(text: str, said: str) -> None:
     with pytest.raises(ModelsError) as error:
-        parse_spec(text)
+        parse_spec(text, RECIPES, "weights='w'")
     assert str(error.value).startswith(said)
     assert "antigravity" not in sys.modules
 
 
 def test_a_parameter_that_is_newer_than_a_model_has_its_default() -> None:
     text = '{"model": "fashion-cnn", "params": {"lr": 0.5}, "facts": {}}'
-    assert parse_spec(text)["params"] == {**RECIPES["fashion-cnn"].defaults(), "lr": 0.5}
+    assert parse_spec(text, RECIPES, "model='m'")["params"] == {
+        **RECIPES["fashion-cnn"].defaults(),
+        "lr": 0.5,
+    }

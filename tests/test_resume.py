@@ -183,6 +183,26 @@ def test_studies_train_continues_a_run(store: Store, tmp_path: Path) -> None:
     assert run.data.tags["tracker.param.epochs"] == "2"
 
 
+def test_a_run_of_mlflow_run_goes_on_with_the_options_that_began_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studies.train import main
+
+    text = tmp_path / "some words.txt"
+    text.write_text("the cat sat on a mat and saw that it was good, or was it not? " * 60)
+    run_id = store.client.create_run("0").info.run_id
+    asked = {"dataset": f"'{text}'", "prime": "'the cat'", "hidden": "8", "lr": "2e-3"}
+    for name, value in asked.items():  # as `mlflow run` logs what it was given: with quotes
+        store.client.log_param(run_id, name, value)
+    arguments = ["--model", "char-lstm", "--dataset", str(text), "--prime", "the cat"]
+    arguments += ["--hidden", "8", "--batch-size", "4", "--length", "20", "--lr", "2e-3"]
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    assert main([*arguments, "--epochs", "1"]) == 0
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    assert main([*arguments, "--epochs", "2", "--resume", run_id]) == 0
+    assert [step for step, _ in store.history(store.run(), "val_loss")] == [1, 2]
+
+
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(store: Store) -> None:
     run_id = store.client.create_run("0").info.run_id
     with pytest.raises(StoreError, match="is RUNNING: end its process, then deliver its journal"):

@@ -28,6 +28,7 @@ from models.sentiment_predictor import SentimentPredictor, encode, numbered, tok
 from studies.search import main as search
 from studies.train import main as train
 from tracker import Predictor, start_run
+from tracker.samples import describe_dataset
 
 RECIPE = find("sentiment-lstm")
 FILLERS = ("the", "film", "story", "actor", "is", "a", "of", "with", "it", "scene")
@@ -178,9 +179,12 @@ MANY = [[text, name] for label, name in enumerate("ab") for text in texts_of(lab
         ({"x.neg": "bad"}, "dataset='{}' has no .pos file; allowed"),
         ({"x.neg": "", "x.pos": "good"}, "dataset='{}/x.neg' is empty"),
         ({"x.neg": "\0\1\2\3" * 99, "x.pos": "good"}, "dataset='{}/x.neg' is binary"),
-        ({"x.neg": "bad\nworse", "x.pos": "good"}, "dataset='{}' has 3 texts, too few to split"),
-        ({"x.neg": "bad\n" * 99, "x.pos": "good\n" * 99}, "has 198 texts, too few to split"),
-        ({"x.neg": " \n", "x.pos": " \n"}, "has 0 texts, too few to split"),
+        ({"x.neg": "bad\nworse", "x.pos": "good"}, "dataset='{}' has 3 different texts, too few"),
+        (
+            {"x.neg": "bad\n" * 99, "x.pos": "good\n" * 99},
+            "has 2 different texts, too few to split",
+        ),
+        ({"x.neg": "bad\n", "x.pos": " \n"}, "dataset='{}' has no text in its .pos file."),
     ],
 )
 def test_what_is_no_data_is_one_sentence(
@@ -205,7 +209,11 @@ def test_what_is_no_data_is_one_sentence(
         ([["text", "label"], *MANY, ["x", "c"]], "has 3 different labels (a, b, c); allowed: two."),
         ([["text", "label"], *MANY, ["x", ""]], "has no label, or another number of columns"),
         ([["text", "label"], *MANY, ["x", "a", "b"]], "in the row that ends in line 82"),
-        ([["text", "label"], *MANY[:3], *MANY[-3:]], "has 6 texts, too few to split"),
+        ([["text", "label"], *MANY[:3], *MANY[-3:]], "has 6 different texts, too few to split"),
+        (
+            [["text", "label", "text"]],
+            "text_column='text' is two columns of {}; allowed: text, lab",
+        ),
         ([["text", "label"], ["x" * 200_000, "a"]], "is no CSV at line 2 (field larger"),
         ([], "is empty"),
     ],
@@ -221,9 +229,32 @@ def test_a_csv_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     assert "none.csv' is not a file" in told_of(tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/proc/1/mem"])
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "none.tsv"])
 def test_an_odd_path_is_one_sentence(name: str) -> None:
     assert "is not there; allowed" in told_of(name)
+
+
+def test_a_file_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "data.tsv").write_text("text\tlabel\n")
+    assert "data.tsv' is none of these; allowed: a folder with .pos" in told_of(
+        tmp_path / "data.tsv"
+    )
+
+
+def test_the_digest_is_of_the_texts_however_they_are_encoded(reviews: Path, tmp_path: Path) -> None:
+    letters = str.maketrans("aeiou", "uoiea")  # the same words' numbers, from other words
+    other = write(
+        tmp_path / "other",
+        *([text.translate(letters) for text in texts_of(label, 150)] for label in (0, 1)),
+    )
+
+    def digests(path: Path, **params: Any) -> list[str]:
+        return [describe_dataset(part).digest for part in parts_of(load(path, **params))]
+
+    found = digests(reviews)
+    assert len(set(found)) == 3
+    assert digests(reviews, length=9) == digests(reviews, min_count=2) == found
+    assert not {*found} & {*digests(other)}
 
 
 def test_auto_without_data_is_one_sentence(tmp_path: Path) -> None:
@@ -323,6 +354,24 @@ def test_the_predictor_takes_texts_in_any_wrapping() -> None:
         pd.testing.assert_frame_equal(predictor.predict(wrapped), expected)
     assert predictor.predict([None])["label"].tolist() == ["no"]
     assert predictor.predict([]).empty
+    table = pd.DataFrame({"id": ["Good", "Good"], "text": ["bad", "Good"]})
+    assert predictor.predict(table)["label"].tolist() == ["no", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "message"),
+    [
+        (pd.DataFrame({"id": ["a"], "review": ["b"]}), r"^the columns are \['id', 'review'\]"),
+        (pd.DataFrame({"text": [["a", "b"]]}), r"^\['a', 'b'\] is a list; it must be a text"),
+        ([1], r"^1 is a int; it must be a text"),
+    ],
+)
+def test_the_predictor_refuses_what_is_no_text(wrapped: Any, message: str) -> None:
+    predictor = SentimentPredictor(
+        lambda words: words, {"classes": ["no", "yes"], "vocabulary": [], "length": 4}
+    )
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(wrapped)
 
 
 # --- From the command line to a process without this project

@@ -21,6 +21,7 @@ from studies.train import main
 from studies.training import Task
 from tracker import load_histograms
 
+IMAGENET = torchvision.models.get_model_weights("resnet18").DEFAULT.url
 FACTS = {"classes": [str(digit) for digit in range(10)], "mean": 0.3, "std": 0.35}
 TRANSFER, STYLE = RECIPES["transfer"], RECIPES["style-transfer"]
 
@@ -123,9 +124,8 @@ def test_imagenet_s_weights_come_from_torch_s_own_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
     published = torchvision.models.resnet18().state_dict()
-    file = tmp_path / "checkpoints" / Path(url).name
+    file = tmp_path / "checkpoints" / Path(IMAGENET).name
     file.parent.mkdir()
     torch.save(published, file)
     chosen = params("transfer", weights="imagenet")
@@ -143,7 +143,7 @@ def test_imagenet_s_weights_come_from_torch_s_own_cache(
         ({"backbone": "resnet0"}, "backbone='resnet0' is not known; allowed: alexnet, "),
         ({"backbone": "squeezenet1_0"}, "has no linear layer to replace by a head."),
         ({"weights": "coco"}, "weights='coco' is not known; allowed: imagenet, none, runs:/RUN_ID"),
-        ({"backbone": "alexnet", "image_size": 16}, "do not take pictures of 28x28 at image_size="),
+        ({"backbone": "alexnet", "image_size": 16}, "does not take pictures of 28x28 at image_"),
     ],
 )
 def test_a_backbone_that_does_not_fit_is_a_sentence(
@@ -152,6 +152,23 @@ def test_a_backbone_that_does_not_fit_is_a_sentence(
     with pytest.raises(ModelsError, match=re.escape(message)) as error:
         rebuild(spec("transfer", params("transfer", **changed), FACTS))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, [1], "cut"])
+def test_a_damaged_file_of_weights_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / Path(IMAGENET).name
+    file.parent.mkdir()
+    if content == "cut":
+        file.write_bytes(b"PK")
+    else:
+        torch.save(content, file)
+    chosen = params("transfer", weights="imagenet")
+    assert TRANSFER.weights is not None
+    with pytest.raises(ModelsError, match=re.escape(f"{file} is damaged; remove it")):
+        TRANSFER.weights(rebuild(spec("transfer", chosen, FACTS)), chosen, None)
 
 
 def test_weights_of_another_shape_are_a_sentence() -> None:
@@ -244,7 +261,16 @@ def test_a_gram_matrix_is_that_of_the_paper() -> None:
         (["--dataset", "a.jpg,b.jpg"], "dataset='a.jpg,b.jpg' is not two picture files"),
         (["--dataset", "{text},{text}"], "is not a picture that can be decoded."),
         (["--dataset", "{cut},{cut}"], "cannot be read: "),
-        (["--dataset", "{huge},{huge}"], "pixels; allowed are 100,000,000 in all."),
+        (
+            ["--dataset", "{huge},{huge}"],
+            "studies.train: {huge} is too large; allowed are 100,000,000 pixels in all.",
+        ),
+        (["--dataset", "{bomb},{bomb}"], "{bomb} is too large; allowed are 100,000,000 pixels in"),
+        (
+            ["--dataset", "{deep},{deep}"],
+            "{deep} has pixels of the kind I;16; allowed: 8 bits",
+        ),
+        (["--backbone", "vit_b_32", "--size", "64"], "the network does not take pictures of 48x"),
         (["--dataset", "{good}", "--style-layers", "features.1"], "'features.1' is no convolution"),
         (["--size", "8"], "argument --size: '8' is not allowed; it must be a whole number from 16"),
     ],
@@ -263,8 +289,14 @@ def test_a_mistake_is_one_sentence(
     cut.write_bytes((tmp_path / "style.png").read_bytes()[:60])
     huge = tmp_path / "huge.png"
     Image.new("1", (12_000, 10_000)).save(huge)
-    files = {"text": text, "cut": cut, "huge": huge, "good": pictures}
+    bomb = tmp_path / "bomb.png"  # PIL itself refuses to open it
+    Image.new("1", (20_000, 10_000)).save(bomb)
+    deep = tmp_path / "deep.png"
+    Image.new("I;16", (50, 50)).save(deep)
+    files = {"text": text, "cut": cut, "huge": huge, "bomb": bomb, "deep": deep, "good": pictures}
     given = [word.format(**files) for word in arguments]
+    if "--dataset" not in given:
+        given += ["--dataset", pictures]
     capsys.readouterr()
     try:
         code = main(["--model", "style-transfer", "--weights", "none", "--epochs", "1", *given])
@@ -272,7 +304,7 @@ def test_a_mistake_is_one_sentence(
         code = int(error.code or 0)
     said = capsys.readouterr().err
     assert code == 2
-    assert message in said
+    assert message.format(**files) in said
     assert said.count("\n") == 1
     assert store.runs() == []
 

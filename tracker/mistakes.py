@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from tracker.environment import device_of, evaluation_mode
 from tracker.errors import ArgumentError
+from tracker.images import to_pil
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORST = 25
 """How many mistakes are shown."""
+_ACROSS = 5
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class Mistakes:
     """Counts: a row for each true class, a column for each predicted one."""
     worst: pd.DataFrame
     """The wrong predictions with the largest losses, the worst first; see `find_mistakes`."""
-    pictures: Tensor | None
-    """The inputs of `worst`, (N, C, H, W), where they are pictures."""
+    pictures: Sequence[Tensor]
+    """The inputs of `worst`, (C, H, W) each, where they are pictures; else none."""
 
 
 @torch.no_grad()
@@ -48,49 +54,56 @@ def find_mistakes(
     Raises ArgumentError for classes of another number than the scores have.
     """
     place = device_of(network)
-    every: list[tuple[Tensor, Tensor]] = []
+    counts = torch.zeros(len(classes) ** 2, dtype=torch.long)
+    worst: list[_Mistake] = []
+    seen = 0
     for inputs, labels in loader:
         with evaluation_mode(network):
             outputs = network(inputs.to(place))
-        found = outputs if scores is None else scores(outputs)
-        every.append((found.float().cpu(), labels.cpu().long()))
-    logits, labels = (torch.cat(parts) for parts in zip(*every, strict=True))
-    if logits.dim() != 2 or logits.shape[1] != len(classes):
-        raise ArgumentError(
-            f"classes has {len(classes)} names, and the scores have the shape "
-            f"{tuple(logits.shape)}; it must be (N, {len(classes)})."
-        )
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    sure, predicted = logits.softmax(dim=1).max(dim=1)
-    counts = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
+        logits = (outputs if scores is None else scores(outputs)).float().cpu()
+        labels = labels.cpu().long()
+        if logits.dim() != 2 or logits.shape[1] != len(classes):
+            raise ArgumentError(
+                f"classes has {len(classes)} names, and the scores have the shape "
+                f"{tuple(logits.shape)}; it must be (N, {len(classes)})."
+            )
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        sure, predicted = logits.softmax(dim=1).max(dim=1)
+        counts += torch.bincount(labels * len(classes) + predicted, minlength=len(counts))
+        wrong = (predicted != labels).nonzero().flatten()
+        # The inputs are kept as they come: a loader that shuffles gives others the next time.
+        for i in wrong[losses[wrong].argsort(descending=True, stable=True)][:WORST].tolist():
+            names = classes[int(labels[i])], classes[int(predicted[i])]
+            worst.append(_Mistake(seen + i, *names, sure[i].item(), losses[i].item(), inputs[i]))
+        worst = sorted(worst, key=lambda mistake: -mistake.loss)[:WORST]
+        seen += len(labels)
     confusion = pd.DataFrame(
         counts.reshape(len(classes), -1).numpy(), index=list(classes), columns=list(classes)
     ).rename_axis("true")
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[losses[wrong].argsort(descending=True, stable=True)][:WORST]
-    worst = pd.DataFrame(
-        {
-            "sample": wrong.numpy(),
-            "label": [classes[int(i)] for i in labels[wrong]],
-            "predicted": [classes[int(i)] for i in predicted[wrong]],
-            "probability": sure[wrong].numpy().round(6),
-            "loss": losses[wrong].numpy().round(6),
-        }
-    )
+    columns = ["sample", "label", "predicted", "probability", "loss"]
+    table = pd.DataFrame([mistake[:-1] for mistake in worst], columns=columns).round(6)
     if shown is not None:
-        worst["text"] = [shown[int(i)] for i in wrong]
-    return Mistakes(confusion, worst, _pictures(loader, wrong))
+        table["text"] = [shown[mistake.sample] for mistake in worst]
+    inputs = [mistake.input.cpu() for mistake in worst]
+    if any(each.dim() != 3 or each.shape[0] not in (1, 3) for each in inputs):
+        inputs = []
+    return Mistakes(confusion, table, inputs)
+
+
+class _Mistake(NamedTuple):
+    sample: int
+    label: str
+    predicted: str
+    probability: float
+    loss: float
+    input: Tensor
 
 
 def confusion_picture(confusion: pd.DataFrame) -> bytes:
     """A PNG of the matrix: counts, shaded by the share of their row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, once a run
-    from matplotlib.figure import Figure
-
     size = len(confusion)
     inches = max(3.0, 1.5 + 0.5 * size)
-    figure = Figure(figsize=(inches, inches), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(inches, inches)
     axes = figure.add_subplot()
     shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0).to_numpy()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -106,20 +119,35 @@ def confusion_picture(confusion: pd.DataFrame) -> bytes:
                     axes.text(
                         column, row, str(count), ha="center", va="center", color=colour, size=8
                     )
+    return _png(figure)
+
+
+def worst_picture(found: Mistakes) -> bytes | None:
+    """A PNG of the worst mistakes, each with what it is and what it was taken for; None: none."""
+    if not found.pictures:
+        return None
+    rows = -(-len(found.pictures) // _ACROSS)
+    figure = _figure(1.5 * _ACROSS, 1.8 * rows)
+    for place, (picture, mistake) in enumerate(
+        zip(found.pictures, found.worst.itertuples(), strict=True), 1
+    ):
+        axes = figure.add_subplot(rows, _ACROSS, place)
+        axes.imshow(to_pil(make_grid(picture, normalize=True, padding=0)))
+        axes.set_axis_off()
+        axes.set_title(f"{mistake.label}\n\N{RIGHTWARDS ARROW} {mistake.predicted}", size=8)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, once a run
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, dpi=120, format="png")
     return png.getvalue()
-
-
-def _pictures(loader: Iterable[Any], wanted: Tensor) -> Tensor | None:
-    """The inputs of the wanted samples, where they are pictures."""
-    if not len(wanted):
-        return None
-    found: dict[int, Tensor] = {}
-    numbers = set(wanted.tolist())
-    for number, sample in enumerate(sample for inputs, _ in loader for sample in inputs):
-        if sample.dim() != 3 or sample.shape[0] not in (1, 3):
-            return None
-        if number in numbers:
-            found[number] = sample
-    return torch.stack([found[number] for number in wanted.tolist()])

@@ -45,6 +45,8 @@ from tracker.tracking_uri import check, is_file_store, is_http, local_path, reso
 logger = logging.getLogger(__name__)
 
 RECORD_TAG = "tracker.record"
+LATER = "tracker.param."
+"""The tag of a param whose value MLflow keeps another one of begins with this."""
 _LARGEST = sys.float_info.max
 _REFUSAL = "INVALID_PARAMETER_VALUE"  # not RESOURCE_DOES_NOT_EXIST: it may be the wrong store
 
@@ -70,6 +72,7 @@ class Past(NamedTuple):
     """What is known of a run that is to be continued."""
 
     params: Mapping[str, str]
+    """Where MLflow had another one first, what was logged after it."""
     status: str
     last_steps: Mapping[str, int]
     """The last step of each metric."""
@@ -252,7 +255,9 @@ class MlflowStore:
                 name: max(p.step for p in self.client.get_metric_history(run_id, name))
                 for name in run.data.metrics
             }
-        return Past(run.data.params, run.info.status, steps)
+        tags = run.data.tags
+        later = {k.removeprefix(LATER): tags[k] for k in tags if k.startswith(LATER)}
+        return Past({**run.data.params, **later}, run.info.status, steps)
 
     def run_name(self, run_id: str) -> str:
         """The name of a run, which MLflow chose where none was given."""
@@ -282,7 +287,7 @@ class MlflowStore:
             if params and (in_doubt or run_id not in self._made):
                 had = self.client.get_run(run_id).data.params
                 changed = {k: v for k, v in params.items() if not _same(had.get(k, v), v)}
-                tags = {**tags, **{f"tracker.param.{k}": v for k, v in changed.items()}}
+                tags = {**tags, **{f"{LATER}{k}": v for k, v in changed.items()}}
                 params = {k: v for k, v in params.items() if k not in had}
             self.client.log_batch(  # in as many requests as MLflow's limits ask for
                 run_id,

@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +37,7 @@ from tracker.delivery import Delivery, delivery, mode_of
 from tracker.environment import environment_tags, unwrap
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.histograms import network_histograms
-from tracker.images import image_grid, mlflow_image_files, to_pil
+from tracker.images import mlflow_image_files, to_pil
 from tracker.journal import Kind, Point, now
 from tracker.redaction import is_secret_name, public_uri, public_values
 from tracker.resume import CHECKPOINTS, Earlier
@@ -414,19 +415,19 @@ class Run:
         """Log what a classifier takes for what, over the batches (inputs, labels) of `loader`.
 
         Writes `mistakes/confusion.csv` and `.png`, and of the worst mistakes `worst.csv` and, of
-        pictures, `worst.png`. `loader` is read twice and must keep its order. `classes` are the
-        classes' names; `scores` makes scores (N, classes) of outputs that are none; `shown` is a
-        text for each sample. Raises ArgumentError where classes and scores differ.
+        pictures, `worst.png`. `classes` are the classes' names; `scores` makes scores (N, classes)
+        of outputs that are none; `shown` is a text for each sample, in the order of `loader`.
+        Raises ArgumentError where classes and scores differ.
         """
-        from tracker.mistakes import confusion_picture, find_mistakes
+        from tracker.mistakes import confusion_picture, find_mistakes, worst_picture
 
         found = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
         self.log_text(found.confusion.to_csv(), "mistakes/confusion.csv")
         self.log_text(found.worst.to_csv(index=False), "mistakes/worst.csv")
-        drawn = confusion_picture(found.confusion)
-        self._log_file("confusion.png", lambda path: path.write_bytes(drawn), "mistakes")
-        if found.pictures is not None and (grid := image_grid(found.pictures)) is not None:
-            self._log_file("worst.png", grid.save, "mistakes")
+        drawn = {"confusion": confusion_picture(found.confusion), "worst": worst_picture(found)}
+        for name, png in drawn.items():
+            if png is not None:
+                self._log_file(f"{name}.png", partial(Path.write_bytes, data=png), "mistakes")
 
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients of `network` at `step`.
