@@ -200,6 +200,7 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         register=given.register,
         alias=given.alias,
         replay=command + " --replay {number}",
+        fixed={"model": given.model, "dataset": given.dataset, **given.fixed},
         grace_seconds=given.grace_seconds,
         offline=given.offline,
     )
@@ -242,18 +243,29 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parse(arguments, prog, study_name)
     try:
-        study = make(given, [word for word in arguments if word != "--resume"], prog)
+        study = make(given, _without_resume(arguments), prog)
         if given.replay is not None:
-            print(f"values        {study.replay(given.replay)}")
-            return 0
+            values = study.replay(given.replay)
+            print(f"values        {'none: it failed' if values is None else list(values)}")
+            return 0 if values is not None else 1
         report(study.run(workers=given.workers, resume=given.resume), given)
     except (TrackerError, ModelsError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # which carries the name of another signal
         print(f"{prog}: stopped; --resume goes on from here.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + signal.Signals[str(stop) or "SIGINT"]
     return 0
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    """The command line of a study that begins: what trains one of its trials again."""
+    words = [word for word in arguments if not word.startswith("--resume=")]
+    while "--resume" in words:
+        at = words.index("--resume")
+        has_value = words[at + 1 : at + 2] and words[at + 1].lower() in ("true", "false")
+        del words[at : at + 1 + bool(has_value)]
+    return words
 
 
 if __name__ == "__main__":

@@ -269,8 +269,11 @@ def test_a_model_of_two_inputs_is_one_sentence(tmp_path: Path) -> None:
         ("RUN --to pt2 --output none/m.pt2", "output='none/m.pt2' cannot be written: No such file"),
         ("RUN --to pt2 --output /proc/m.pt2", "output='/proc/m.pt2' cannot be written: "),
         ("RUN --to pt2 --output .", "output='.' is a folder; it must be a file."),
-        ("RUN --to pt2 --tracking-uri sqlite:///no.db", "no.db' does not exist, and so has no"),
-        ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has no models."),
+        (
+            "RUN --to pt2 --tracking-uri sqlite:///no.db",
+            "no.db' does not exist, and so has not",
+        ),
+        ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has not the model"),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
         ("RUN --to aoti", "needs a C++ compiler, and there is no '/no/compiler'."),
     ],

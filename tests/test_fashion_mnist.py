@@ -14,7 +14,7 @@ from conftest import Store
 
 from studies.__main__ import main as upkeep
 from studies.fashion_mnist import main
-from studies.search import parse
+from studies.search import _without_resume, parse
 from tracker.search.record import load
 from tracker.search.storage import Storage
 
@@ -52,6 +52,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--storage", "journal:///no\0file"], "cannot be opened"),
         (["--model", "resnet-0"], "model='resnet-0' is not known"),
         (["--alias", "best"], "alias='best' needs the name to register under"),
+        (["--metric", "val_loss", "val_loss"], "has the same name twice"),
         (["--warm-start-study", "nothing"], "does not exist"),
         (["--replay", "0"], "does not exist"),
     ],
@@ -80,6 +81,18 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("--resume --trials 3", "--trials 3"),
+        ("--trials 3 --resume true", "--trials 3"),
+        ("--resume=true --resume False --study true", "--study true"),
+    ],
+)
+def test_what_trains_a_trial_again_does_not_go_on_with_the_study(words: str, left: str) -> None:
+    assert _without_resume(words.split()) == left.split()
+
+
 @pytest.mark.slow
 def test_a_grid_then_more_of_it_then_its_mirror(
     store: Store, capsys: pytest.CaptureFixture[str], workdir: Path
@@ -88,6 +101,9 @@ def test_a_grid_then_more_of_it_then_its_mirror(
     assert main(command) == 0
     assert "2 COMPLETE" in capsys.readouterr().out
     assert "exists in storage" in sentence(capsys, *command[len(QUICK) :])
+    assert "has normalize=False, not True" in sentence(
+        capsys, *command[len(QUICK) :], "--resume", "--normalize", "true"
+    )
     assert main([*command, "--resume"]) == 0
     assert main([*command, "--resume", "--lr", "0.01,0.001,0.1"]) == 0
     runs = store.runs()

@@ -11,10 +11,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
@@ -231,6 +233,48 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(
     (workdir / "file").write_bytes(content)
     refused(f"{kind}:///file")
     assert (workdir / "file").read_bytes() == content
+    if content != GARBAGE["a database"]:
+        assert os.listdir(workdir) == ["file"]
+
+
+READ_ONLY = """
+import os, sys
+from tracker import Study, TrackerError
+
+study = Study("s", abs, space={"x": [1]}, sampler="grid", storage=sys.argv[1], inline=True)
+if os.getuid() == 0:  # whom no permissions stop
+    os.setuid(65534)
+try:
+    study.run(resume=True)
+except TrackerError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "resumed"])
+def test_a_storage_that_may_not_be_written_is_one_sentence(
+    kind: str, there: bool, workdir: Path
+) -> None:
+    with TemporaryDirectory() as folder:
+        url = f"{kind}:///{folder}/studies"
+        if there:
+            settings = {"space": {"x": [1, 2]}, "sampler": "grid", "offline": True}
+            tracker.Study("s", lambda trial: 1.0, storage=url, **settings, trials=1).run()
+        os.chmod(folder, 0o555)
+        told = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, url],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:////tmp/{uuid.uuid4().hex}.db"},
+        )
+        os.chmod(folder, 0o755)
+    assert told.stderr == ""
+    assert told.stdout.startswith(f"storage={url!r} cannot be ")
+    assert told.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -531,6 +531,19 @@ def test_a_study_begins_with_the_trials_of_another(store: Store) -> None:
     assert len(study.get_trials()) == 8
 
 
+def test_a_warm_start_from_nowhere_makes_nothing(workdir: Path, tracking_uri: str) -> None:
+    study = make(tracking_uri="sqlite:///none.db")
+    study.warm_start_from_runs("old", "loss")
+    with pytest.raises(StoreError, match=r"none.db' does not exist, and so has not the experiment"):
+        study.run()
+    make().run()
+    again = make()
+    again.warm_start_from_study("study", "journal:///./studies.journal")
+    with pytest.raises(ArgumentError, match="study='study' cannot begin with its own trials"):
+        again.run(resume=True)
+    assert not (workdir / "none.db").exists()
+
+
 def test_a_study_begins_with_plain_runs_of_an_experiment(store: Store) -> None:
     for lr, value in (("0.1", 3.0), ("0.5", 1.0), ("7", 0.0)):
         with start_run(params={"lr": lr, "size": 16, "shuffle": "true"}, experiment="old") as run:
@@ -589,6 +602,12 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
         ({"pruner": "luck"}, "pruner='luck' is not known; allowed: none, median, hyperband"),
         ({"direction": "up"}, "direction='up' is not allowed; it must be minimize or maximize"),
         ({"metric": ["a", "b"]}, "must name as many as"),
+        ({"metric": "loss?"}, r"metric name 'loss\?' is not allowed"),
+        (
+            {"direction": ["minimize"] * 2, "metric": ["a", "a"]},
+            r"metric=\['a', 'a'\] has the same name twice",
+        ),
+        ({"sampler": "grid", "space": {"x:?": [1]}}, r"space name 'x:\?' is not allowed"),
         (
             {"direction": ["minimize"] * 2, "metric": ["a", "b"], "pruner": "median"},
             "one objective",
@@ -598,6 +617,14 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
         ({"storage": "sqlite://"}, "names no file"),
         ({"models": "some"}, "models='some' is not allowed; it must be best, all or none"),
         ({"alias": "best"}, "alias='best' needs the name to register under"),
+        ({"register": "a/b"}, "register='a/b' is not allowed; it must be a name without / and :"),
+        ({"register": "a", "alias": "latest"}, "alias='latest' is not allowed; it must be letters"),
+        ({"register": "a", "alias": "v7"}, "alias='v7' is not allowed"),
+        ({"register": "a", "models": "none"}, "register='a' needs one best model; models='none'"),
+        (
+            {"register": "a", "direction": ["minimize"] * 2, "metric": ["a", "b"]},
+            "register='a' needs one best model; there are several",
+        ),
         ({"grace_seconds": 0}, "grace_seconds=0 must be above 0"),
     ],
 )
@@ -635,14 +662,17 @@ def test_a_study_that_exists_is_gone_on_with_only_when_asked(tracking_uri: str) 
         ({"seed": 5}, "has seed=0, not 5"),
         ({"sampler": "random", "trials": 5}, "has sampler='grid', not 'random'"),
         ({"direction": "maximize"}, "has directions="),
+        ({"fixed": {"data": "mnist"}}, "has data='digits', not 'mnist'; it goes on as it was"),
+        ({"fixed": {}}, "has data='digits', not None"),
     ],
 )
 def test_a_study_that_differs_from_the_stored_one_says_how(
     settings: dict[str, Any], message: str, tracking_uri: str
 ) -> None:
-    study = make().run()
+    common = {"space": SPACE, "sampler": "grid", "fixed": {"data": "digits"}}
+    study = make(**common).run()
     with pytest.raises(ArgumentError, match=message):
-        make(**{"space": SPACE, "sampler": "grid", **settings}).run(resume=True)
+        make(**common | settings).run(resume=True)
     assert len(study.get_trials()) == 8
 
 

@@ -71,6 +71,18 @@ def check(uri: str) -> None:
         raise StoreError(f"tracking_uri={public_uri(uri)!r} cannot be opened: {problem}.")
 
 
+def check_there(uri: str, wanted: str) -> None:
+    """Raise StoreError where the file or folder of `uri`, which has `wanted`, does not exist.
+
+    MLflow would make an empty store there, and find nothing in it.
+    """
+    is_sqlite = uri.startswith("sqlite:") and ":memory:" not in uri
+    if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():
+        raise StoreError(
+            f"tracking_uri={public_uri(uri)!r} does not exist, and so has not {wanted}."
+        )
+
+
 def is_http(uri: str) -> bool:
     """Whether a server is at `uri`."""
     return uri.startswith(("http://", "https://"))

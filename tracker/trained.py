@@ -12,8 +12,7 @@ import torch
 from tracker.errors import StoreError
 from tracker.export import EXPORTED, FILES
 from tracker.logs import muted
-from tracker.redaction import public_uri
-from tracker.tracking_uri import is_file_store, local_path, resolve
+from tracker.tracking_uri import check_there, resolve
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,7 @@ def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
     """
     from tracker.mlflow_store import MlflowStore  # takes seconds, and few runs begin with a model
 
-    uri = resolve(tracking_uri)
-    is_sqlite = uri.startswith("sqlite:") and ":memory:" not in uri
-    if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():
-        # MLflow would make an empty store there, and find nothing in it.
-        raise StoreError(f"tracking_uri={public_uri(uri)!r} does not exist, and so has no models.")
+    check_there(resolve(tracking_uri), f"the model {model_uri!r}")
     with TemporaryDirectory() as temporary:
         folder = MlflowStore(tracking_uri).download_model(model_uri, Path(temporary))
         exported = folder / EXPORTED

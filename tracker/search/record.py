@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
 
+from tracker.checks import checked_name
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 from tracker.search import samplers
@@ -17,6 +19,7 @@ from tracker.search.space import Space, difference, from_json, grid, to_json
 from tracker.search.storage import Storage, quiet
 
 STUDY = "tracker:study"
+_ALIAS = re.compile(r"(?!(latest|v\d+)$)[\w\-]{1,255}", re.IGNORECASE)  # mlflow.utils.validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Record:
     """The alias that the best model has there."""
     replay: str | None = None
     """The command that trains trial {number} again."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What all trials have in common, as JSON."""
     study_id: int = -1
     """The storage's number for it."""
 
@@ -81,14 +86,35 @@ class Record:
             raise ArgumentError(
                 f"models={self.models!r} is not allowed; it must be best, all or none."
             )
-        if self.alias is not None and self.register is None:
-            raise ArgumentError(f"alias={self.alias!r} needs the name to register under.")
+        for name in self.metrics:
+            checked_name(name, "metric")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ArgumentError(f"metric={list(self.metrics)} has the same name twice.")
+        self._check_registering(several)
         if self.sampler == "grid":
             if not self.spaces or not self.spaces[-1]:
                 raise ArgumentError("sampler='grid' needs a space: a list of values for each name.")
             grid(self.spaces)
         elif self.trials is None:
             raise ArgumentError(f"trials is missing; sampler={self.sampler!r} never ends.")
+
+    def _check_registering(self, several: bool) -> None:
+        if self.register is None:
+            if self.alias is not None:
+                raise ArgumentError(f"alias={self.alias!r} needs the name to register under.")
+            return
+        if not self.register.strip() or set("/:") & set(self.register):
+            raise ArgumentError(
+                f"register={self.register!r} is not allowed; it must be a name without / and :."
+            )
+        if self.models == "none" or several:
+            why = "there are several" if several else "models='none' keeps none"
+            raise ArgumentError(f"register={self.register!r} needs one best model; {why}.")
+        if self.alias is not None and not _ALIAS.fullmatch(self.alias):
+            raise ArgumentError(
+                f"alias={self.alias!r} is not allowed; it must be letters, digits, _ and -, and "
+                "neither 'latest' nor a version such as v1."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """What is stored with the study."""
@@ -138,7 +164,7 @@ def open_study(storage: Storage, given: Record, *, resume: bool) -> Record:
     Raises ArgumentError where it exists and `resume` is not set, or is another study; then nothing
     has changed.
     """
-    with storage.lock():
+    with storage.translated(), storage.lock():
         try:
             study_id = storage.optuna.get_study_id_from_name(given.name)
         except KeyError:
@@ -178,6 +204,13 @@ def _merged(stored: Record, given: Record) -> Record:
             raise ArgumentError(
                 f"study={given.name!r} has {name}={_plain(had)}, not {_plain(now)}; it goes on as "
                 "it was, or under another name."
+            )
+    for name in stored.fixed.keys() | given.fixed.keys():
+        had, now = stored.fixed.get(name), given.fixed.get(name)
+        if had != now:
+            raise ArgumentError(
+                f"study={given.name!r} has {name}={had!r}, not {now!r}; it goes on as it was, or "
+                "under another name."
             )
     if stored.tracking_uri == given.tracking_uri:
         had, now = [(each.experiment, each.experiment_id) for each in (stored, given)]

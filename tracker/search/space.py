@@ -24,6 +24,7 @@ from optuna.distributions import (
     json_to_distribution,
 )
 
+from tracker.checks import checked_name
 from tracker.errors import ArgumentError
 
 Value = None | bool | int | float | str
@@ -39,8 +40,7 @@ def checked_space(given: Mapping[str, Any]) -> Space:
     """`given` as a space; ArgumentError, in one sentence, where a name or its values cannot be."""
     space: Space = {}
     for name, domain in given.items():
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"space has the name {name!r}; a name must be a text.")
+        checked_name(name, "space")
         if isinstance(domain, CategoricalDistribution):
             domain = list(domain.choices)
         if isinstance(domain, BaseDistribution):
@@ -73,9 +73,11 @@ def _checked_values(name: str, values: list[Any]) -> list[Value]:
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ArgumentError(f"space[{name!r}] has the value {value}; it must be finite.")
-    for index, value in enumerate(values):
-        if value in values[:index]:
+    seen: set[Value] = set()
+    for value in values:
+        if value in seen:
             raise ArgumentError(f"space[{name!r}] has the value {value!r} twice.")
+        seen.add(value)
     return [float(value) if isinstance(value, float) else value for value in values]  # numpy's
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -90,6 +91,7 @@ class Storage:
         self._owner: FileLock | None = None
         try:
             if self._file is not None:
+                _check_file(self._file, self.kind)
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(f"{self._file}.lock", fallback_to_soft=False)
             with self.lock(), quiet():
@@ -102,7 +104,6 @@ class Storage:
     def _open(self) -> BaseStorage:
         if self.kind == "journal":
             file = str(self._file)
-            _check_journal(file)
             return JournalStorage(JournalFileBackend(file, lock_obj=_KernelLock(file)))
         if self.kind == "sqlite":
             backend = RDBStorage(
@@ -216,6 +217,8 @@ class Storage:
 
     def unreachable(self, error: BaseException) -> bool:
         """Whether `error` says that the storage does not answer now, and may later."""
+        if _is_for_good(error):
+            return False
         if isinstance(error, StorageInternalError):
             return isinstance(
                 error.__cause__, (OperationalError, InterfaceError, PendingRollbackError)
@@ -234,6 +237,8 @@ class Storage:
             try:
                 return do()
             except Exception as error:
+                if _is_for_good(error):
+                    raise self._refusal(error) from error
                 if not self.unreachable(error):
                     raise
                 if time.monotonic() > until or stop():
@@ -245,6 +250,27 @@ class Storage:
                     logger.warning("The storage does not answer; the study waits for it.")
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
+
+    def _refusal(self, error: BaseException) -> StoreError:
+        return StoreError(
+            f"storage={public_uri(self.url)!r} cannot be written: {_first_line(error)}"
+        )
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Make what the storage raises a StoreError, in one sentence."""
+        try:
+            yield
+        except (OSError, SQLAlchemyError, StorageInternalError) as error:
+            raise self._refusal(error) from error
+
+
+def _is_for_good(error: BaseException) -> bool:
+    """Whether it will be the same later: this process may not write there."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, OperationalError):
+        return "readonly database" in str(cause)
+    return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class _KernelLock(BaseJournalFileLock):
@@ -289,14 +315,14 @@ def _locked(descriptor: int) -> bool:
         pause = min(2 * pause, 0.05)
 
 
-def _check_journal(file: str) -> None:
+def _check_file(path: Path, kind: str) -> None:
     """Raise ValueError for a file of something else: what looks like half a line would be cut."""
-    first = b'{"op_code":'
-    if os.path.exists(file):
-        with open(file, "rb") as journal:
-            head = journal.read(len(first))
+    first = b'{"op_code":' if kind == "journal" else b"SQLite format 3\0"
+    if path.exists():
+        with path.open("rb") as file:
+            head = file.read(len(first))
         if not first.startswith(head):
-            raise ValueError("it is no journal of Optuna's.")
+            raise ValueError(f"it is no {kind} file of Optuna's.")
 
 
 def _cut_half_line(descriptor: int) -> None:

@@ -81,6 +81,7 @@ class Study:
         register: str | None = None,
         alias: str | None = None,
         replay: str | None = None,
+        fixed: Mapping[str, Any] | None = None,
         grace_seconds: float = GRACE_SECONDS,
         inline: bool | None = None,
         offline: bool | None = None,
@@ -106,6 +107,7 @@ class Study:
         models: whose models are kept: best, all or none.
         register: the name to register the best trial's model under, with `alias`.
         replay: the command that trains trial {number} again, for the study's page.
+        fixed: what all trials have in common, as JSON: a study is not gone on with beside it.
         grace_seconds: how long a worker or another search may be silent before it counts as lost.
 
         Raises ArgumentError for what is not allowed.
@@ -139,6 +141,7 @@ class Study:
             register=register,
             alias=alias,
             replay=replay,
+            fixed=dict(fixed or {}),
         )
 
     def warm_start_from_study(self, name: str, storage: str | None = None) -> None:

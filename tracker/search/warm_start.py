@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -15,7 +16,11 @@ from tracker.redaction import public_uri
 from tracker.search.plan import SOURCE
 from tracker.search.record import Record
 from tracker.search.space import distributions, grid, identity
-from tracker.search.storage import Storage
+from tracker.search.storage import Storage, parse
+from tracker.tracking_uri import check_there, resolve
+
+Points = Set[tuple[Any, ...]] | None
+"""The points of a grid."""
 
 
 class Source(Protocol):
@@ -34,6 +39,8 @@ class FromStudy:
 
     def trials(self, record: Record) -> list[FrozenTrial]:
         """Its complete trials that have the hyperparameters of the space, within their ranges."""
+        if self.name == record.name and _place(self.storage) == _place(record.storage):
+            raise ArgumentError(f"study={self.name!r} cannot begin with its own trials.")
         storage = Storage(self.storage, make=False)
         try:
             try:
@@ -49,11 +56,11 @@ class FromStudy:
                     f"{list(record.directions)}."
                 )
             found = storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
-            label = f"study {self.name} trial"
+            label, points = f"study {self.name} trial", _points(record)
             fitting = [
                 fits
                 for trial in found
-                if (fits := _fitting(record, trial, f"{label} {trial.number}")) is not None
+                if (fits := _fitting(record, points, trial, f"{label} {trial.number}")) is not None
             ]
         finally:
             storage.close()
@@ -75,8 +82,10 @@ class FromRuns:
 
         if len(record.directions) > 1:
             raise ArgumentError("warm_start_from_runs takes one objective.")
+        check_there(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
         runs = StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment)
         wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
+        points = _points(record)
         fitting = []
         for run in runs:
             ours = {"tracker.source", "tracker.replays"} & run.tags.keys()
@@ -88,7 +97,7 @@ class FromRuns:
             for name, distribution in wanted.items():
                 if name in run.params and (read := _read(distribution, run.params[name])):
                     params[name] = read[0]
-            if params.keys() == wanted.keys() and _is_point(record, params):
+            if params.keys() == wanted.keys() and _is_point(points, params):
                 source = f"run {run.run_id}"
                 value = [run.metrics[self.metric]]
                 fitting.append(_trial(params, wanted, value, source, None, None))
@@ -107,7 +116,7 @@ def add(storage: Storage, record: Record, trials: Iterable[FrozenTrial]) -> None
                 storage.optuna.create_new_trial(record.study_id, trial)
 
 
-def _fitting(record: Record, trial: FrozenTrial, source: str) -> FrozenTrial | None:
+def _fitting(record: Record, points: Points, trial: FrozenTrial, source: str) -> FrozenTrial | None:
     if not record.spaces:
         params, wanted = trial.params, trial.distributions
     else:
@@ -117,7 +126,7 @@ def _fitting(record: Record, trial: FrozenTrial, source: str) -> FrozenTrial | N
             _contains(distribution, params[name]) for name, distribution in wanted.items()
         ):
             return None
-        if not _is_point(record, params):
+        if not _is_point(points, params):
             return None
     times = trial.datetime_start, trial.datetime_complete
     return _trial(params, wanted, trial.values, source, *times)
@@ -145,10 +154,17 @@ def _trial(
     return trial
 
 
-def _is_point(record: Record, params: Mapping[str, Any]) -> bool:
-    if record.sampler != "grid":
-        return True
-    return identity(params) in set(map(identity, grid(record.spaces)))
+def _place(url: str | None) -> Path | str:
+    known, _, file = parse(url)
+    return file or public_uri(known)
+
+
+def _points(record: Record) -> Points:
+    return {identity(point) for point in grid(record.spaces)} if record.sampler == "grid" else None
+
+
+def _is_point(points: Points, params: Mapping[str, Any]) -> bool:
+    return points is None or identity(params) in points
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
