@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -15,17 +14,6 @@ from models.recipe import Parameter, Range, Recipe, Value
 RAW = argparse.RawDescriptionHelpFormatter
 DEFAULT_MODEL = "fashion-cnn"
 _PREFIX = "parameter."  # what they are in the parsed arguments
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a number above 0")
-    return value
 
 
 def positive_int(text: str) -> int:

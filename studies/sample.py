@@ -16,10 +16,10 @@ import torch
 from models import ModelsError, parse_spec, rebuild
 from models.char_lstm import RECIPE, CharLSTM, sample
 from models.text import Vocabulary
-from studies.arguments import RAW, add_logged_model, natural, positive_float, positive_int, seed
+from studies.arguments import RAW, add_logged_model, natural, positive_int, seed
 from studies.training import SPEC
 from tracker import TrackerError, load_trained
-from tracker.cli import OneSentenceParser
+from tracker.cli import OneSentenceParser, positive_float
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,14 +29,13 @@ from studies.arguments import (
     given_parameters,
     hyphenated,
     natural,
-    positive_float,
     positive_int,
     refuse_unused,
     usual_domain,
 )
 from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
-from tracker.cli import OneSentenceParser
+from tracker.cli import OneSentenceParser, positive_float
 from tracker.redaction import public_command, public_uri
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.samplers import PRUNERS, SAMPLERS

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from conftest import Store
 
-from studies.__main__ import main as upkeep
 from studies.fashion_mnist import main
 from studies.search import _without_resume, parse
+from tracker.cli import main as upkeep
 from tracker.search.record import load
 from tracker.search.storage import Storage
 

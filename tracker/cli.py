@@ -1,8 +1,9 @@
-"""The command `tracker`: runs that are not (all) in MLflow yet."""
+"""The command `tracker`: runs and studies that are not (all) in MLflow yet."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -42,11 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="a journal, or a folder with journals; by default .tracker",
         )
     sync.add_argument("--tracking-uri", help="by default where each was meant to go")
+    mirror = commands.add_parser("mirror", help="write what MLflow lacks of a study")
+    reap = commands.add_parser(
+        "reap", help="fail a study's trials whose search is gone for good, then mirror it"
+    )
+    for command in (mirror, reap):
+        command.add_argument("--study", help="by default all that the storage has")
+        command.add_argument("--storage", help="by default journal:///studies.journal")
+        command.add_argument("--tracking-uri", help="by default where the study went")
+        command.add_argument("--directory", type=Path, default=DIRECTORY, help="of its journals")
+    reap.add_argument(
+        "--grace-seconds",
+        type=positive_float,
+        help="how long a search of another machine must be silent, by default 60",
+    )
     given = parser.parse_args(arguments)
     try:
         if given.command == "status":
             return _status(given.path)
-        return _sync(given.path, given.tracking_uri)
+        if given.command == "sync":
+            return _sync(given.path, given.tracking_uri)
+        return _see_to_studies(given)
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
@@ -102,6 +119,35 @@ def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
     print(f"delivered: {_count(records, 'record')} of {_count(runs, 'run')}", end="")
     print(f"; {_count(kept, 'journal')} left, see `tracker status`" if kept else "")
     return 2 if kept else 0
+
+
+def _see_to_studies(given: argparse.Namespace) -> int:
+    from tracker.search.leases import GRACE_SECONDS  # Optuna takes a second
+    from tracker.search.storage import Storage
+    from tracker.search.upkeep import mirror_study, reap_study, studies
+
+    storage = Storage(given.storage, make=False)
+    try:
+        for record in studies(storage, given.study):
+            if given.command == "reap":
+                found = reap_study(storage, record, given.grace_seconds or GRACE_SECONDS)
+                print(f"{record.name}: {len(found)} trials were lost")
+            written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
+            print(f"{record.name}: run {run_id}, {written} things were missing")
+    finally:
+        storage.close()
+    return 0
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a number above 0")
+    return value
 
 
 def _status(paths: Sequence[Path]) -> int:

@@ -54,7 +54,7 @@ class Keeper(Protocol):
 
 
 class NoKeeper:
-    """Offline: `python -m studies mirror` does it later."""
+    """Offline: `tracker mirror` does it later."""
 
     def finish(self, *, settled: bool) -> str | None:
         """Nothing."""

@@ -275,7 +275,7 @@ class Study:
         if (problem := keeper.finish(settled=settled)) is not None:
             logger.warning(
                 "The study is not all in MLflow yet: %s. What is missing is written by: "
-                "python -m studies mirror --study %s --storage %s",
+                "tracker mirror --study %s --storage %s",
                 *(problem.rstrip("."), search.record.name, search.record.storage),
             )
 
