@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.measuring import table
-from models import RECIPES, ImageData, load, rebuild, spec
+from models import RECIPES, ImageData, ModelsError, load, rebuild, spec
 from tracker import evaluate, fit, set_seed
 
 
@@ -93,10 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=40)
     given = parser.parse_args(arguments)
     seeds = range(given.seeds)
-    data = {
-        name: [load(name, given.data_dir, seed=seed) for seed in seeds]
-        for name in ("fashion-mnist", "mnist")
-    }
+    try:
+        data = {
+            name: [load(name, given.data_dir, seed=seed) for seed in seeds]
+            for name in ("fashion-mnist", "mnist")
+        }
+    except ModelsError as error:
+        parser.error(str(error))
     if given.part != "transfer":
         accuracies(data, given.epochs)
     if given.part != "accuracy":

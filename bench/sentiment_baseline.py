@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from bench.measuring import table
-from models import find
+from models import ModelsError, find
 from models.recipe import Source
 from models.reviews import Reviews
 from models.sentiment_predictor import tokenise
@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     recipe = find("sentiment-lstm")
-    data = recipe.load(Source(given.dataset, given.data_dir, given.seed), recipe.defaults())
+    try:
+        data = recipe.load(Source(given.dataset, given.data_dir, given.seed), recipe.defaults())
+    except ModelsError as error:
+        parser.error(str(error))
     train, validation, test = data.train, data.validation, data.test
     assert validation is not None
     assert test is not None

@@ -207,10 +207,12 @@ def _compare(
     for batch in batches:
         try:
             expected = live(batch)
-        except Exception:  # torch.export may have taken two for the least, in whatever words
+        except Exception as error:  # torch.export may have taken two for the least, in any words
             if len(batch) == 1:
                 continue
-            raise
+            raise DeployError(
+                f"The model itself does not take a batch of {len(batch)}: {_line(error)}."
+            ) from error
         try:
             got = loaded(batch)
         except Exception as error:  # each runtime has its own
