@@ -257,19 +257,12 @@ class Search:
         Raises ArgumentError where it was suggested before as something else, TrialLostError for a
         trial that was given up.
         """
-        live = self._running(number)
-
-        def ask() -> Any:
-            return _suggest(live.trial, name, distribution)
-
         try:
-            return self._patiently(ask)
+            return self._of(number, lambda trial: _suggest(trial, name, distribution))
         except ValueError as error:
             if isinstance(error, TrackerError):
                 raise
             raise ArgumentError(f"{name}={distribution} cannot be suggested: {error}") from error
-        except UpdateFinishedTrialError as error:
-            raise self._given_up(number) from error
 
     def report(self, number: int, value: float, step: int) -> None:
         """Store an intermediate value, now or as soon as the storage answers."""
@@ -285,11 +278,13 @@ class Search:
         try:
             if not live.trial.should_prune():
                 return None
+            frozen = self._optuna.get_trial(live.trial._trial_id)
+        except UpdateFinishedTrialError as error:
+            raise self._given_up(number) from error
         except Exception as error:
             if not self.storage.unreachable(error):
                 raise
             return None
-        frozen = self._optuna.get_trial(live.trial._trial_id)
         step = frozen.last_step
         assert step is not None
         value = frozen.intermediate_values[step]
@@ -297,13 +292,19 @@ class Search:
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
         """Set an attribute of the user's."""
-        live = self._running(number)
-        self._patiently(lambda: live.trial.set_user_attr(name, value))
+        self._of(number, lambda trial: trial.set_user_attr(name, value))
 
     def constrain(self, number: int, name: str, value: float) -> None:
         """Set a constraint; the trial is feasible where none is above 0."""
+        self._of(number, lambda trial: trial.set_constraint(name, value))
+
+    def _of(self, number: int, ask: Callable[[optuna.Trial], T]) -> T:
+        """What a running trial answers; TrialLostError where somebody else has ended it."""
         live = self._running(number)
-        self._patiently(lambda: live.trial.set_constraint(name, value))
+        try:
+            return self._patiently(lambda: ask(live.trial))
+        except UpdateFinishedTrialError as error:
+            raise self._given_up(number) from error
 
     def _running(self, number: int) -> _Live:
         if number not in self._live:
@@ -326,6 +327,7 @@ class Search:
                 raise self._given_up(live.task.number) from error
             except Exception as error:
                 if not self.storage.unreachable(error):
+                    live.outbox.popleft()  # the trial's end must not meet it again
                     raise
                 logger.debug("A report waits: %s", error)
                 self._silent_until = time.monotonic() + _HOLD_SECONDS

@@ -157,6 +157,8 @@ class Pool:
                 worker.trial, worker.ready = None, True
                 self._false_starts = self._killed_starts = 0
                 self._idle.append(worker)
+            case ("finish", number, ended):
+                self._send(worker, ("ok", self._search.finish(number, ended)))
             case ("report", number, value, step):
                 self._answer(worker, self._search.report, number, value, step, reply=False)
             case ("suggest", number, name, distribution):
@@ -174,6 +176,15 @@ class Pool:
             answer = ("lost", str(error))
         except ArgumentError as error:
             answer = ("mistake", str(error))
+        except StoreError:
+            raise
+        except Exception as error:  # of this trial only, as it would be in the objective's process
+            if self._search.storage.unreachable(error):
+                raise
+            answer = ("error", f"{type(error).__name__}: {error}")
+            if not reply:  # the trial is told at its next question
+                ended = Ended("FAIL", why="failed", status="FAILED", reason=answer[1])
+                self._search.finish(arguments[0], ended)
         if reply:
             self._send(worker, answer)
 
@@ -248,7 +259,7 @@ class Pool:
 
 
 _CONTEXT = multiprocessing.get_context("spawn")
-_VERBS = {"prune": "prune", "attr": "set_attr", "constrain": "constrain", "finish": "finish"}
+_VERBS = {"prune": "prune", "attr": "set_attr", "constrain": "constrain"}
 
 
 def _death(code: int | None) -> Ended:
@@ -319,6 +330,8 @@ class Pipe:
             return answer[0]
         if kind == "mistake":
             raise ArgumentError(answer[0])
+        if kind == "error":
+            raise TrackerError(answer[0])
         raise TrialLostError(answer[0] if answer else "The search that the trial belongs to ended.")
 
     def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:

@@ -1,0 +1,89 @@
+"""What goes wrong in one trial ends that trial, not its search and the other workers' trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from tracker import Study, Trial
+from tracker.search.plan import ENDED
+from tracker.search.storage import Storage
+
+pytestmark = pytest.mark.timeout(120)
+
+SPACE = {"x": [1, 2, 3]}
+
+
+def keeps_no_json(trial: Trial) -> float:
+    if trial.number == 1:
+        trial.set_user_attr("what", {1, 2})
+    return float(trial.params["x"])
+
+
+def reports_too_much(trial: Trial) -> list[float]:
+    if trial.number == 1:
+        trial.report(1.0, 1)  # which Optuna has for one objective only
+        trial.should_prune()
+        trial.set_user_attr("what", 1)
+    return [1.0, 2.0]
+
+
+def give_up(trial: Trial) -> bool:
+    """Fail trial 1 as another search would."""
+    if trial.number != 1:
+        return False
+    storage = Storage()
+    (other,) = [t for t in storage.optuna.get_all_trials(0) if t.number == 1]
+    storage.optuna.set_trial_user_attr(other._trial_id, ENDED, {"why": "lost"})
+    storage.optuna.set_trial_state_values(other._trial_id, TrialState.FAIL)
+    storage.close()
+    return True
+
+
+def is_constrained_too_late(trial: Trial) -> float:
+    if give_up(trial):
+        trial.set_constraint("size", 1.0)
+    return float(trial.params["x"])
+
+
+def keeps_something_too_late(trial: Trial) -> float:
+    if give_up(trial):
+        trial.set_user_attr("what", 1)
+    return float(trial.params["x"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("objective", [keeps_no_json, reports_too_much])
+def test_a_request_that_fails_fails_its_trial_only(
+    objective: Callable[[Trial], Any], workers: int, tracking_uri: str
+) -> None:
+    count = 2 if objective is reports_too_much else 1
+    study = Study(
+        "study",
+        objective,
+        space=SPACE,
+        sampler="grid",
+        direction=["minimize"] * count,
+        metric=["a", "b"][:count],
+        offline=True,
+    ).run(workers=workers)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    ended = study.trials[1].user_attrs[ENDED]
+    assert ended["why"] == "failed"
+    assert "Error: " in ended["reason"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("objective", [is_constrained_too_late, keeps_something_too_late])
+def test_a_trial_that_was_given_up_is_told_so_and_its_slot_tried_again(
+    objective: Callable[[Trial], Any], workers: int, tracking_uri: str
+) -> None:
+    study = Study("study", objective, space=SPACE, sampler="grid", offline=True).run(
+        workers=workers
+    )
+    done = [t.params["x"] for t in study.trials if t.state == TrialState.COMPLETE]
+    assert sorted(done) == SPACE["x"]
+    assert len(study.trials) == 4
