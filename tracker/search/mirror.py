@@ -301,7 +301,7 @@ def status_of(trial: FrozenTrial) -> str:
 
 def _as_good(trial: FrozenTrial, status: str) -> bool:
     """Whether a status that the run's own process gave it says as much, or more."""
-    return trial.state == TrialState.FAIL and status in ("FAILED", "KILLED")
+    return trial.state == TrialState.FAIL and status == "KILLED"
 
 
 def status_of_study(

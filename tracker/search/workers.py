@@ -76,6 +76,8 @@ class _Worker:
     lost: bool = False
     ready: bool = False
     told: bool = False
+    stopped: bool = False
+    """By us, at the end: what it did is interrupted, not lost."""
 
 
 class Pool:
@@ -106,8 +108,9 @@ class Pool:
             self._stop_all(stopping)
         finally:
             for worker in self._workers:
+                worker.stopped = worker.process.is_alive()
                 worker.process.kill()
-            for worker in self._workers:
+            for worker in list(self._workers):
                 worker.process.join()
                 self._bury(worker)
         if self._error is not None:
@@ -225,7 +228,7 @@ class Pool:
         worker.connection.close()
         code = worker.process.exitcode
         if worker.trial is not None:
-            self._search.finish(worker.trial, _death(code))
+            self._search.finish(worker.trial, _STOPPED if worker.stopped else _death(code))
         if not worker.ready and code:
             if code < 0 or code > 128:  # by a signal, the second where it was handled
                 self._killed_starts += 1
@@ -260,6 +263,11 @@ class Pool:
 
 _CONTEXT = multiprocessing.get_context("spawn")
 _VERBS = {"prune": "prune", "attr": "set_attr", "constrain": "constrain"}
+
+
+_STOPPED = Ended(
+    "FAIL", why="interrupted", status="KILLED", reason="It had not ended when its search did."
+)
 
 
 def _death(code: int | None) -> Ended:
