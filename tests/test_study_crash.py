@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -61,12 +62,18 @@ def start(workdir: Path, tracking_uri: str) -> Iterator[Start]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(
-        storage: str = JOURNAL, *, workers: int = 1, grace: float = 30.0, points: int = 4
+        storage: str = JOURNAL,
+        *,
+        workers: int = 1,
+        grace: float = 30.0,
+        points: int = 4,
+        **more: Any,
     ) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "TRACKER_INLINE": "0", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         arguments = [storage, str(workers), str(grace), str(points)]
-        process = subprocess.Popen([sys.executable, "program.py", *arguments], env=environment)
+        command = [sys.executable, "program.py", *arguments]
+        process = subprocess.Popen(command, env=environment, **more)
         started.append(process)
         return process
 
@@ -189,6 +196,21 @@ def test_a_second_ctrl_c_ends_them_at_once(start: Start, store: Store) -> None:
     assert process.wait(60) != 0
     assert [t.user_attrs["tracker:ended"]["why"] for t in trials()] == ["interrupted"] * 2
     assert statuses(store) == ("KILLED", Counter(KILLED=2))
+    finish(start, store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_s_signal_while_processes_still_start_is_left_to_the_search(
+    number: signal.Signals, start: Start, store: Store
+) -> None:
+    with Path("errors").open("wb") as errors:
+        process = start(workers=2, start_new_session=True, stderr=errors)
+    for what in ("keeper_process", "spawn_main"):
+        wait_until(lambda what=what: bool(children(process, what)))  # type: ignore[misc]
+    os.killpg(process.pid, number)
+    assert process.wait(60) != 0
+    assert Path("errors").read_text().count("Traceback") == 1  # the search's own
+    assert statuses(store) == ("KILLED", Counter())
     finish(start, store)
 
 

@@ -12,6 +12,19 @@ from typing import Any
 from tracker.signals import is_default
 
 
+@contextmanager
+def deaf(*signals: signal.Signals) -> Iterator[None]:
+    """A process that is started within it is not told of `signals`, before it can say so itself.
+
+    It inherits that they are blocked. Here they wait until it is started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Interrupts:
     """Counts the signals that ask a study to end, and raises KeyboardInterrupt where it may.
 

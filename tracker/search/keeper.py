@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from tracker.search.interrupts import deaf
 
 SETTLE_SECONDS = 60.0
 """How long the end of a study waits for what MLflow has not got yet."""
@@ -86,11 +89,12 @@ class KeeperProcess:
             "import sys; sys.path.append(sys.argv[1]);"
             "from tracker.search.keeper_process import main; main()"
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        with deaf(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
         self._tell(asdict(duty))
 
     def _tell(self, what: Any) -> None:

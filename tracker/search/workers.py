@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ from optuna.distributions import (
 )
 
 from tracker.errors import ArgumentError, StoreError, TrackerError
+from tracker.search.interrupts import deaf
 from tracker.search.search import Ended, Search, Task, TrialLostError, Verdict
 
 _TICK_SECONDS = 0.25
@@ -121,10 +123,12 @@ class Pool:
 
     def _hire(self) -> None:
         live = [worker for worker in self._workers if not worker.lost]
+        resource_tracker.ensure_running()  # with the first process it would unblock the signals
         for _ in range(0 if self._done else self._wanted - len(live)):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=work, args=(theirs, self._spec), name=WORKER)
-            process.start()
+            with deaf(signal.SIGINT):
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, time.monotonic()))
 
@@ -293,7 +297,7 @@ class Pipe:
         self._sending = threading.Lock()
         self.gone = False
         """Whether the search is dead."""
-        self._shielded = False
+        self._shielded = True  # until the first trial is asked for
         self._interrupted: str | None = None
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -380,6 +384,7 @@ def work(connection: Connection, spec: Spec) -> None:
     from tracker.search.trial import run_trial
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search says what is to end
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     pipe = Pipe(connection)
     signal.signal(signal.SIGTERM, pipe.interrupt)
     torch.set_num_threads(spec.threads)
