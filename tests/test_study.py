@@ -465,6 +465,53 @@ def test_a_trial_that_is_tried_again_goes_on_from_its_checkpoint(store: Store) -
     assert not list(Path(".tracker").glob("checkpoints/*"))
 
 
+def test_a_trial_that_goes_on_from_its_checkpoint_is_pruned_as_if_it_had_not_stopped(
+    store: Store,
+) -> None:
+    """Its best value is an early one, without which the median is better."""
+
+    def objective(trial: Trial) -> float:
+        network = nn.Linear(1, 1)
+        value = 0.0
+        with trial.manager(model=False) as manager:
+            manager.begin_run(trial.params, network, [torch.zeros(1)])
+            while manager.epoch_count < 4:
+                manager.begin_epoch()
+                value = 0.5 if trial.params["x"] < 6 else {1: 0.1}.get(manager.epoch_count, 0.9)
+                trial.report(value, manager.epoch_count)
+                if trial.should_prune():
+                    raise optuna.TrialPruned()
+                manager.end_epoch()
+                manager.save_checkpoint()
+                if trial.number == 5 and manager.epoch_count == stops_at:
+                    raise RuntimeError("cut off")
+            manager.end_run()
+        return value
+
+    found = []
+    for stops_at in (-1, 1, 2):
+        name = f"stops at {stops_at}"
+        study = Study(
+            name,
+            objective,
+            space={"x": [1, 2, 3, 4, 5, 6]},
+            sampler="grid",
+            pruner="median",
+            steps=4,
+            retries=1,
+            experiment=name,
+            models="none",
+        ).run()
+        last = study.trials[-1]
+        (run,) = [
+            r for r in store.runs(name) if r.data.tags.get("optuna.trial") == str(last.number)
+        ]
+        history = store.history(run, "intermediate_value")
+        assert dict(history) == last.intermediate_values
+        found.append((last.state, last.intermediate_values, history))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_replayed_trial_is_the_trial_again(store: Store) -> None:
     WEIGHTS.clear()
     study = make(training, space={"lr": [0.01, 0.1]}, sampler="grid", models="none")

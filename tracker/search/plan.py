@@ -7,7 +7,7 @@ budget is exact whoever works on it and whatever is interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ class _Slot:
     failures: int = 0
     losses: int = 0
     last: FrozenTrial | None = None
+    reported: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Plan:
                 continue
             self._seen.add(trial.number)
             slot.last = trial
+            slot.reported |= trial.intermediate_values
             why = trial.user_attrs.get(ENDED, {}).get("why")
             slot.done |= trial.state != TrialState.FAIL or why == "invalid"
             slot.failures += trial.state == TrialState.FAIL and why in ("failed", None)
@@ -97,3 +99,7 @@ class Plan:
         """The last trial of a slot that ended, None where there was none."""
         slot = self.slots.get(number)
         return None if slot is None else slot.last
+
+    def reported(self, number: int) -> Mapping[int, float]:
+        """What the trials of a slot that ended have reported, by step."""
+        return self.slots[number].reported if number in self.slots else {}

@@ -65,6 +65,8 @@ class Task:
     """What is suggested already: all of the declared space."""
     queued: bool = False
     """Whether it waited in the storage, and may have a run."""
+    reported: Mapping[int, float] = field(default_factory=dict)
+    """What earlier attempts reported, by step."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ class Search:
             key=f"{record.key}-{trial.number}",
             params=params,
             queued=queued,
+            reported=self.plan.reported(slot),
         )
         self._live[task.number] = _Live(task, trial)
         return task

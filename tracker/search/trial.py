@@ -254,9 +254,19 @@ class Trial:
         number = _number(value)
         if number is None:
             raise ArgumentError(f"value={value!r} is not allowed; it must be a number.")
+        self._tell(number, step)
+
+    def _tell(self, value: float, step: int) -> None:
         self.log_params()
-        self.run.log_metrics({INTERMEDIATE: number}, step)
-        self._channel.report(self.number, number, step)
+        self.run.log_metrics({INTERMEDIATE: value}, step)
+        self._channel.report(self.number, value, step)
+
+    def restore(self, reported: Mapping[int, float], last: int) -> None:
+        """Report again what an earlier attempt did up to its step `last`, as if it had gone on."""
+        for step, value in sorted(reported.items()):
+            if step <= last:
+                self._tell(value, step)
+                self._channel.prune(self.number)  # some pruners note what they saw; it said no then
 
     def should_prune(self) -> bool:
         """Whether to give the trial up, by what was reported: `raise optuna.TrialPruned()`."""
@@ -314,6 +324,8 @@ def run_trial(
     error: BaseException | None = None
     values: list[float] | None = None
     try:
+        if run.earlier is not None and run.earlier.checkpoint is not None:
+            trial.restore(task.reported, run.earlier.checkpoint.epoch)
         set_seed(task.seed)
         values = _checked(objective(trial), len(tracking.metrics))
     except BaseException as raised:  # noqa: BLE001 - passed on below where it is not a trial's own
