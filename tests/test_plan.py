@@ -18,13 +18,13 @@ from hypothesis.stateful import (
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracker.search.plan import ENDED, MOST_LOSSES, SLOT, Plan
+from tracker.search.plan import ENDED, MOST_DEATHS, SLOT, Plan
 from tracker.search.space import identity
 
 DONE = ["COMPLETE", "PRUNED", "invalid"]
 """Ends after which a slot needs no more trials."""
-NOT_COUNTED = ["interrupted", "given up"]
-ENDS = [*DONE, "failed", "lost", *NOT_COUNTED]
+NOT_COUNTED = ["lost", "interrupted", "given up"]
+ENDS = [*DONE, "failed", "died", *NOT_COUNTED]
 
 
 def a_trial(slot: int | None, end: str | None, number: int, x: int = 0) -> FrozenTrial:
@@ -82,12 +82,12 @@ def test_a_slot_is_tried_again_as_often_as_retries_says(retries: int) -> None:
 
 @pytest.mark.parametrize("retries", [0, 100])
 def test_a_slot_whose_process_keeps_dying_is_given_up(retries: int) -> None:
-    assert planned(["lost"] * (MOST_LOSSES - 1), retries).free(1) == 0
-    assert planned(["lost"] * MOST_LOSSES, retries).free(1) is None
+    assert planned(["died"] * (MOST_DEATHS - 1), retries).free(1) == 0
+    assert planned(["died"] * MOST_DEATHS, retries).free(1) is None
 
 
-def test_losses_are_no_failures() -> None:
-    assert planned(["lost", "failed", "lost"], retries=1).free(1) == 0
+def test_deaths_are_no_failures() -> None:
+    assert planned(["died", "failed", "died"], retries=1).free(1) == 0
 
 
 @pytest.mark.parametrize("end", NOT_COUNTED)
@@ -203,7 +203,7 @@ class Searches(RuleBasedStateMachine):
         return (
             any(count[end] for end in DONE)
             or count["failed"] > self.retries
-            or count["lost"] >= MOST_LOSSES
+            or count["died"] >= MOST_DEATHS
         )
 
     # What happens.
@@ -228,14 +228,14 @@ class Searches(RuleBasedStateMachine):
         self.ends[number] = end
 
     @precondition(lambda self: self.running())
-    @rule(data=st.data(), times=st.integers(1, MOST_LOSSES))
+    @rule(data=st.data(), times=st.integers(1, MOST_DEATHS))
     def keep_dying(self, data: st.DataObject, times: int) -> None:
         """A slot that kills its process, one time after the other."""
         slot = self.storage[data.draw(st.sampled_from(self.running()))].user_attrs[SLOT]
         for _ in range(times):
             number = next(t.number for t in self.of(slot) if t.state == TrialState.RUNNING)
-            self.storage[number] = a_trial(slot, "lost", number, x=slot)
-            self.ends[number] = "lost"
+            self.storage[number] = a_trial(slot, "died", number, x=slot)
+            self.ends[number] = "died"
             plan = self.plans[0]
             plan.observe(self.storage)
             if plan.resolved(slot):
@@ -323,7 +323,7 @@ class Searches(RuleBasedStateMachine):
             if sum(ends[end] for end in DONE) == 1 or self.imported(slot):
                 continue
             assert sum(ends[end] for end in DONE) == 0
-            assert ends["failed"] == self.retries + 1 or ends["lost"] == MOST_LOSSES
+            assert ends["failed"] == self.retries + 1 or ends["died"] == MOST_DEATHS
 
 
 TestSearches = Searches.TestCase

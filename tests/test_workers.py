@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
 from tracker import Study, Trial
-from tracker.search.plan import ENDED
+from tracker.search.plan import ENDED, MOST_DEATHS
 from tracker.search.storage import Storage
 
 pytestmark = pytest.mark.timeout(120)
@@ -87,3 +93,50 @@ def test_a_trial_that_was_given_up_is_told_so_and_its_slot_tried_again(
     done = [t.params["x"] for t in study.trials if t.state == TrialState.COMPLETE]
     assert sorted(done) == SPACE["x"]
     assert len(study.trials) == 4
+
+
+def dies(trial: Trial) -> float:
+    if trial.params["x"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(trial.params["x"])
+
+
+@pytest.mark.slow
+def test_a_slot_that_kills_its_workers_is_given_up_and_the_user_is_told(
+    caplog: pytest.LogCaptureFixture, tracking_uri: str
+) -> None:
+    study = Study("study", dies, space=SPACE, sampler="grid", offline=True).run(workers=2)
+    states = Counter((t.params["x"], t.state.name) for t in study.trials)
+    assert states == {(1, "COMPLETE"): 1, (2, "FAIL"): MOST_DEATHS, (3, "COMPLETE"): 1}
+    reason = "Its process was killed by SIGKILL. Slot 1 is given up: its worker died 5 times."
+    last = max(t.number for t in study.trials if t.state == TrialState.FAIL)
+    assert study.trials[last].user_attrs[ENDED]["reason"] == reason
+    assert f"Trial {last} of study study: {reason}" in caplog.text
+
+
+KILLED = """
+import os, signal, sys
+from tracker import Study
+
+def objective(trial):
+    if len(sys.argv) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trial.params["x"]
+
+Study("study", objective, space={"x": [1, 2]}, sampler="grid", offline=True).run(resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_again_and_again_loses_no_slot(
+    workdir: Path, tracking_uri: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", KILLED]
+    for _ in range(MOST_DEATHS + 1):
+        assert subprocess.run([*command, "kill"], env=environment, check=False).returncode == -9
+    subprocess.run(command, env=environment, check=True)
+    storage = Storage()
+    states = Counter(t.state.name for t in storage.optuna.get_all_trials(0))
+    storage.close()
+    assert states == {"FAIL": MOST_DEATHS + 1, "COMPLETE": 2}

@@ -280,7 +280,7 @@ def _wanted(
         tags["tracker.slot"] = str(slot)
     if (source := trial.user_attrs.get(SOURCE)) is not None:
         tags["tracker.source"] = source
-    if trial.state == TrialState.FAIL and ended.get("why") in ("lost", "given up"):
+    if trial.state == TrialState.FAIL and ended.get("why") in ("died", "lost", "given up"):
         tags["tracker.failure"] = ended["reason"]
     at = _milliseconds(trial.datetime_complete) or _now()
     metrics = [

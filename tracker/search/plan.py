@@ -21,12 +21,13 @@ ENDED = "tracker:ended"
 SOURCE = "tracker:source"
 """User attributes of a trial: its slot, which search runs it, how it failed, where it is from."""
 
-MOST_LOSSES = 5
-"""A slot whose process died this often is given up: it is what kills it."""
+MOST_DEATHS = 5
+"""A slot whose worker died this often is given up: it is what kills it."""
 
-Why = Literal["failed", "invalid", "lost", "interrupted", "given up"]
-"""Why a trial FAILed. An invalid value (NaN) would be so again; being interrupted, or given up, is
-not the slot's fault."""
+Why = Literal["failed", "invalid", "died", "lost", "interrupted", "given up"]
+"""Why a trial FAILed. An invalid value (NaN) would be so again. `died` is said by a search that saw
+the trial's own worker die, and lived; a search or a machine that is gone, a silence, being
+interrupted, or given up, is not the slot's fault."""
 
 
 @dataclass
@@ -34,7 +35,7 @@ class _Slot:
     running: int | None = None
     done: bool = False
     failures: int = 0
-    losses: int = 0
+    deaths: int = 0
     last: FrozenTrial | None = None
     reported: dict[int, float] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ class Plan:
             why = trial.user_attrs.get(ENDED, {}).get("why")
             slot.done |= trial.state != TrialState.FAIL or why == "invalid"
             slot.failures += trial.state == TrialState.FAIL and why in ("failed", None)
-            slot.losses += why == "lost"
+            slot.deaths += why == "died"
 
     def _slot_of(self, trial: FrozenTrial) -> int | None:
         if (slot := trial.user_attrs.get(SLOT)) is not None:
@@ -81,7 +82,7 @@ class Plan:
         slot = self.slots.get(number)
         if slot is None:
             return False
-        return slot.done or slot.failures > self.retries or slot.losses >= MOST_LOSSES
+        return slot.done or slot.failures > self.retries or slot.deaths >= MOST_DEATHS
 
     def free(self, total: int) -> int | None:
         """The first of `total` slots that nobody works on and that needs a trial."""
@@ -94,6 +95,10 @@ class Plan:
     def finished(self, total: int) -> int:
         """How many of `total` slots need no more trials."""
         return sum(map(self.resolved, range(total)))
+
+    def deaths(self, number: int) -> int:
+        """How often a slot's worker died."""
+        return self.slots[number].deaths if number in self.slots else 0
 
     def last(self, number: int) -> FrozenTrial | None:
         """The last trial of a slot that ended, None where there was none."""

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import optuna
@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tracker.errors import ArgumentError, TrackerError
 from tracker.search import samplers
 from tracker.search.leases import BEATS, PREFIX, Leases, going_on, this_process
-from tracker.search.plan import ENDED, SEARCH, SLOT, Plan, Why
+from tracker.search.plan import ENDED, MOST_DEATHS, SEARCH, SLOT, Plan, Why
 from tracker.search.record import Record
 from tracker.search.space import Space, distributions, grid, identity
 from tracker.search.storage import LOCK_SECONDS, Storage
@@ -346,6 +346,11 @@ class Search:
         live = self._live.get(number)
         if live is None:
             return Verdict(accepted=False, again=True)
+        slot = live.task.slot
+        if ended.why == "died" and (deaths := self.plan.deaths(slot) + 1) >= MOST_DEATHS:
+            given_up = f"Slot {slot} is given up: its worker died {deaths} times."
+            ended = replace(ended, reason=f"{ended.reason} {given_up}")
+            logger.warning("Trial %d of study %s: %s", number, self.record.name, ended.reason)
 
         def tell() -> bool:
             self._silent_until = 0.0
@@ -370,7 +375,7 @@ class Search:
         self.plan.observe(trials)
         own = next((t for t in reversed(trials) if t.number == number), None)
         best = accepted and own is not None and is_best(own, trials, self._directions)
-        again = not self.plan.resolved(live.task.slot)
+        again = not self.plan.resolved(slot)
         if own is not None:
             self.on_end(own)
         return Verdict(accepted=accepted, best=best, again=again)

@@ -283,7 +283,7 @@ def _death(code: int | None) -> Ended:
         reason = f"Its process was killed by {signal.Signals(-code).name}."
     else:
         reason = f"Its process ended with exit code {code}."
-    return Ended("FAIL", why="lost", status="FAILED", reason=reason)
+    return Ended("FAIL", why="died", status="FAILED", reason=reason)
 
 
 # -- the worker's side -----------------------------------------------------------------------------
