@@ -173,6 +173,17 @@ def test_each_search_is_judged_by_its_own_beats(leases: Leases, clock: Clock) ->
     assert not leases.lives("b", both)
 
 
+def test_the_longer_grace_period_counts_of_who_watches_and_who_is_watched(clock: Clock) -> None:
+    for info in (this_process(), ELSEWHERE):
+        for watcher, own in ((2.0, GRACE), (GRACE, 2.0)):
+            leases = Leases(watcher, clock)
+            assert leases.lives("a", shown(info, grace=own))
+            clock.now += GRACE
+            assert leases.lives("a", shown(info, grace=own))
+            clock.now += 1
+            assert not leases.lives("a", shown(info, grace=own))
+
+
 # -- the end ---------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from tracker.search.leases import PREFIX
 from tracker.search.plan import SLOT
 from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.upkeep import reap_study
 
 PROGRAM = """
 import signal, sys, time
@@ -281,7 +282,7 @@ def test_a_database_that_is_gone_for_half_a_minute_costs_no_trial(
 
 
 def test_reap_cleans_up_after_a_machine_that_was_lost(start: Start, store: Store) -> None:
-    process = start(workers=2)
+    process = start(workers=2, grace=3.0)
     wait_until(reporting(2))
     wait_until(lambda: statuses(store)[1] == Counter(RUNNING=2))
     family = psutil.Process(process.pid).children(recursive=True)
@@ -308,6 +309,19 @@ def test_reap_cleans_up_after_a_machine_that_was_lost(start: Start, store: Store
     assert {t.state for t in trials()} == {TrialState.FAIL}
     assert statuses(store) == ("FAILED", Counter(FAILED=2))
     finish(start, store)
+
+
+def test_reap_leaves_a_search_alone_that_lives(start: Start, store: Store) -> None:
+    process = start(grace=6.0)
+    wait_until(reporting(1))
+    storage = Storage(JOURNAL)
+    try:
+        assert reap_study(storage, load(storage, "study"), grace=0.5) == []
+    finally:
+        storage.close()
+    Path("go").touch()
+    assert process.wait(120) == 0
+    assert Counter(t.state.name for t in trials()) == {"COMPLETE": 4}
 
 
 TRAINING = """

@@ -1,7 +1,8 @@
 """Which searches live: each shows a beat in the study's attributes, and the others watch it.
 
-Nobody compares clocks: a search is lost when its beat did not change for the grace period of who
-watches. One of the same machine is lost as soon as its process is gone.
+Nobody compares clocks: a search is lost when its beat did not change for its own grace period,
+which it shows too, or that of who watches, whichever is longer. One of the same machine is lost as
+soon as its process is gone.
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ class Leases:
         if beat != info["beat"]:
             self._seen[search] = (info["beat"], now)
             return True
-        return now - since <= self._grace
+        return now - since <= max(self._grace, grace_of(info))
+
+
+def grace_of(info: Mapping[str, Any]) -> float:
+    """The grace period that a search has shown."""
+    return float(info.get("grace", 0.0))
 
 
 def _runs(pid: int, started: float) -> bool:

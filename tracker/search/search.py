@@ -414,7 +414,7 @@ class Search:
         self._patiently(lambda: self._show({"beat": 0}))
 
     def _show(self, more: Mapping[str, Any]) -> None:
-        info = {**self._me, "time": time.time(), **more}
+        info = {**self._me, "grace": self.grace, "time": time.time(), **more}
         self._optuna.set_study_user_attr(self._study_id, f"{PREFIX}{self.id}", info)
 
     def _patiently(self, do: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.errors import StoreError
 from tracker.redaction import MASK
 from tracker.search.keeper import SETTLE_SECONDS
-from tracker.search.leases import Leases, going_on, was_here
+from tracker.search.leases import PREFIX, Leases, going_on, grace_of, was_here
 from tracker.search.plan import SEARCH
 from tracker.search.record import Record, load
 from tracker.search.search import reap
@@ -21,12 +21,12 @@ _LOOK_SECONDS = 0.5
 
 
 def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTrial]:
-    """Fail the trials of searches that are silent for `grace` seconds; returns them.
+    """Fail the trials of searches that are silent for `grace` seconds, and their own grace period.
 
-    Takes no longer than that; at once, where the processes are known to be gone.
+    Returns them. Takes no longer than that; at once, where the processes are known to be gone.
     """
     leases = Leases(grace)
-    until = time.monotonic() + grace + 2 * _LOOK_SECONDS
+    began = time.monotonic()
     while True:
         attrs = storage.optuna.get_study_user_attrs(record.study_id)
         trials = storage.optuna.get_all_trials(
@@ -35,7 +35,8 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
         there = going_on(attrs)
         there |= {trial.user_attrs[SEARCH] for trial in trials if SEARCH in trial.user_attrs}
         dead = {search for search in there if not leases.lives(search, attrs)}
-        if dead == there or time.monotonic() > until:
+        own = max((grace_of(attrs[f"{PREFIX}{search}"]) for search in going_on(attrs)), default=0.0)
+        if dead == there or time.monotonic() > began + max(grace, own) + 2 * _LOOK_SECONDS:
             return reap(storage, record, dead.__contains__) if dead else []
         time.sleep(_LOOK_SECONDS)
 
