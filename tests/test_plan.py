@@ -110,10 +110,10 @@ def test_nobody_takes_a_slot_that_somebody_works_on() -> None:
 
 def test_the_last_trial_of_a_slot_that_ended_is_known() -> None:
     plan = planned(["failed", "lost", None], retries=3)
-    last = plan.last(0)
+    last = plan.slot(0).last
     assert last is not None
     assert last.number == 1
-    assert plan.last(1) is None
+    assert plan.slot(1).last is None
 
 
 def test_the_same_trial_is_counted_once() -> None:
@@ -121,6 +121,25 @@ def test_the_same_trial_is_counted_once() -> None:
     for _ in range(3):
         plan.observe(trials)
     assert plan.free(1) == 0
+
+
+def test_trials_that_ended_are_not_looked_at_again() -> None:
+    class Looked(list[FrozenTrial]):
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            looks.append(len(found) if isinstance(index, slice) else 1)
+            return found
+
+    looks: list[int] = []
+    plan = Plan(0)
+    trials = Looked(a_trial(slot, "COMPLETE", slot) for slot in range(100))
+    plan.observe(trials)
+    looks.clear()
+    trials.append(a_trial(100, None, 100))
+    plan.observe(trials)
+    assert sum(looks) <= 3
+    assert plan.free(200) == 101
+    assert plan.finished(200) == 100
 
 
 # -- trials that are not of ours -------------------------------------------------------------------
@@ -284,6 +303,11 @@ class Searches(RuleBasedStateMachine):
         for slot in range(self.total):
             ends = [self.ends[t.number] for t in self.of(slot) if t.number in self.ends]
             assert plan.resolved(slot) == (self.is_enough(ends) or self.imported(slot))
+        done = [plan.resolved(slot) for slot in range(self.total)]
+        running = {self.storage[number].user_attrs[SLOT] for number in self.running()}
+        to_do = [slot for slot in range(self.total) if not done[slot] and slot not in running]
+        assert plan.finished(self.total) == sum(done)
+        assert plan.free(self.total) == (to_do[0] if to_do else None)
 
     @invariant()
     def who_watched_all_along_and_who_begins_now_agree(self) -> None:
@@ -295,7 +319,7 @@ class Searches(RuleBasedStateMachine):
             for slot in range(self.total):
                 assert plan.resolved(slot) == new.resolved(slot)
                 if not new.resolved(slot):
-                    assert plan.last(slot) == new.last(slot)
+                    assert plan.slot(slot) == new.slot(slot)
 
     def teardown(self) -> None:
         """Run what is left to its end."""

@@ -198,7 +198,7 @@ class Search:
         params: Mapping[str, Any] = {}
         if self._points is not None:
             params = self._points[slot]
-        elif self.record.sampler != "random" and (last := self.plan.last(slot)) is not None:
+        elif self.record.sampler != "random" and (last := self.plan.slot(slot).last) is not None:
             params = last.params  # tried again with what it had
         known = {n: d for n, d in self._distributions.items() if n in params}
         whole = bool(known) and known.keys() == self._distributions.keys()
@@ -210,11 +210,12 @@ class Search:
             system_attrs={"fixed_params": dict(params)} if params else {},
         )
 
-    def _waiting(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    def _waiting(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """A trial that somebody enqueued with Optuna; a grid takes none but its points."""
         if self._points is not None:
             return None
-        return next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+        open_ = trials[self.plan.ended :]
+        return next((trial for trial in open_ if trial.state == TrialState.WAITING), None)
 
     def _pop(self, trial: FrozenTrial, slot: int) -> bool:
         self._optuna.set_trial_user_attr(trial._trial_id, SLOT, slot)
@@ -247,7 +248,7 @@ class Search:
             key=f"{record.key}-{trial.number}",
             params=params,
             queued=queued,
-            reported=self.plan.reported(slot),
+            reported=self.plan.slot(slot).reported,
         )
         self._live[task.number] = _Live(task, trial)
         return task
@@ -347,7 +348,7 @@ class Search:
         if live is None:
             return Verdict(accepted=False, again=True)
         slot = live.task.slot
-        if ended.why == "died" and (deaths := self.plan.deaths(slot) + 1) >= MOST_DEATHS:
+        if ended.why == "died" and (deaths := self.plan.slot(slot).deaths + 1) >= MOST_DEATHS:
             given_up = f"Slot {slot} is given up: its worker died {deaths} times."
             ended = replace(ended, reason=f"{ended.reason} {given_up}")
             logger.warning("Trial %d of study %s: %s", number, self.record.name, ended.reason)
@@ -427,8 +428,13 @@ class Search:
 
     def _reap(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Fail the trials of dead searches, and such as we never got the answer to; all of now."""
-        running = [t for t in trials if t.state == TrialState.RUNNING and SEARCH in t.user_attrs]
-        left = [t for t in running if t.number not in self._live]
+        left = [
+            t
+            for t in trials[self.plan.ended :]
+            if t.state == TrialState.RUNNING
+            and SEARCH in t.user_attrs
+            and t.number not in self._live
+        ]
         if any(t.user_attrs[SEARCH] != self.id for t in left):
             attrs = self._optuna.get_study_user_attrs(self._study_id)
             left = [
