@@ -217,21 +217,63 @@ def test_a_trial_s_seed_follows_from_the_study_s_and_its_place(tracking_uri: str
     assert len(set(seen["first"])) == 3
 
 
-def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(tracking_uri: str) -> None:
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize(
+    "sampler",
+    ["random", "qmc", "tpe", "cmaes", pytest.param("gp", marks=pytest.mark.slow)],
+)
+def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(
+    sampler: str, declared: bool, tracking_uri: str
+) -> None:
+    """And so do those that follow, from those that the sampler draws at random to the learnt."""
+
     def objective(trial: Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
-        if trial.run.params["x"] and trial.number == stops_at:
-            raise RuntimeError("cut off")
-        return x + trial.suggest_float("y", 0, 1)
+        if trial.number in stops:
+            stops.remove(trial.number)
+            raise KeyboardInterrupt
+        y = trial.suggest_float("y", 0, 1)
+        return (x - 0.3) ** 2 + (y - trial.suggest_float("z", 0, 1)) ** 2
 
+    between = FloatDistribution(0, 1)
     found = []
-    for sampler in ("random", "qmc"):
-        for stops_at in (-1, 0):
-            name = f"{sampler} {stops_at}"
-            study = Study(name, objective, sampler=sampler, trials=2, retries=1).run()
-            done = [trial.params for trial in study.trials if trial.state == TrialState.COMPLETE]
-            found.append(sorted(done, key=lambda each: float(each["x"])))
-        assert found[-1] == found[-2]
+    for stops in (set[int](), {1, 2, 4, 15}):
+        study = Study(
+            f"stops {len(stops)}",
+            objective,
+            space={"x": between, "y": between} if declared else None,
+            sampler=sampler,
+            trials=20,
+            offline=True,
+        )
+        while stops:
+            with pytest.raises(KeyboardInterrupt):
+                study.run(resume=True)
+        trials = study.run(resume=True).trials
+        done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        assert len(done) == 20
+        found.append([t.params for t in sorted(done, key=lambda t: t.user_attrs["tracker:slot"])])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_trial_that_was_enqueued_and_interrupted_is_tried_again(
+    sampler: str, tracking_uri: str
+) -> None:
+    def objective(trial: Trial) -> float:
+        if trial.number in (1, 2):
+            raise KeyboardInterrupt
+        return trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1)
+
+    study = make(objective, sampler=sampler, trials=1)
+    study.run().enqueue_trial({"x": 0.25})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            study.run(resume=True)
+    trials = study.run(resume=True).trials
+    assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
+    assert trials[3].params["x"] == 0.25
+    assert len(study.run(resume=True).trials) == 4
 
 
 # -- statuses ----------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ not from who asks, or what was interrupted.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tracker.errors import ArgumentError
 
@@ -30,10 +31,18 @@ _DIMENSIONS = 64
 _CHUNK = 256
 
 
-def sampler(name: str, seed: int, slot: int, *, several: bool = False) -> BaseSampler:
+def sampler(
+    name: str,
+    seed: int,
+    slot: int,
+    *,
+    several: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> BaseSampler:
     """The sampler `name` for one slot of a study; `several` objectives, or one.
 
-    A grid's points are given to it, so it samples only what the objective suggests besides.
+    A grid's points are given to it, so it samples only what the objective suggests besides. `known`
+    is what an earlier attempt at the slot had: it has the same again.
     """
     own = suggestion_seed(seed, slot)
     make: dict[str, Callable[[], BaseSampler]] = {
@@ -41,7 +50,7 @@ def sampler(name: str, seed: int, slot: int, *, several: bool = False) -> BaseSa
         "random": lambda: optuna.samplers.RandomSampler(seed=own),
         "tpe": lambda: optuna.samplers.TPESampler(seed=own),
         "gp": lambda: optuna.samplers.GPSampler(seed=own),
-        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=own, warn_independent_sampling=False),
+        "cmaes": lambda: _CmaEs(own, slot),
         "qmc": lambda: QuasiRandomSampler(seed, slot),
     }
     if name not in make:
@@ -50,7 +59,8 @@ def sampler(name: str, seed: int, slot: int, *, several: bool = False) -> BaseSa
         raise ArgumentError("sampler='cmaes' takes one objective; tpe and gp take several.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return make[name]()
+        made = make[name]()
+    return _Again(made, known) if known else made
 
 
 def pruner(name: str, steps: int | None) -> BasePruner:
@@ -72,6 +82,66 @@ def suggestion_seed(seed: int, slot: int) -> int:
 def training_seed(seed: int, slot: int) -> int:
     """The seed of a slot's training, below 2**32."""
     return int(np.random.SeedSequence([seed, slot, 1]).generate_state(1)[0])
+
+
+class _CmaEs(optuna.samplers.CmaEsSampler):
+    """Optuna's seeds each trial by its number, which is another one after an interruption."""
+
+    def __init__(self, seed: int, slot: int) -> None:
+        super().__init__(seed=seed, warn_independent_sampling=False)
+        self._slot = slot
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The same for every trial of a slot, if those that ended before are the same."""
+        trial = copy.copy(trial)
+        trial.number = self._slot
+        return super().sample_relative(study, trial, search_space)
+
+
+class _Again(BaseSampler):
+    """Gives what an earlier attempt had, which its checkpoint belongs to, and samples the rest.
+
+    What is known is drawn all the same: a random state, or what CMA-ES stores with a trial, is
+    then as it would have been.
+    """
+
+    def __init__(self, sampler: BaseSampler, known: Mapping[str, Any]) -> None:
+        self._sampler, self._known = sampler, known
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._sampler.after_trial(study, trial, state, values)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        drawn = self._sampler.sample_relative(study, trial, search_space)
+        return {name: self._known.get(name, value) for name, value in drawn.items()}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        drawn = self._sampler.sample_independent(study, trial, param_name, param_distribution)
+        return self._known.get(param_name, drawn)
 
 
 class QuasiRandomSampler(BaseSampler):

@@ -157,15 +157,14 @@ class Search:
         began = time.monotonic()
         with self.storage.lock():
             trials = self._reap(self._trials())
-            if (waiting := self._waiting(trials)) is not None:
+            slot = self.plan.again(QUEUED)
+            if slot is None and (waiting := self._waiting(trials)) is not None:
                 slot = max([QUEUED - 1, *self.plan.slots]) + 1
                 if not self._pop(waiting, slot):
                     return "wait"
                 return self._start(waiting._trial_id, slot, queued=True)
-            slot_or_none = self.plan.free(self.total)
-            if slot_or_none is None:
+            if slot is None and (slot := self.plan.free(self.total)) is None:
                 return "done" if self.plan.finished(self.total) == self.total else "wait"
-            slot = slot_or_none
             trial_id = self._optuna.create_new_trial(self._study_id, self._template(slot))
             # PostgreSQL forgets a lock with its connection; elsewhere its holder may be stopped.
             unsure = (
@@ -195,19 +194,15 @@ class Search:
         return self._optuna.get_all_trials(self._study_id, deepcopy=False)
 
     def _template(self, slot: int) -> FrozenTrial:
-        params: Mapping[str, Any] = {}
-        if self._points is not None:
-            params = self._points[slot]
-        elif self.record.sampler != "random" and (last := self.plan.slot(slot).last) is not None:
-            params = last.params  # tried again with what it had
-        known = {n: d for n, d in self._distributions.items() if n in params}
-        whole = bool(known) and known.keys() == self._distributions.keys()
+        params: Mapping[str, Any] = {} if self._points is None else self._points[slot]
+        last = self.plan.slot(slot).last
+        fixed = None if last is None or slot < QUEUED else last.system_attrs.get("fixed_params")
         return create_trial(
             state=TrialState.RUNNING,
-            params={name: params[name] for name in known} if whole else {},
-            distributions=known if whole else {},
+            params=dict(params),
+            distributions=self._distributions if params else {},
             user_attrs={SLOT: slot, SEARCH: self.id},
-            system_attrs={"fixed_params": dict(params)} if params else {},
+            system_attrs={} if fixed is None else {"fixed_params": fixed},
         )
 
     def _waiting(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
@@ -227,7 +222,13 @@ class Search:
         study = optuna.Study(
             record.name,
             self._optuna,
-            samplers.sampler(record.sampler, record.seed, slot, several=len(record.directions) > 1),
+            samplers.sampler(
+                record.sampler,
+                record.seed,
+                slot,
+                several=len(record.directions) > 1,
+                known=self.plan.slot(slot).params,
+            ),
             samplers.pruner(record.pruner, record.steps),
         )
         trial = optuna.Trial(study, trial_id)
