@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from optuna.trial import TrialState
 
 from tracker import Study, Trial
 from tracker.search.plan import ENDED, MOST_DEATHS
+from tracker.search.record import Record, open_study
+from tracker.search.search import Answer, Search, Task
 from tracker.search.storage import Storage
+from tracker.search.trial import Tracking
+from tracker.search.workers import Pool, Spec
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -112,6 +117,56 @@ def test_a_slot_that_kills_its_workers_is_given_up_and_the_user_is_told(
     last = max(t.number for t in study.trials if t.state == TrialState.FAIL)
     assert study.trials[last].user_attrs[ENDED]["reason"] == reason
     assert f"Trial {last} of study study: {reason}" in caplog.text
+
+
+def reports_often(trial: Trial) -> float:
+    end = time.monotonic() + (0.0 if trial.params["x"] == 1 else 3.0)
+    step = 0
+    while time.monotonic() < end:
+        step += 1
+        trial.report(1.0, step)
+        time.sleep(0.01)
+    return 1.0
+
+
+class Counted(Search):
+    """A search that counts how often it looks for a trial."""
+
+    claims = 0
+
+    def claim(self) -> Task | Answer:
+        self.claims += 1
+        return super().claim()
+
+
+@pytest.mark.slow
+def test_who_waits_for_the_last_trial_does_not_ask_for_one_at_each_message(
+    workdir: Path, tracking_uri: str
+) -> None:
+    storage = Storage()
+    record = open_study(
+        storage,
+        Record(
+            name="study",
+            sampler="grid",
+            pruner="none",
+            trials=None,
+            directions=("minimize",),
+            metrics=("objective",),
+            seed=0,
+            retries=0,
+            steps=None,
+            spaces=({"x": (1, 2)},),
+        ),
+        resume=False,
+    )
+    search = Counted(storage, record, grace=60.0)
+    search.enter()
+    tracking = Tracking("study", record.key, ("objective",), None, workdir, "none")
+    Pool(search, Spec(reports_often, tracking, None, "offline", {}, 1), 2).run(lambda: 0)
+    assert search.plan.finished(2) == 2
+    storage.close()
+    assert search.claims < 20
 
 
 KILLED = """

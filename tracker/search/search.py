@@ -146,6 +146,8 @@ class Search:
         def claim() -> Task | Answer:
             try:
                 return self._claim()
+            except UpdateFinishedTrialError:  # we were stopped, and somebody else has ended it
+                return "wait"
             except Exception as error:
                 if self.storage.unreachable(error):
                     self._leases.forget()

@@ -32,6 +32,7 @@ from tracker.search.interrupts import deaf
 from tracker.search.search import Ended, Search, Task, TrialLostError, Verdict
 
 _TICK_SECONDS = 0.25
+_WAIT_SECONDS = 0.5  # while others run the last trials, between two looks at whether one is free
 _ALIVE_SECONDS = 1.0
 _EXIT_SECONDS = 30.0  # for a worker that was told to end: its runs are delivered meanwhile
 _STARTS = 3  # of workers that end before they are ready, until we give up
@@ -91,6 +92,7 @@ class Pool:
         self._wanted = workers
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
+        self._claim_at = 0.0
         self._false_starts = self._killed_starts = 0
         self._done = False
         self._error: TrackerError | None = None
@@ -162,6 +164,7 @@ class Pool:
                 self._error = ArgumentError(text)
             case ("next",):
                 worker.trial, worker.ready = None, True
+                self._claim_at = 0.0
                 self._false_starts = self._killed_starts = 0
                 self._idle.append(worker)
             case ("finish", number, ended):
@@ -213,6 +216,9 @@ class Pool:
                 self._send(worker, ("stop",))
                 worker.told = True
                 continue
+            if time.monotonic() < self._claim_at:
+                self._idle.insert(0, worker)
+                return
             answer = self._search.claim()
             if isinstance(answer, Task):
                 worker.trial = answer.number
@@ -221,8 +227,9 @@ class Pool:
                 continue
             self._done = answer == "done"
             self._idle.insert(0, worker)
-            if not self._done:
-                return  # others run the last ones: ask again
+            if not self._done:  # others run the last ones
+                self._claim_at = time.monotonic() + _WAIT_SECONDS
+                return
 
     def _bury(self, worker: _Worker) -> None:
         """A worker's process has ended."""
