@@ -87,13 +87,12 @@ class Storage:
         self._connection: Any = None
         if not make and self._file is not None and not self._file.exists():
             raise StoreError(f"storage={self.url!r} does not exist.")
-        self._lock: FileLock | None = None
+        self._locks: dict[str, FileLock] = {}
         self._owner: FileLock | None = None
         try:
             if self._file is not None:
                 _check_file(self._file, self.kind)
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                self._lock = FileLock(f"{self._file}.lock", fallback_to_soft=False)
             with self.lock(), quiet():
                 self.optuna = self._open()
         except (OSError, SQLAlchemyError, RuntimeError, ValueError, ImportError) as error:
@@ -150,46 +149,52 @@ class Storage:
             self._owner = None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Nobody else holds the lock of this storage meanwhile; its holder's death releases it.
+    def lock(self, name: str = "") -> Iterator[bool]:
+        """Nobody else holds this lock of the storage meanwhile; its holder's death releases it.
 
         A holder that is stopped, and holds it for LOCK_SECONDS, is not waited for: who depends on
-        the lock looks afterwards whether it took longer, see `Search.claim`.
+        the lock looks whether it is held, or afterwards whether it took longer, see `Search.claim`.
+        A lock of another `name` is another lock.
         """
-        if self._lock is not None:
+        if self._file is not None:
+            lock = self._file_lock(name)
             with suppress(Timeout):
-                self._lock.acquire(timeout=LOCK_SECONDS)
+                lock.acquire(timeout=LOCK_SECONDS)
             try:
-                yield
+                yield lock.is_locked
             finally:
-                self._lock.release()
+                lock.release()
             return
         connection = self._connected()
         until, pause = time.monotonic() + LOCK_SECONDS, 0.001
-        while not self._asked(connection, "SELECT pg_try_advisory_lock(%s)"):
+        while not (held := self._asked(connection, "SELECT pg_try_advisory_lock(%s)", name)):
             if time.monotonic() > until:
                 break
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         try:
-            yield
+            yield held
         finally:
             try:
-                self._asked(connection, "SELECT pg_advisory_unlock(%s)")
+                self._asked(connection, "SELECT pg_advisory_unlock(%s)", name)
             except ConnectionError as error:
                 logger.debug("The lock went with its connection: %s", error)
 
-    def _asked(self, connection: Any, query: str) -> bool:
+    def _file_lock(self, name: str) -> FileLock:
+        if name not in self._locks:
+            file = f"{self._file}.{name}.lock" if name else f"{self._file}.lock"
+            self._locks[name] = FileLock(file, fallback_to_soft=False)
+        return self._locks[name]
+
+    def _asked(self, connection: Any, query: str, name: str) -> bool:
         import psycopg
 
+        digest = hashlib.sha256(f"tracker{name}".encode()).digest()
+        number = int.from_bytes(digest[:8], "big", signed=True)
         try:
-            return bool(connection.execute(query, [self._lock_number]).fetchone()[0])
+            return bool(connection.execute(query, [number]).fetchone()[0])
         except psycopg.Error as error:
             raise ConnectionError(str(error)) from error
-
-    @property
-    def _lock_number(self) -> int:
-        return int.from_bytes(hashlib.sha256(b"tracker").digest()[:8], "big", signed=True)
 
     def _connected(self) -> Any:
         import psycopg
