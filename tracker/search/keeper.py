@@ -13,8 +13,8 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from tracker.search.interrupts import deaf
 
 SETTLE_SECONDS = 60.0
 """How long the end of a study waits for what MLflow has not got yet."""
+
+_ENDED = "its process ended"
 
 logger = logging.getLogger(__name__)
 
@@ -85,40 +87,51 @@ class KeeperProcess:
     """A second process that keeps the mirror."""
 
     def __init__(self, duty: Duty) -> None:
+        self._duty = duty
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         program = (
             "import sys; sys.path.append(sys.argv[1]);"
             "from tracker.search.keeper_process import main; main()"
         )
         with deaf(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,  # what a dead process did not read is not kept for it
             )
-        self._tell(asdict(duty))
-
-    def _tell(self, what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what).encode() + b"\n")
-        self._process.stdin.flush()
+        _tell(process, asdict(self._duty))
+        return process
 
     def finish(self, *, settled: bool) -> str | None:
-        """Have it complete the mirror, and wait for that up to a deadline."""
-        assert self._process.stdout is not None
-        try:
-            self._tell({"settled": settled})
-            until = time.monotonic() + 2 * SETTLE_SECONDS
-            ready, _, _ = select.select([self._process.stdout], [], [], until - time.monotonic())
-            line = self._process.stdout.readline() if ready else b""
-        except OSError as error:
-            return f"its process ended ({error})"
+        """Have it complete the mirror, and wait for that up to a deadline; if it died, another."""
+        problem = self._finish(settled)
+        if problem == _ENDED:
+            self._process = self._start()
+            problem = self._finish(settled)
+        return problem
+
+    def _finish(self, settled: bool) -> str | None:
+        with self._process as process:
+            assert process.stdout is not None
+            ready, line = [process.stdout], b""
+            with suppress(OSError):  # it is gone
+                _tell(process, {"settled": settled})
+                ready, _, _ = select.select([process.stdout], [], [], 2 * SETTLE_SECONDS)
+                line = process.stdout.readline() if ready else b""
+            if not line:
+                process.kill()
         if not line:
-            self._process.kill()
-            self._process.wait()
-            return "it takes too long" if not ready else "its process ended"
-        self._process.wait()
+            return _ENDED if ready else "it takes too long"
         problem = json.loads(line)["problem"]
         return None if problem is None else str(problem)
+
+
+def _tell(process: subprocess.Popen[bytes], what: Any) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(what).encode() + b"\n")
 
 
 def adopted() -> str | None:
