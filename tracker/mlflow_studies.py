@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -19,7 +19,7 @@ from tracker.logs import muted
 from tracker.mlflow_store import MlflowStore, translated
 from tracker.shapes import RUN_TAG
 
-_PARENT = "mlflow.parentRunId"
+PARENT = "mlflow.parentRunId"
 _PAGE = 1000
 
 
@@ -33,6 +33,7 @@ class MirroredRun:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    """The last value of each, which may be NaN."""
     models: Sequence[str]
     """The ids of the models that it logged."""
 
@@ -81,27 +82,31 @@ class StudyRuns:
         with translated(f"read run {run_id}"):
             return _mirrored(self._client.get_run(run_id))
 
-    def children(self, parent: MirroredRun) -> dict[str, MirroredRun]:
-        """The runs below `parent`, by their keys."""
+    def children(self, key: str) -> dict[str, MirroredRun]:
+        """The runs of the trials of the study that is tracked under `key`, by their own keys."""
         found: dict[str, MirroredRun] = {}
         token: str | None = None
-        with translated(f"read the children of run {parent.run_id}"):
+        with translated("read the runs of a study's trials"):
+            ids = [e.experiment_id for e in self._client.search_experiments()]
             while True:
                 page = self._client.search_runs(
-                    [parent.experiment_id],
-                    f"tags.`{_PARENT}` = '{parent.run_id}'",
+                    ids,  # not by their parent, which may be another one, or gone
+                    f"tags.`{RUN_TAG}` LIKE '{key}-%'",
                     max_results=_PAGE,
                     page_token=token,
                 )
                 for run in page:
                     child = _mirrored(run)
-                    found[child.tags.get(RUN_TAG, child.run_id)] = child
+                    found[child.tags[RUN_TAG]] = child
                 token = page.token
                 if not token:
                     return found
 
     def finished(self, experiment: str) -> list[MirroredRun]:
-        """The FINISHED runs of an experiment, oldest first; StoreError where there is none."""
+        """The FINISHED runs of an experiment, oldest first, with the metrics that are no NaN.
+
+        StoreError where there is no such experiment.
+        """
         with translated(f"read the experiment {experiment!r}"):
             found = self._client.get_experiment_by_name(experiment)
         if found is None:
@@ -117,7 +122,9 @@ class StudyRuns:
                     max_results=_PAGE,
                     page_token=token,
                 )
-                runs += map(_mirrored, page)
+                for run in map(_mirrored, page):
+                    numbers = {k: v for k, v in run.metrics.items() if not math.isnan(v)}
+                    runs.append(replace(run, metrics=numbers))
                 token = page.token
                 if not token:
                     return runs
@@ -126,7 +133,7 @@ class StudyRuns:
         self, parent: MirroredRun, key: str, tags: Mapping[str, str], start_time: int
     ) -> MirroredRun:
         """A run below `parent`, as one that was tracked under `key`."""
-        told = {**tags, _PARENT: parent.run_id, RUN_TAG: key}
+        told = {**tags, PARENT: parent.run_id, RUN_TAG: key}
         with translated("create a run"):
             run = self._client.create_run(
                 parent.experiment_id, start_time, told, tags.get("mlflow.runName")
@@ -155,6 +162,10 @@ class StudyRuns:
     def log_text(self, run_id: str, text: str, path: str) -> None:
         """Upload `text` as the artifact `path`."""
         self._store.log_text(run_id, text, path)
+
+    def artifacts(self, run_id: str) -> list[str]:
+        """The paths at the top of a run's artifacts."""
+        return self._store.artifacts(run_id)
 
     def set_status(self, run_id: str, status: str, end_time: int | None) -> None:
         """Set a run's status, whatever it was; with `end_time` in milliseconds a final one."""
@@ -185,8 +196,8 @@ class StudyRuns:
 
     def register(
         self, name: str, alias: str | None, model_id: str, run_id: str, tags: Mapping[str, str]
-    ) -> str | None:
-        """Register a logged model under `name`, once; its version, None where it was before."""
+    ) -> bool:
+        """Register a logged model under `name`, once, with `alias`; whether any was missing."""
         with translated(f"register the model {name}"), muted("mlflow", logging.ERROR):
             try:
                 self._client.create_registered_model(name)
@@ -195,17 +206,18 @@ class StudyRuns:
                     raise
             versions = self._client.search_model_versions(f"name = '{name}'")
             there = [v.version for v in versions if v.run_id == run_id]
-            version = there[0] if there else None
-            if version is None:
-                made = self._client.create_model_version(
-                    name, f"models:/{model_id}", run_id, dict(tags), model_id=model_id
-                )
-                version = made.version
-            if alias is not None:
-                aliases = self._client.get_registered_model(name).aliases
-                if str(aliases.get(alias)) != str(version):
-                    self._client.set_registered_model_alias(name, alias, version)
-        return None if there else str(version)
+            version = there[0] if there else self._version(name, model_id, run_id, tags)
+            aliases = self._client.get_registered_model(name).aliases
+            if alias is None or str(aliases.get(alias)) == str(version):
+                return not there
+            self._client.set_registered_model_alias(name, alias, version)
+        return True
+
+    def _version(self, name: str, model_id: str, run_id: str, tags: Mapping[str, str]) -> str:
+        # MLflow 3.17 would look for `models:/ID` in the tracking URI of the process.
+        place = self._client.get_logged_model(model_id).artifact_location
+        made = self._client.create_model_version(name, place, run_id, dict(tags), model_id=model_id)
+        return str(made.version)
 
 
 def _mirrored(run: Run) -> MirroredRun:
@@ -216,6 +228,6 @@ def _mirrored(run: Run) -> MirroredRun:
         str(run.info.status),
         dict(run.data.tags),
         dict(run.data.params),
-        {name: value for name, value in run.data.metrics.items() if not math.isnan(value)},
+        dict(run.data.metrics),
         [output.model_id for output in outputs],
     )

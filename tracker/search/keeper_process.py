@@ -35,6 +35,7 @@ REFRESH_SECONDS = 10.0
 REFRESH_SHARE = 0.01
 """… and takes at most this share of the time."""
 _RETRY_SECONDS = 2.0
+_LONGEST_RETRY_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,9 @@ class Keeping:
                 return self._complete(settled)
             except TrackerError as error:
                 problem = public_uri(str(error))
+            except Exception as error:  # a mistake of ours, which no waiting mends
+                logger.debug("The mirror failed.", exc_info=True)
+                return public_uri(f"{type(error).__name__}: {error}")
             if time.monotonic() > until:
                 return problem
             time.sleep(_RETRY_SECONDS)
@@ -118,7 +122,8 @@ class Keeping:
         settled &= settle(Path(self._duty.directory), self._store, SETTLE_SECONDS)
         ours = self._duty.search
         self._patiently(lambda: mirror.complete(lambda t: settled and _by(t) in (ours, None)))
-        return None if settled else "some runs wait in their journals (tracker sync)"
+        waiting = None if settled else "some runs wait in their journals (tracker sync)"
+        return "; ".join(filter(None, (waiting, mirror.problem))) or None
 
     def bury(self) -> None:
         """The search is dead: fail what it left, and complete the mirror."""
@@ -176,6 +181,7 @@ def _main() -> int:
     source = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
     keeping = Keeping(Duty(**json.loads(source.readline())))
     tasks = {keeping.refresh: 0.0, keeping.watch: 0.0}  # when each is due
+    pauses = dict.fromkeys(tasks, _RETRY_SECONDS)
     while True:
         pause = max(min(tasks.values()) - time.monotonic(), 0.0)
         if select.select([source], [], [], pause)[0]:
@@ -189,10 +195,12 @@ def _main() -> int:
         started = time.monotonic()
         try:
             tasks[task] = started + task()
+            pauses[task] = _RETRY_SECONDS
         except Exception as error:  # noqa: BLE001 - it is tried again, and the end says what it is
             logger.debug("%s", error)
             keeping.forget()
-            tasks[task] = started + _RETRY_SECONDS
+            tasks[task] = time.monotonic() + pauses[task]
+            pauses[task] = min(2 * pauses[task], _LONGEST_RETRY_SECONDS)
 
 
 if __name__ == "__main__":

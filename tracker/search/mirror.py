@@ -10,15 +10,18 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.errors import RefusedError, StoreError
 from tracker.mlflow_store import MlflowStore
-from tracker.mlflow_studies import MirroredRun, StudyRuns
+from tracker.mlflow_studies import PARENT, MirroredRun, StudyRuns
+from tracker.redaction import public_uri
 from tracker.search.leases import PREFIX, Leases, searches
 from tracker.search.page import study_page
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
@@ -39,6 +42,12 @@ STATUSES = {
 }
 """What a trial's state is in MLflow; of one that FAILed its attribute may say KILLED."""
 
+_DIGEST = "tracker.mirrored"
+"""The tag that tells whether the tables are those of now, without reading them."""
+_FILES = ("study.html", "trials.csv", "trials.json", "best.json")
+_NAMED = 10
+"""Trials of a Pareto front that the tags name; `best.json` has them all."""
+
 
 class Mirror:
     """Keeps one study in one MLflow store as Optuna's storage has it."""
@@ -50,6 +59,9 @@ class Mirror:
         self._leases = Leases(grace=math.inf)
         self.written = 0
         """How many things were missing, and were written."""
+        self.problem: str | None = None
+        """What `complete` could not write, though MLflow answers."""
+        self._deleted: set[str] = set()
         self.run_id: str | None = None
         """The study's run."""
 
@@ -63,7 +75,7 @@ class Mirror:
             "mlflow.runName": record.name,
             "tracker.study": record.name,
         }
-        with self._storage.lock():  # else two searches make one each
+        with self._alone():
             parent, made = self._runs.parent(
                 record.key,
                 experiment=record.experiment or "Default",
@@ -79,6 +91,17 @@ class Mirror:
             self.written += 1
         self._log_params(parent)
         return parent.run_id
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other mirror makes a run meanwhile; else there would be two.
+
+        A lock of its own: trials are taken under the storage's, and wait for no server.
+        """
+        with self._storage.lock("mirror") as held:
+            if not held:
+                raise StoreError("another process makes the runs of studies there, and is slow.")
+            yield
 
     def _log_params(self, parent: MirroredRun) -> None:
         record = self._record
@@ -96,11 +119,17 @@ class Mirror:
             self.written += len(missing)
 
     def refresh(self) -> None:
-        """Bring the study's page up to date, while it goes on."""
+        """Bring the study's page up to date while it goes on, and its best; looks at no more."""
         parent = self._parent()
         trials = self._trials()
-        if parent is not None and any(trial.state.is_finished() for trial in trials):
-            self._log_study(parent, trials, {})
+        if parent is None or not any(trial.state.is_finished() for trial in trials):
+            return
+        same = parent.tags.get(_DIGEST) == _digest(rows(self._record, trials))
+        if same and parent.tags.get("best.run") != "":  # the run of the best is on its way
+            return
+        children = self._runs.children(self._record.key)
+        self._delete_models(trials, children)
+        self._log_study(parent, trials, children, there=_FILES)
 
     def complete(self, is_settled: Callable[[FrozenTrial], bool]) -> None:
         """Write all that is missing, of the trials that ended and of those that wait.
@@ -108,16 +137,20 @@ class Mirror:
         Trials that another search runs are left to it. The run of a trial that has just ended may
         be on its way, unless `is_settled` says of it that it is not.
         """
+        record = self._record
+        self.problem, self.run_id = None, None  # it may have been deleted since
+        trials, attrs = self._trials(), self._attrs()
         parent = self._parent()
         if parent is None:
-            self.begin({}, None)
+            begun = [t.datetime_start for t in trials if t.datetime_start is not None]
+            self.begin({}, None, _milliseconds(min(begun, default=None)))
             parent = self._parent()
             assert parent is not None
-        trials, attrs = self._trials(), self._attrs()
-        children = self._runs.children(parent)
+        self._log_params(parent)
+        children = self._runs.children(record.key)
         alone = not any(self._leases.lives(search, attrs) for search in searches(attrs))
         for trial in trials:
-            key = f"{self._record.key}-{trial.number}"
+            key = f"{record.key}-{trial.number}"
             if trial.state == TrialState.RUNNING:
                 continue
             if trial.state == TrialState.WAITING and not alone:
@@ -125,9 +158,10 @@ class Mirror:
             if key not in children and _is_recent(trial) and not is_settled(trial):
                 continue  # on its way
             self._complete_trial(parent, trial, key, children)
-        self._keep_the_best(trials, children)
-        self._log_study(parent, trials, children)
+        self._delete_models(trials, children)
+        self._log_study(parent, trials, children, there=self._runs.artifacts(parent.run_id))
         self._settle(parent)
+        self._register(trials, children)
 
     def _complete_trial(
         self,
@@ -137,10 +171,11 @@ class Mirror:
         children: dict[str, MirroredRun],
     ) -> None:
         tags, params, metrics = _wanted(self._record, trial)
+        tags[PARENT] = parent.run_id
         if (child := children.get(key)) is None:
             name = f"trial={trial.number}"
             begin = _milliseconds(trial.datetime_start) or _now()
-            with self._storage.lock():  # another search's keeper may be about to make it too
+            with self._alone():
                 child = self._runs.find(key)
                 if child is None:
                     told = {**tags, "mlflow.runName": name}
@@ -151,6 +186,8 @@ class Mirror:
         reason = trial.user_attrs.get(ENDED, {}).get("reason")
         if trial.state == TrialState.FAIL and reason and "tracker.failure" not in child.tags:
             new_tags["tracker.failure"] = reason  # its process ended before it had a run
+        if trial.state == TrialState.PRUNED and "tracker.pruned" not in child.tags:
+            new_tags["tracker.pruned"] = _where_pruned(trial)
         new_params = {k: v for k, v in params.items() if k not in child.params}
         new_metrics = [point for point in metrics if point[0] not in child.metrics]
         if new_tags or new_params or new_metrics:
@@ -162,81 +199,99 @@ class Mirror:
             self._runs.set_status(child.run_id, status, end)
             self.written += 1
 
-    def _keep_the_best(
+    def _delete_models(
         self, trials: Sequence[FrozenTrial], children: Mapping[str, MirroredRun]
     ) -> None:
+        """Delete the models that are not the best any more, of runs that are whole."""
         record = self._record
         good = {f"{record.key}-{trial.number}" for trial in best(record, trials)}
-        if record.models == "best" and any(children[k].models for k in good & children.keys()):
-            ended = {f"{record.key}-{t.number}" for t in trials if t.state.is_finished()}
-            for key in (ended - good) & children.keys():  # a living trial may be the best by now
-                child = children[key]
-                if child.models and not self._runs.is_registered(child.run_id):
-                    for model in child.models:
-                        self.written += self._runs.delete_model(model)
+        if record.models != "best" or not any(children[k].models for k in good & children.keys()):
+            return
+        ended = {f"{record.key}-{t.number}" for t in trials if t.state.is_finished()}
+        for key in (ended - good) & children.keys():  # a living trial may be the best by now
+            child = children[key]
+            models = [model for model in child.models if model not in self._deleted]
+            if child.status == "RUNNING":
+                continue  # its model may be on its way
+            if models and not self._runs.is_registered(child.run_id):
+                for model in models:
+                    self.written += self._runs.delete_model(model)
+                self._deleted.update(models)
+
+    def _register(self, trials: Sequence[FrozenTrial], children: Mapping[str, MirroredRun]) -> None:
+        """Register the model of the best; where MLflow refuses that, the rest is there."""
+        record = self._record
+        good = best(record, trials)
         if record.register is None or len(good) != 1:
             return
-        child_or_none = children.get(next(iter(good)))
-        if child_or_none is None or not child_or_none.models:
+        child = children.get(f"{record.key}-{good[0].number}")
+        if child is None or not child.models:
             return
-        child = child_or_none
         tags = {
             "tracker.study": record.name,
             "tracker.storage": record.storage or "",
             "optuna.trial": child.tags.get("optuna.trial", ""),
         }
-        version = self._runs.register(
-            record.register, record.alias, child.models[-1], child.run_id, tags
-        )
-        self.written += version is not None
+        try:
+            with self._alone():
+                self.written += self._runs.register(
+                    record.register, record.alias, child.models[-1], child.run_id, tags
+                )
+        except StoreError as error:
+            self.problem = str(error)
 
     def _log_study(
         self,
         parent: MirroredRun,
         trials: Sequence[FrozenTrial],
         children: Mapping[str, MirroredRun],
+        *,
+        there: Sequence[str],
     ) -> None:
-        """The tables, the page and the best, if anything changed since they were logged."""
+        """The tables, the page and the best; of the files those that are not `there`, or old."""
         record = self._record
         table = rows(record, trials)
         good = best(record, trials)
-        child = None
-        if good:
-            key = f"{record.key}-{good[0].number}"
-            child = children.get(key) or self._runs.find(key)
-        known = json_text(table) + (child.run_id if child else "")
-        digest = hashlib.sha256(known.encode()).hexdigest()[:16]
-        if parent.tags.get("tracker.mirrored") == digest:
-            return
-        tags: dict[str, str] = {"tracker.mirrored": digest}
+        runs = [children.get(f"{record.key}-{trial.number}") for trial in good[:_NAMED]]
+        tags = {"tracker.study": record.name, _DIGEST: _digest(table), **_best_tags(good, runs)}
         facts: dict[str, str] = {}
         if (steps := saved(record, trials)) is not None:
             facts["Steps not trained"] = f"{steps[0]:,} of {steps[1]:,}"
             tags["tracker.saved"] = f"{steps[0]} of {steps[1]}"
-        if good:
-            first = good[0]
-            tags["best.trial"] = ", ".join(str(trial.number) for trial in good)
-            tags["best.value"] = ", ".join(f"{value:.6g}" for value in first.values)
-            tags["best.params"] = json.dumps(first.params)[:5000]
-            tags["best.run"] = child.run_id if child else ""
-            if record.replay is not None:
-                tags["tracker.replay"] = record.replay.replace("{number}", str(first.number))
-                facts["Train it again"] = f"$ {tags['tracker.replay']}"
-        page = study_page(optuna.Study(record.name, self._storage.optuna), facts)
-        self._runs.log_text(parent.run_id, page, "study.html")
-        self._runs.log_text(parent.run_id, csv_text(table), "trials.csv")
-        self._runs.log_text(parent.run_id, json_text(table), "trials.json")
-        self._runs.log_text(
-            parent.run_id,
-            json_text([{"trial": t.number, "values": t.values, "params": t.params} for t in good]),
-            "best.json",
-        )
+        if good and record.replay is not None:
+            number = str(good[0].number)
+            tags["tracker.replay"] = record.replay.replace("{number}", number)
+            facts[f"Train trial {number} again"] = f"$ {tags['tracker.replay']}"
+        if parent.tags.get(_DIGEST) != tags[_DIGEST]:
+            there = []
+        texts: dict[str, Callable[[], str]] = {
+            "study.html": lambda: study_page(
+                optuna.Study(record.name, self._storage.optuna), facts
+            ),
+            "trials.csv": lambda: csv_text(table),
+            "trials.json": lambda: json_text(table),
+            "best.json": lambda: json_text(
+                [{"trial": t.number, "values": t.values, "params": t.params} for t in good]
+            ),
+        }
+        for name in [name for name in _FILES if name not in there]:
+            try:
+                self._runs.log_text(parent.run_id, texts[name](), name)
+            except Exception as error:
+                if isinstance(error, StoreError) and not isinstance(error, RefusedError):
+                    raise  # MLflow does not answer
+                self.problem = public_uri(f"{name} cannot be written: {error}")
+                tags.pop(_DIGEST, None)  # it is tried again
+                continue
+            self.written += 1
+        new = {name: value for name, value in tags.items() if parent.tags.get(name) != value}
         metrics = []
-        if good and len(record.metrics) == 1:
+        if len(good) == 1 and ("best.trial" in new or "best_objective" not in parent.metrics):
             at = _milliseconds(good[0].datetime_complete) or _now()
             metrics = [("best_objective", good[0].values[0], good[0].number, at)]
-        self._runs.log(parent.run_id, metrics=metrics, tags=tags)
-        self.written += 1
+        if new or metrics:
+            self._runs.log(parent.run_id, metrics=metrics, tags=new)
+            self.written += 1
 
     def _settle(self, parent: MirroredRun) -> None:
         """Give the study's run its status, by how things stand now: somebody may go on with it."""
@@ -266,6 +321,32 @@ class Mirror:
         return self._storage.optuna.get_study_user_attrs(self._record.study_id)
 
 
+def _digest(table: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json_text(table).encode()).hexdigest()[:16]
+
+
+def _best_tags(good: Sequence[FrozenTrial], runs: Sequence[MirroredRun | None]) -> dict[str, str]:
+    """The tags of the best trial; of a Pareto front lists, with a place for each trial."""
+    if not good:
+        return {}
+    shown = good[:_NAMED]
+    more = f" and {len(good) - _NAMED} more" if len(good) > _NAMED else ""
+    params = [trial.params for trial in shown]
+    return {
+        "best.trial": ", ".join(str(trial.number) for trial in shown) + more,
+        "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in shown),
+        "best.params": json.dumps(params[0] if len(good) == 1 else params)[:5000],
+        "best.run": ", ".join(run.run_id for run in runs if run) if all(runs) else "",
+    }
+
+
+def _where_pruned(trial: FrozenTrial) -> str:
+    """What is known of it where the search's own words are not."""
+    if (step := trial.last_step) is None:
+        return "It was stopped before it reported."
+    return f"It was stopped at step {step}, value {trial.intermediate_values[step]:g}."
+
+
 def _wanted(
     record: Record, trial: FrozenTrial
 ) -> tuple[dict[str, str], dict[str, str], list[tuple[str, float, int, int]]]:
@@ -286,6 +367,7 @@ def _wanted(
     metrics = [
         (INTERMEDIATE, value, step, at) for step, value in sorted(trial.intermediate_values.items())
     ]
+    metrics += [(f"constraint.{name}", value, 0, at) for name, value in trial.constraints.items()]
     if trial.state == TrialState.COMPLETE:
         found = objectives(record.metrics, trial.values)
         metrics += [(name, value, 0, at) for name, value in found.items()]

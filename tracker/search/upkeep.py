@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tracker.search.storage import Storage
 from tracker.sync import journals
 
 _LOOK_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTrial]:
@@ -70,6 +73,8 @@ def mirror_study(
     mirror = Mirror(storage, record, store)
     mirror.complete(is_settled)
     assert mirror.run_id is not None
+    if mirror.problem is not None:
+        logger.warning("The study is not all in MLflow: %s", mirror.problem)
     return mirror.written, mirror.run_id
 
 
