@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_written_does_not_keep_the_rest(
     assert len(children) == 4
     (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert "study.html cannot be written" in told
-    assert "python -m studies mirror --study study" in told
+    assert "tracker mirror --study study" in told
     shutil.rmtree(page)
     assert mirrored() > 0
     assert "study.html" in store.artifacts(parent)
