@@ -706,7 +706,7 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
         ({"storage": "sqlite://"}, "names no file"),
         ({"models": "some"}, "models='some' is not allowed; it must be best, all or none"),
         ({"alias": "best"}, "alias='best' needs the name to register under"),
-        ({"register": "a/b"}, "register='a/b' is not allowed; it must be a name without / and :"),
+        ({"register": "a/b"}, "register='a/b' is not allowed; it must be a name without / : and '"),
         ({"register": "a", "alias": "latest"}, "alias='latest' is not allowed; it must be letters"),
         ({"register": "a", "alias": "v7"}, "alias='v7' is not allowed"),
         ({"register": "a", "models": "none"}, "register='a' needs one best model; models='none'"),

@@ -103,9 +103,9 @@ class Record:
             if self.alias is not None:
                 raise ArgumentError(f"alias={self.alias!r} needs the name to register under.")
             return
-        if not self.register.strip() or set("/:") & set(self.register):
+        if not self.register.strip() or set("/:'") & set(self.register):
             raise ArgumentError(
-                f"register={self.register!r} is not allowed; it must be a name without / and :."
+                f"register={self.register!r} is not allowed; it must be a name without / : and '."
             )
         if self.models == "none" or several:
             why = "there are several" if several else "models='none' keeps none"
