@@ -337,4 +337,4 @@ def test_no_trial_waits_for_a_server_that_hangs(
             waited = max(waited, time.monotonic() - began)
         time.sleep(0.05)
     storage.close()
-    assert waited < 2.0
+    assert waited < 6.0  # less than the eight seconds of one answer that does not come
