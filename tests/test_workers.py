@@ -113,7 +113,10 @@ def test_a_slot_that_kills_its_workers_is_given_up_and_the_user_is_told(
     study = Study("study", dies, space=SPACE, sampler="grid", offline=True).run(workers=2)
     states = Counter((t.params["x"], t.state.name) for t in study.trials)
     assert states == {(1, "COMPLETE"): 1, (2, "FAIL"): MOST_DEATHS, (3, "COMPLETE"): 1}
-    reason = "Its process was killed by SIGKILL. Slot 1 is given up: its worker died 5 times."
+    reason = (
+        "Its process was killed by SIGKILL. "
+        "Slot 1 is given up: its worker died or fell silent 5 times."
+    )
     last = max(t.number for t in study.trials if t.state == TrialState.FAIL)
     assert study.trials[last].user_attrs[ENDED]["reason"] == reason
     assert f"Trial {last} of study study: {reason}" in caplog.text

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reap.add_argument(
         "--grace-seconds",
         type=positive_float,
-        help="how long a search of another machine must be silent, by default 60",
+        help="how long a search of another machine must be silent at least, by default 60; what it "
+        "was itself given counts where that is longer",
     )
     given = parser.parse_args(arguments)
     try:

@@ -23,12 +23,12 @@ SOURCE = "tracker:source"
 """User attributes of a trial: its slot, which search runs it, how it failed, where it is from."""
 
 MOST_DEATHS = 5
-"""A slot whose worker died this often is given up: it is what kills it."""
+"""A slot whose worker died or fell silent this often is given up: it is what kills it."""
 
 Why = Literal["failed", "invalid", "died", "lost", "interrupted", "given up"]
 """Why a trial FAILed. An invalid value (NaN) would be so again. `died` is said by a search that saw
-the trial's own worker die, and lived; a search or a machine that is gone, a silence, being
-interrupted, or given up, is not the slot's fault."""
+the trial's own worker die, or say nothing for its grace period, and lived; a search or a machine
+that is gone, being interrupted, or given up, is not the slot's fault."""
 
 
 @dataclass

@@ -352,7 +352,7 @@ class Search:
             return Verdict(accepted=False, again=True)
         slot = live.task.slot
         if ended.why == "died" and (deaths := self.plan.slot(slot).deaths + 1) >= MOST_DEATHS:
-            given_up = f"Slot {slot} is given up: its worker died {deaths} times."
+            given_up = f"Slot {slot} is given up: its worker died or fell silent {deaths} times."
             ended = replace(ended, reason=f"{ended.reason} {given_up}")
             logger.warning("Trial %d of study %s: %s", number, self.record.name, ended.reason)
 

@@ -145,7 +145,7 @@ class Pool:
             if silent and worker.trial is not None and not worker.lost:
                 worker.lost = True
                 reason = f"Its process was silent for {self._search.grace:g} s."
-                ended = Ended("FAIL", why="lost", status="FAILED", reason=reason)
+                ended = Ended("FAIL", why="died", status="FAILED", reason=reason)
                 self._search.finish(worker.trial, ended)
 
     def _hear(self, worker: _Worker) -> None:
