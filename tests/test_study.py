@@ -776,6 +776,15 @@ def test_a_range_that_cannot_be_ends_the_study_with_a_sentence(tracking_uri: str
             Study("bad", objective, sampler="random", trials=2).run(resume=True)
 
 
+def test_what_the_space_gave_is_not_suggested_from_another_range(tracking_uri: str) -> None:
+    def narrower(trial: Trial) -> float:
+        return trial.suggest_float("x", 0.0, 0.2) + trial.suggest_float("x", 0.0, 0.05)
+
+    study = Study("study", narrower, space={"x": [0.1]}, sampler="grid")
+    with pytest.raises(ArgumentError, match=r"'x' is 0\.1 already, which is not of Float"):
+        study.run()
+
+
 def test_a_store_that_cannot_be_opened_makes_no_study(workdir: Path) -> None:
     with pytest.raises(StoreError, match="tracking_uri"):
         make(tracking_uri="nonsense://x").run()

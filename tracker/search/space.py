@@ -102,6 +102,14 @@ def _distribution(domain: Domain, grid: bool) -> BaseDistribution:
     return CategoricalDistribution(domain)
 
 
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a distribution has a value."""
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):
+        return False
+
+
 def grid(spaces: Sequence[Space]) -> list[Point]:
     """The points of a grid, each once: those of the first space, then what later ones add.
 

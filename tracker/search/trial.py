@@ -30,6 +30,7 @@ from tracker.resume import Earlier
 from tracker.run import Run, RunKey
 from tracker.search.plan import Why
 from tracker.search.search import Ended, Task, TrialLostError, Verdict
+from tracker.search.space import contains
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Outcome, outcome
 from tracker.views.files import json_text, write_atomically
@@ -233,12 +234,14 @@ class Trial:
         return self._suggest(name, lambda: CategoricalDistribution(list(choices)))
 
     def _suggest(self, name: str, distribution: Callable[[], BaseDistribution]) -> Any:
-        if name in self.params and name not in self._unlogged and name in self.run.params:
-            return self.params[name]
         try:
             wanted = distribution()
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"{name!r} cannot be suggested: {error}") from error
+        if name in self.params and name not in self._unlogged and name in self.run.params:
+            if contains(wanted, value := self.params[name]):
+                return value
+            raise ArgumentError(f"{name!r} is {value!r} already, which is not of {wanted}.")
         value = self._channel.suggest(self.number, name, wanted)
         self.params[name] = self._unlogged[name] = value
         return value

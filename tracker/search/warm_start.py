@@ -15,7 +15,7 @@ from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 from tracker.search.plan import SOURCE
 from tracker.search.record import Record
-from tracker.search.space import distributions, grid, identity
+from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
 from tracker.tracking_uri import check_there, resolve
 
@@ -123,7 +123,7 @@ def _fitting(record: Record, points: Points, trial: FrozenTrial, source: str) ->
         wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
         params = {name: trial.params[name] for name in wanted if name in trial.params}
         if params.keys() != wanted.keys() or not all(
-            _contains(distribution, params[name]) for name, distribution in wanted.items()
+            contains(distribution, params[name]) for name, distribution in wanted.items()
         ):
             return None
         if not _is_point(points, params):
@@ -167,13 +167,6 @@ def _is_point(points: Points, params: Mapping[str, Any]) -> bool:
     return points is None or identity(params) in points
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except (ValueError, TypeError):
-        return False
-
-
 def _read(distribution: BaseDistribution, text: str) -> list[Any]:
     """The value that MLflow holds as `text`, in a list; empty if it is not in `distribution`."""
     if isinstance(distribution, CategoricalDistribution):
@@ -183,7 +176,7 @@ def _read(distribution: BaseDistribution, text: str) -> list[Any]:
     except ValueError:
         return []
     value = int(number) if isinstance(distribution, IntDistribution) else number
-    return [value] if value == number and _contains(distribution, value) else []
+    return [value] if value == number and contains(distribution, value) else []
 
 
 def _same(choice: Any, text: str) -> bool:
