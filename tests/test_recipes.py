@@ -81,7 +81,7 @@ def test_a_study_of_four_trials_over_each_recipe(
     objective = next(iter(RECIPES[name].metrics))
     table = pd.read_csv(io.StringIO(store.text(parent, "trials.csv", workdir)))
     assert len(table) == 4
-    searched = default_space(RECIPES[name], grid=False)
+    searched = search.parse(command).space
     assert searched
     assert set(searched) <= set(table.columns)
     for run in runs:

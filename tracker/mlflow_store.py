@@ -215,7 +215,7 @@ class MlflowStore:
             at = f"attributes.start_time = {start_time}"
             found = self.client.search_runs([experiment_id], at)
         for run in found:
-            had = run.data.tags
+            had = {k: v for k, v in run.data.tags.items() if v}  # one that was cut off is empty
             if RUN_TAG not in had and had.items() <= tags.items():  # none has no name, but ours
                 if is_file_store(self.tracking_uri):
                     file_store.complete_run(self._run_folder(run))
@@ -368,7 +368,8 @@ class MlflowStore:
         for model in self.client.search_logged_models([run.info.experiment_id], query):
             if model.tags.get(RECORD_TAG) == record:
                 return model
-            if model.name == name and model.tags == {} and model.status == "PENDING":
+            cut_off = not any(model.tags.values())  # before its tag, or within it
+            if model.name == name and cut_off and model.status == "PENDING":
                 self.client.log_model_params(model.model_id, run.data.params)
                 self.client.set_logged_model_tags(model.model_id, {RECORD_TAG: record})
                 return model
