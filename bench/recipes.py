@@ -1,21 +1,20 @@
 """The recipes for pictures beside what they may be compared with, on one split.
 
-python -m bench.recipes --data-dir data [--part accuracy|transfer] [--seeds 3] [--epochs 40]
+python -m bench.recipes --data-dir data [--part accuracy|transfer] [--seeds 10] [--epochs 100]
 
-For each data set: logistic regression from scikit-learn on the pixels, `fashion-mlp` and
-`fashion-cnn`, each trained on the training part and judged on the test part; the logistic
-regression's strength of regularisation, and each network's epoch, are chosen on the validation
-part. Then `transfer` from a `fashion-cnn` that was trained on MNIST, to Fashion-MNIST, beside one
-from scratch: the validation accuracy epoch by epoch.
+For each data set: logistic regression from scikit-learn on the pixels, its strength of
+regularisation chosen on the validation part, then `fashion-mlp` and `fashion-cnn` after their last
+epoch, trained in each of some ways; all on the same training part, judged on the test part. A seed
+draws the split and the weights. Then `transfer` from a `fashion-cnn` that was trained on MNIST, to
+Fashion-MNIST, beside one from scratch: the validation accuracy epoch by epoch.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,12 +23,33 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.measuring import table
-from models import RECIPES, ImageData, ModelsError, load, rebuild, spec
+from models import RECIPES, ModelsError, load, rebuild, spec
+from models.recipe import Source
 from tracker import evaluate, fit, set_seed
 
+COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
+ONE_CYCLE = {**COMMON, "schedule": "one-cycle", "dropout": 0.2}
+WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "fashion-mnist": {
+        "constant rate": COMMON,
+        "one-cycle, dropout 0.2": ONE_CYCLE,
+        "and mirrored, shifted by 1 pixel": {**ONE_CYCLE, "mirror": True, "shift": 1},
+    },
+    "mnist": {  # a mirrored digit is none
+        "constant rate": COMMON,
+        "one-cycle, dropout 0.2": ONE_CYCLE,
+        "and shifted by 1 pixel": {**ONE_CYCLE, "shift": 1},
+    },
+}
+SHARE = {"fashion-mnist": 1.0, "mnist": 0.2}
+"""Of `--epochs`: the steps are as many on five times the pictures."""
+CURVE = 30
+"""Epochs of the transfer."""
 
-def logistic_regression(data: ImageData) -> float:
+
+def logistic_regression(source: Source) -> float:
     """Its accuracy on the test part."""
+    data = load(source.dataset, source.data_dir, seed=source.seed)
     best, accuracy = 0.0, 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says where it stopped before it had converged
@@ -47,41 +67,40 @@ def logistic_regression(data: ImageData) -> float:
 
 def train(
     name: str,
-    data: ImageData,
-    seed: int,
+    source: Source,
     epochs: int,
-    changed: Mapping[str, Any] | None = None,
+    changed: Mapping[str, Any],
     backbone: nn.Module | None = None,
 ) -> tuple[list[float], float, nn.Module]:
-    """The accuracy on the validation part by epoch, that of its best on the test part, and it."""
+    """The accuracy on the validation part by epoch, that on the test part, and the network."""
     recipe = RECIPES[name]
-    params = {**recipe.defaults(), **(changed or {})}
+    params = {**recipe.defaults(), **changed}
+    data = recipe.load(source, params)
     facts = {**data.facts, "backbone": spec("fashion-cnn", RECIPES["fashion-cnn"].defaults(), {})}
-    set_seed(seed)
+    set_seed(source.seed)
     network = rebuild(spec(name, params, facts))
     if recipe.weights is not None:
         state: Mapping[str, Tensor] | None = None if backbone is None else backbone.state_dict()
         recipe.weights(network, params, state)
     loader = DataLoader(data.train, params["batch_size"], shuffle=params["shuffle"])
+    optimizer = recipe.optimizer(network, params)
     passes = fit(
         network,
         loader,
-        recipe.optimizer(network, params),
+        optimizer,
         F.cross_entropy,
         epochs=epochs,
         val_loader=DataLoader(data.validation, 500),
         accuracy=True,
+        scheduler=recipe.scheduler(optimizer, params, loader, epochs),
     )
     curve: list[float] = []
-    best = network
     for number in range(1, epochs + 1):
         if recipe.before_epoch is not None:
             recipe.before_epoch(network, params, number)
         curve.append(next(passes).metrics["val_accuracy"])
-        if curve[-1] == max(curve):
-            best = copy.deepcopy(network)
-    test = evaluate(best, DataLoader(data.test, 500), F.cross_entropy, accuracy=True)["accuracy"]
-    return curve, test, best
+    tested = evaluate(network, DataLoader(data.test, 500), F.cross_entropy, accuracy=True)
+    return curve, tested["accuracy"], network
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,58 +108,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--part", choices=("accuracy", "transfer"), help="by default both")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=100, help="on Fashion-MNIST")
     given = parser.parse_args(arguments)
-    seeds = range(given.seeds)
     try:
-        data = {
-            name: [load(name, given.data_dir, seed=seed) for seed in seeds]
-            for name in ("fashion-mnist", "mnist")
-        }
+        for name in WAYS:
+            load(name, given.data_dir)
     except ModelsError as error:
         parser.error(str(error))
+    seeds = range(given.seeds)
     if given.part != "transfer":
-        accuracies(data, given.epochs)
+        for name in WAYS:
+            accuracies([Source(name, given.data_dir, seed) for seed in seeds], given.epochs)
     if given.part != "accuracy":
-        curves(data["mnist"], data["fashion-mnist"], given.epochs)
+        curves(given.data_dir, seeds)
 
 
-def accuracies(data: Mapping[str, Sequence[ImageData]], epochs: int) -> None:
-    """Print the medians over the splits, by number of the seed, of each data set."""
-    changed = {"lr": 0.003, "batch_size": 50, "normalize": True}
+def accuracies(sources: Sequence[Source], epochs: int) -> None:
+    """Print the mean over the seeds, and the deviation, of each way to train on one data set."""
+    name = sources[0].dataset
+    linear = _spread([logistic_regression(source) for source in sources])
     rows = []
-    for name, splits in data.items():
-        found = [median(logistic_regression(split) for split in splits)]
+    for way, changed in WAYS[name].items():
+        row = [way, linear]
         for model in ("fashion-mlp", "fashion-cnn"):
-            tests = [
-                train(model, each, seed, epochs, changed)[1] for seed, each in enumerate(splits)
-            ]
-            found.append(median(tests))
-        parts = (splits[0].train, splits[0].validation, splits[0].test)
-        sizes = "/".join(str(len(part)) for part in parts)
-        rows.append([name, sizes, *(f"{accuracy:.3f}" for accuracy in found)])
-    columns = ["data set", "pictures", "logistic regression", "fashion-mlp", "fashion-cnn"]
-    table(f"Test accuracy, medians of {len(splits)} seeds", columns, rows)
+            count = max(1, round(epochs * SHARE[name]))
+            row.append(_spread([train(model, each, count, changed)[1] for each in sources]))
+        rows.append(row)
+    columns = ["training", "logistic regression", "fashion-mlp", "fashion-cnn"]
+    table(f"Test accuracy on {name}, mean and deviation of {len(sources)} seeds", columns, rows)
 
 
-def curves(digits: Sequence[ImageData], fashion: Sequence[ImageData], epochs: int) -> None:
-    """Print the validation accuracy by epoch, with features from `digits` and without."""
+def _spread(accuracies: Sequence[float]) -> str:
+    deviation = stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return f"{mean(accuracies):.3f} ± {deviation:.3f}"
+
+
+def curves(data_dir: str, seeds: range) -> None:
+    """Print the validation accuracy by epoch, with features from digits and without."""
     common = {"lr": 0.001, "batch_size": 50}
     own = {**common, "weights": "runs:/ID/model"}
     found: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
-    for seed, (before, after) in enumerate(zip(digits, fashion, strict=True)):
-        _, _, backbone = train("fashion-cnn", before, seed, 5, {"lr": 0.001})
-        found["from scratch"].append(train("fashion-cnn", after, seed, epochs, common)[0])
+    for seed in seeds:
+        digits, fashion = (Source(name, data_dir, seed) for name in ("mnist", "fashion-mnist"))
+        backbone = train("fashion-cnn", digits, 5, {"lr": 0.001})[2]
+        found["from scratch"].append(train("fashion-cnn", fashion, CURVE, common)[0])
         for label, thaw in (("head alone", 0), ("thaw 1", 1)):
             changed = {**own, "thaw": thaw}
-            curve = train("transfer", after, seed, epochs, changed, backbone)[0]
-            found[label].append(curve)
+            found[label].append(train("transfer", fashion, CURVE, changed, backbone)[0])
     rows = [
         [str(epoch + 1), *(f"{median(c[epoch] for c in curve):.3f}" for curve in found.values())]
-        for epoch in [*range(5), *range(9, epochs, 5)]
+        for epoch in [*range(5), *range(9, CURVE, 5)]
     ]
-    table(f"Validation accuracy, medians of {len(digits)} seeds", ["epoch", *found], rows)
+    table(f"Validation accuracy, medians of {len(seeds)} seeds", ["epoch", *found], rows)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def search(kind: str, seed: int, epochs: int, data_dir: str, folder: Path) -> Fr
     """The best trial of one study of 8 `epochs` epochs; TPE may train up to one trial more."""
     objective = Objective(
         "fashion-cnn",
-        {"normalize": False},
+        RECIPES["fashion-cnn"].defaults(),
         Source("fashion-mnist", data_dir, seed),
         epochs,
         "auto",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.transforms import v2
 
 from models import idx
 from models.download import Archives, DownloadError, download
 from models.errors import ModelsError
-from models.recipe import Data, Params, Source
+from models.recipe import Data, Parameter, Params, Source
 
 DATASETS = ("fashion-mnist", "mnist", "digits", "auto")
 
@@ -27,6 +29,9 @@ _AUTO_PATIENCE_S = 30.0  # where the digits will do
 class Images(TensorDataset):
     """One part of a data set, in memory; an item is the pair (image, label)."""
 
+    transform: Callable[[Tensor], Tensor] | None = None
+    """What is done to each image when it is drawn."""
+
     def __init__(self, name: str, classes: tuple[str, ...], images: Tensor, labels: Tensor) -> None:
         """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,)."""
         super().__init__(images, labels)
@@ -34,6 +39,11 @@ class Images(TensorDataset):
         self.classes = classes
         self.images = images
         self.labels = labels
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """The pair (image, label), the image transformed."""
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     def part(self, index: Tensor) -> "Images":
         """A copy of the images that `index`, int64 (M,), names."""
@@ -50,9 +60,24 @@ class ImageData(Data[Images]):
     """The published test part."""
 
 
+AUGMENTATION: Mapping[str, Parameter] = {
+    "mirror": Parameter(default=False, help="mirror half of the pictures that are trained on"),
+    "shift": Parameter(
+        default=0, least=0, most=27, help="pixels that they are shifted by at most, each way"
+    ),
+}
+"""The hyperparameters of `load_images`."""
+
+
 def load_images(source: Source, params: Params) -> ImageData:
-    """The data of a recipe for pictures."""
-    return load(source.dataset, source.data_dir, seed=source.seed)
+    """The data of a recipe for pictures; those to train on vary as `AUGMENTATION` has it."""
+    data = load(source.dataset, source.data_dir, seed=source.seed)
+    varied = [v2.RandomHorizontalFlip()] if params.get("mirror") else []
+    if shift := params.get("shift"):
+        varied.append(v2.RandomCrop(28, padding=shift))  # their background is black
+    if varied:
+        data.train.transform = v2.Compose(varied)
+    return data
 
 
 def load(

@@ -3,19 +3,22 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.data import DATASETS, load_images
+from models.data import AUGMENTATION, DATASETS, load_images
 from models.prepare import PREPARATION, prepared
-from models.recipe import CLASSIFIER_PARAMETERS, Recipe
+from models.recipe import CLASSIFIER_PARAMETERS, DROPOUT, Recipe
 
 
 class FashionMLP(nn.Module):
     """Four linear layers, 784-256-128-64-10: 28x28 grey pictures to ten classes.
 
-    Source: Udacity, "Intro to Deep Learning with PyTorch", part 4, "Fashion-MNIST".
+    Source: Udacity, "Intro to Deep Learning with PyTorch", part 4, "Fashion-MNIST"; dropout behind
+    each hidden layer, part 5, "Inference and Validation".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
+        """Take the share of hidden units that are left out in a step of training."""
         super().__init__()
+        self.dropout = dropout
         self.fc1 = nn.Linear(784, 256)
         self.fc2 = nn.Linear(256, 128)
         self.fc3 = nn.Linear(128, 64)
@@ -23,9 +26,9 @@ class FashionMLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
-        t = F.relu(self.fc1(images.flatten(start_dim=1)))
-        t = F.relu(self.fc2(t))
-        t = F.relu(self.fc3(t))
+        t = images.flatten(start_dim=1)
+        for layer in (self.fc1, self.fc2, self.fc3):
+            t = F.dropout(F.relu(layer(t)), self.dropout, self.training)
         logits: Tensor = self.out(t)
         return logits
 
@@ -34,7 +37,7 @@ RECIPE = Recipe(
     name="fashion-mlp",
     summary="the course's multi-layer perceptron, 784-256-128-64-10",
     load=load_images,
-    build=lambda params, facts: prepared(FashionMLP(), params, facts),
-    parameters={**CLASSIFIER_PARAMETERS, **PREPARATION},
+    build=lambda params, facts: prepared(FashionMLP(params["dropout"]), params, facts),
+    parameters={**CLASSIFIER_PARAMETERS, "dropout": DROPOUT, **PREPARATION, **AUGMENTATION},
     datasets=", ".join(DATASETS),
 )

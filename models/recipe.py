@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeV
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from models.errors import ModelsError
@@ -173,6 +174,14 @@ def _adam(network: nn.Module, params: Params) -> Optimizer:
     return Adam(network.parameters(), lr=params["lr"])
 
 
+def _schedule(
+    optimizer: Optimizer, params: Params, loader: DataLoader[Any], epochs: int
+) -> LRScheduler | None:
+    if params.get("schedule", "constant") == "constant":
+        return None
+    return OneCycleLR(optimizer, max_lr=params["lr"], total_steps=epochs * len(loader))
+
+
 _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
     "val_accuracy": "maximize",
     "val_loss": "minimize",
@@ -208,6 +217,9 @@ class Recipe:
     """Scores (N, classes) of a classifier's outputs; None for what is no classifier."""
     optimizer: Callable[[nn.Module, Params], Optimizer] = _adam
     """The optimizer of a training without a loop of its own."""
+    scheduler: Callable[[Optimizer, Params, DataLoader[Any], int], LRScheduler | None] = _schedule
+    """What changes its learning rate after each batch of the loader, for so many epochs; None
+    where nothing does. By default it is the parameter `schedule`, where the recipe has one."""
     loop: Callable[[nn.Module, Data[Any], Params], Loop] | None = None
     """How it is trained, where that is not batches of (inputs, targets)."""
     weights: Callable[[nn.Module, Params, Mapping[str, Tensor] | None], None] | None = None
@@ -241,7 +253,7 @@ class Recipe:
 CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
     "lr": Parameter(
         default=0.01,
-        help="Adam's learning rate",
+        help="Adam's learning rate, of a schedule the highest",
         search=Range(low=1e-4, high=1e-1, log=True),
         grid=(0.01, 0.001),
     ),
@@ -255,5 +267,15 @@ CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
     "shuffle": Parameter(
         default=True, help="true or false", search=(True, False), grid=(True, False)
     ),
+    "schedule": Parameter(
+        default="constant",
+        allowed=("constant", "one-cycle"),
+        help="of the learning rate: constant, or one-cycle, up and down again over all steps "
+        "(Smith and Topin, 2018)",
+    ),
 }
-"""The tutorial's hyperparameters, and its grid."""
+"""The tutorial's hyperparameters, and its grid; and how the learning rate goes."""
+
+DROPOUT = Parameter(
+    default=0.0, least=0, most=0.9, help="share of hidden units that a step of training leaves out"
+)

@@ -18,7 +18,7 @@ from models.backbones import (
     is_own,
     load_weights,
 )
-from models.data import DATASETS, load_images
+from models.data import AUGMENTATION, DATASETS, load_images
 from models.errors import ModelsError
 from models.prepare import Normalize
 from models.recipe import CLASSIFIER_PARAMETERS, Facts, Parameter, Params, Range, Recipe
@@ -153,7 +153,7 @@ RECIPE = Recipe(
     before_epoch=thaw,
     unused=unused,
     parameters={
-        **{name: CLASSIFIER_PARAMETERS[name] for name in ("batch_size", "shuffle")},
+        **{name: CLASSIFIER_PARAMETERS[name] for name in ("batch_size", "shuffle", "schedule")},
         "lr": Parameter(
             default=0.001,
             help="Adam's learning rate",
@@ -172,6 +172,7 @@ RECIPE = Recipe(
         "image_size": Parameter(
             default=64, least=8, most=1024, help="pixels of a side, for a torchvision backbone"
         ),
+        **AUGMENTATION,
     },
     datasets=", ".join(DATASETS),
 )

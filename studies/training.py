@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import models
 from models.recipe import Data, Loop, Params, Picture, Recipe, Source
 from tracker import (
+    ArgumentError,
     Epoch,
     Predictor,
     Run,
@@ -112,10 +113,11 @@ def begin(
     loop = None if recipe.loop is None else recipe.loop(network, data, task.params)
     size = task.params.get("batch_size", 1)
     if loop is not None:
-        optimizer, loader = loop.optimizer, loop.loader
+        optimizer, loader, scheduler = loop.optimizer, loop.loader, None
     else:
         optimizer = recipe.optimizer(network, task.params)
         loader = DataLoader(data.train, size, shuffle=task.params.get("shuffle", True))
+        scheduler = recipe.scheduler(optimizer, task.params, loader, epochs)
     told = {
         "model": task.name,
         "dataset": data.name,
@@ -124,12 +126,16 @@ def begin(
         "optimizer": type(optimizer).__name__,
         **{n: v for n, v in task.params.items() if n not in recipe.unused(task.params)},
     }
+    if scheduler is not None:
+        _check_same_epochs(manager, epochs)
     run = manager.begin_run(told | dict(params), network, loader)
     for context, part in (("validation", data.validation), ("test", data.test)):
         if part is not None and (final or context != "test"):
             run.log_dataset(part, context)
     if manager.checkpoint is not None:
-        manager.checkpoint.restore(network=network, optimizer=optimizer, loader=loader)
+        manager.checkpoint.restore(
+            network=network, optimizer=optimizer, scheduler=scheduler, loader=loader
+        )
 
     def train() -> Iterator[Epoch]:
         numbers = {"epochs": epochs, "done": manager.epoch_count}
@@ -149,6 +155,7 @@ def begin(
                 val_loader=None if data.validation is None else DataLoader(data.validation, size),
                 accuracy=recipe.scores is not None,
                 scores=recipe.scores,
+                scheduler=scheduler,
                 **numbers,
             )
         for number in range(manager.epoch_count + 1, epochs + 1):
@@ -158,7 +165,7 @@ def begin(
             manager.log_epoch(epoch)
             if loop is not None:
                 _show(run, loop, number)
-            manager.save_checkpoint(optimizer=optimizer)
+            manager.save_checkpoint(optimizer=optimizer, scheduler=scheduler)
             yield epoch
         if final:
             if tested := _test(network, task, device) if loop is None else loop.test():
@@ -170,6 +177,15 @@ def begin(
         )
 
     return run, train()
+
+
+def _check_same_epochs(manager: RunManager, epochs: int) -> None:
+    """Raise ArgumentError where a run with a schedule goes on to another end."""
+    had = manager.earlier_params.get("epochs", str(epochs))
+    if had != str(epochs):
+        raise ArgumentError(
+            f"epochs={epochs} is not what the run began with, {had!r}; its schedule ends there."
+        )
 
 
 def _predictor(network: nn.Module, task: Task, device: torch.device) -> Predictor | None:

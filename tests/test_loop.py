@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
 
 from tracker import ArgumentError, Epoch, evaluate, fit
 
@@ -95,6 +96,21 @@ def test_training_is_what_a_hand_computation_finds(sizes: list[int], epochs: int
         np.testing.assert_allclose(network.weight.detach(), by_hand.weight.T)
         np.testing.assert_allclose(network.bias.detach(), [by_hand.bias])
     assert number == epochs
+
+
+def test_a_scheduler_steps_after_each_batch() -> None:
+    batches = lines(5, 3)
+    network, by_hand = plane(), Descent(rate=0.1)
+    optimizer = SGD(network.parameters(), lr=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    for _ in fit(network, batches, optimizer, F.mse_loss, epochs=2, scheduler=scheduler):
+        pass
+
+    for step, (inputs, targets) in enumerate(batches * 2):
+        by_hand.rate = 0.1 / (1 + step)
+        by_hand.step(inputs.numpy(), targets.numpy())
+    np.testing.assert_allclose(network.weight.detach(), by_hand.weight.T)
 
 
 def test_the_gradients_of_the_last_step_are_there_after_each_epoch() -> None:

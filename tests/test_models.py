@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -22,12 +23,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
 from models import DATASETS, RECIPES, FashionCNN, Images, ModelsError, find, load
+from models.data import load_images
 from models.download import Archives, DownloadError, download, download_file
 from models.idx import FILES
+from models.recipe import Source
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
 REAL = os.environ.get("TRACKER_DATA_DIR")
@@ -209,6 +213,25 @@ def test_fashion_cnn_learns_in_every_parameter() -> None:
 
 
 @pytest.mark.parametrize("name", ["fashion-cnn", "fashion-mlp"])
+def test_dropout_leaves_out_hidden_units_in_training_alone(name: str) -> None:
+    recipe = RECIPES[name]
+    network = recipe.build({**recipe.defaults(), "dropout": 0.25}, {})
+    plain = recipe.build(recipe.defaults(), {})
+    for parameter in network.parameters():
+        parameter.data.abs_()  # a unit that is zero was left out
+    plain.load_state_dict(network.state_dict())
+    images, hidden = torch.rand(50, 1, 28, 28), []
+    network.get_submodule("out").register_forward_hook(lambda _, inputs, __: hidden.append(*inputs))
+
+    network(images)
+    torch.testing.assert_close(network.eval()(images), plain(images), rtol=0, atol=0)
+
+    trained, evaluated = ((units == 0).double().mean().item() for units in hidden)
+    assert trained == pytest.approx(0.25, abs=0.05)
+    assert evaluated == 0
+
+
+@pytest.mark.parametrize("name", ["fashion-cnn", "fashion-mlp"])
 def test_build_draws_fresh_weights_from_the_global_generator(name: str) -> None:
     recipe = RECIPES[name]
     torch.manual_seed(5)
@@ -343,6 +366,34 @@ def test_no_global_generator_is_touched(name: str, data_dir: Path) -> None:
     load(name, data_dir)
 
     assert states() == before
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_pictures_to_train_on_are_mirrored_and_shifted(
+    mirror: bool, shift: int, data_dir: Path
+) -> None:
+    source = Source("fashion-mnist", str(data_dir), seed=0)
+    plain, varied = (
+        load_images(source, params) for params in ({}, {"mirror": mirror, "shift": shift})
+    )
+    image, label = plain.train[0]
+    framed, flips, offsets = F.pad(image, [shift] * 4), {False, mirror}, range(2 * shift + 1)
+    ways = {
+        (flip, y, x): (framed.flip(2) if flip else framed)[:, y : y + 28, x : x + 28]
+        for flip, y, x in itertools.product(flips, offsets, offsets)
+    }
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(60):
+        drawn, same = varied.train[0]
+        seen.add(next(way for way, like in ways.items() if torch.equal(like, drawn)))
+        assert same == label
+
+    for found, possible in zip(zip(*seen, strict=True), (flips, offsets, offsets), strict=True):
+        assert set(found) == set(possible)
+    for part, same_part in ((plain.validation, varied.validation), (plain.test, varied.test)):
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(part, same_part, strict=True))
 
 
 def test_digits_are_all_there_once(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import Store
 from PIL import Image
 
@@ -16,8 +18,8 @@ from models import RECIPES, ModelsError, parse_spec, rebuild
 from models.recipe import Parameter, Range, Source
 from studies import export, search, train
 from studies.arguments import default_space
-from studies.training import Task
-from tracker import load_trained
+from studies.training import Task, begin
+from tracker import Keep, RunManager, load_trained, set_seed
 from tracker.deploy import FORMATS
 
 OWN = """
@@ -179,6 +181,49 @@ def test_normalisation_is_of_the_training_part_and_travels_with_the_model(store:
     assert state["0.std"].item() == pytest.approx(part.images.std().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("model", ["fashion-cnn", "fashion-mlp", "transfer"])
+def test_a_training_with_all_that_varies_goes_on_as_if_never_cut_off(
+    model: str, quick: dict[str, list[str]], store: Store
+) -> None:
+    options = ["--schedule", "one-cycle", "--shift", "2", "--mirror", "true", "--epochs", "3"]
+    if model != "transfer":
+        options += ["--dropout", "0.2"]
+    command = ["--model", model, *quick[model], *options]
+    assert train.main(command) == 0
+    straight = store.run()
+
+    given = train.parse(command)
+    set_seed(0)
+    task = Task.of(model, given.params, Source("digits", "data", 0), None)
+    rest = {"epochs": 3, "device": torch.device("cpu"), "params": {"seed": 0}}
+    with suppress(KeyboardInterrupt), RunManager(checkpoints=Keep()) as manager:
+        next(begin(manager, task, final=True, **rest)[1])
+        raise KeyboardInterrupt
+    (cut,) = [run for run in store.runs() if run.info.run_id != straight.info.run_id]
+    assert cut.info.status == "KILLED"
+    assert train.main([*command, "--resume", cut.info.run_id]) == 0
+
+    whole, resumed = (load_trained(f"runs:/{run.info.run_id}/model") for run in (straight, cut))
+    for name, weights in whole.program.state_dict.items():
+        assert torch.equal(resumed.program.state_dict[name], weights), name
+    for name in ("loss", "val_loss"):
+        assert store.history(cut, name) == store.history(straight, name)
+    inputs = [{i.dataset.digest for i in r.inputs.dataset_inputs} for r in store.runs()]
+    assert inputs[0] == inputs[1]
+
+
+def test_one_cycle_ends_where_the_training_began_to_aim(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--dataset", "digits", "--schedule", "one-cycle", "--epochs"]
+    assert train.main([*command, "1"]) == 0
+    again = [*command, "2", "--resume", store.run().info.run_id]
+    assert "epochs=2 is not what the run began with, '1'; its schedule ends there." in refused(
+        capsys, train, *again
+    )
+    assert store.run().info.status == "FINISHED"
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -284,7 +329,7 @@ def test_a_study_s_help_says_what_it_searches(capsys: pytest.CaptureFixture[str]
         search.parse(["--model", "fashion-cnn", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "several (A,B) or a range (LOW:HIGH[:log])" in said
-    assert "Adam's learning rate; by default 0.0001:0.1:log, in a grid 0.01,0.001" in said
+    assert "learning rate, of a schedule the highest; by default 0.0001:0.1:log, in a grid" in said
     assert "divide by its deviation; by default False" in said
 
 

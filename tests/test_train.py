@@ -31,6 +31,10 @@ def test_a_training_is_one_finished_run_with_its_params(
         "seed": "3",
         "optimizer": "Adam",
         "normalize": "False",
+        "schedule": "constant",
+        "dropout": "0.0",
+        "mirror": "False",
+        "shift": "0",
     }
     for name in ("loss", "accuracy", "val_loss", "val_accuracy", "epoch_duration"):
         assert [step for step, _ in store.history(run, name)] == [1, 2], name

@@ -3,7 +3,8 @@
     for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=3):
         print(epoch.number, epoch.metrics)
 
-What should happen between two epochs (a scheduler's step, a log line, `break`) stands in the body.
+What should happen between two epochs (a log line, `break`, the step of a scheduler that counts
+epochs) stands in the body.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tracker.environment import device_of, evaluation_mode
 from tracker.errors import ArgumentError
@@ -51,15 +53,16 @@ def fit(
     val_loader: Iterable[Any] | None = None,
     accuracy: bool = False,
     scores: Callable[[Tensor], Tensor] | None = None,
+    scheduler: LRScheduler | None = None,
 ) -> Iterator[Epoch]:
     """Train `network` and yield after each epoch, with the last step's gradients in place.
 
     Batches are (inputs, targets). Both go to `device`, by default where the network is, and
     `loss_fn(outputs, targets)` is the mean over the batch. With `accuracy`, outputs are scores
     (N, classes, …), or `scores` makes such scores of them, and targets class numbers (N, …). The
-    network trains in the mode, of `train()` and `eval()`, that it is in. `done` of the epochs were
-    done before: a run that is continued has `epochs` in all. Raises ArgumentError for epochs < 1
-    or done < 0.
+    network trains in the mode, of `train()` and `eval()`, that it is in. `scheduler` steps after
+    each batch, as OneCycleLR wants it. `done` of the epochs were done before: a run that is
+    continued has `epochs` in all. Raises ArgumentError for epochs < 1 or done < 0.
 
     In a process group, loss and accuracy are those of all ranks together, summed once an epoch.
     All ranks must run it, for as many epochs, and with a `val_loader` or without one alike.
@@ -71,6 +74,8 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
             meter.add_loss(loss, len(targets))
             if accuracy:
                 meter.add_correct(outputs if scores is None else scores(outputs), targets)
