@@ -33,6 +33,7 @@ WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fashion-mnist": {
         "constant rate": COMMON,
         "one-cycle, dropout 0.2": ONE_CYCLE,
+        "and mirrored": {**ONE_CYCLE, "mirror": True},
         "and mirrored, shifted by 1 pixel": {**ONE_CYCLE, "mirror": True, "shift": 1},
     },
     "mnist": {  # a mirrored digit is none
