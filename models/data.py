@@ -61,9 +61,9 @@ class ImageData(Data[Images]):
 
 
 AUGMENTATION: Mapping[str, Parameter] = {
-    "mirror": Parameter(default=False, help="mirror half of the pictures that are trained on"),
+    "mirror": Parameter(default=False, help="mirror half of the pictures in training"),
     "shift": Parameter(
-        default=0, least=0, most=27, help="pixels that they are shifted by at most, each way"
+        default=0, least=0, most=27, help="pixels that pictures are shifted by at most in training"
     ),
 }
 """The hyperparameters of `load_images`."""

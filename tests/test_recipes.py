@@ -181,7 +181,9 @@ def test_normalisation_is_of_the_training_part_and_travels_with_the_model(store:
     assert state["0.std"].item() == pytest.approx(part.images.std().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("model", ["fashion-cnn", "fashion-mlp", "transfer"])
+@pytest.mark.parametrize(
+    "model", ["fashion-cnn", "fashion-mlp", pytest.param("transfer", marks=pytest.mark.slow)]
+)
 def test_a_training_with_all_that_varies_goes_on_as_if_never_cut_off(
     model: str, quick: dict[str, list[str]], store: Store
 ) -> None:
