@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,16 +29,24 @@ _AUTO_PATIENCE_S = 30.0  # where the digits will do
 class Images(TensorDataset):
     """One part of a data set, in memory; an item is the pair (image, label)."""
 
-    transform: Callable[[Tensor], Tensor] | None = None
-    """What is done to each image when it is drawn."""
+    def __init__(
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        images: Tensor,
+        labels: Tensor,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,).
 
-    def __init__(self, name: str, classes: tuple[str, ...], images: Tensor, labels: Tensor) -> None:
-        """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,)."""
+        `transform` is done to an image when it is drawn.
+        """
         super().__init__(images, labels)
         self.name = name
         self.classes = classes
         self.images = images
         self.labels = labels
+        self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """The pair (image, label), the image transformed."""
@@ -47,7 +55,8 @@ class Images(TensorDataset):
 
     def part(self, index: Tensor) -> "Images":
         """A copy of the images that `index`, int64 (M,), names."""
-        return Images(self.name, self.classes, self.images[index], self.labels[index])
+        images, labels = self.images[index], self.labels[index]
+        return Images(self.name, self.classes, images, labels, self.transform)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +84,11 @@ def load_images(source: Source, params: Params) -> ImageData:
     varied = [v2.RandomHorizontalFlip()] if params.get("mirror") else []
     if shift := params.get("shift"):
         varied.append(v2.RandomCrop(28, padding=shift))  # their background is black
-    if varied:
-        data.train.transform = v2.Compose(varied)
-    return data
+    if not varied:
+        return data
+    part = data.train
+    train = Images(part.name, part.classes, part.images, part.labels, v2.Compose(varied))
+    return replace(data, train=train)
 
 
 def load(

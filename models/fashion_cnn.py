@@ -33,7 +33,7 @@ class FashionCNN(nn.Module):
 
         t = t.flatten(start_dim=1)
         for layer in (self.fc1, self.fc2):
-            t = F.dropout(F.relu(layer(t)), self.dropout, self.training)
+            t = F.dropout(F.relu(layer(t)), self.dropout, layer.training)
         logits: Tensor = self.out(t)
         return logits
 

@@ -28,7 +28,7 @@ class FashionMLP(nn.Module):
         """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
         t = images.flatten(start_dim=1)
         for layer in (self.fc1, self.fc2, self.fc3):
-            t = F.dropout(F.relu(layer(t)), self.dropout, self.training)
+            t = F.dropout(F.relu(layer(t)), self.dropout, layer.training)
         logits: Tensor = self.out(t)
         return logits
 

@@ -177,9 +177,26 @@ def _adam(network: nn.Module, params: Params) -> Optimizer:
 def _schedule(
     optimizer: Optimizer, params: Params, loader: DataLoader[Any], epochs: int
 ) -> LRScheduler | None:
-    if params.get("schedule", "constant") == "constant":
+    if params.get("schedule") != "one-cycle":
         return None
-    return OneCycleLR(optimizer, max_lr=params["lr"], total_steps=epochs * len(loader))
+    try:
+        steps = epochs * len(loader)
+    except TypeError as error:
+        raise ModelsError(
+            "schedule='one-cycle' is not allowed of a data set without a length; allowed: constant."
+        ) from error
+    if steps < 2:
+        raise ModelsError(
+            f"schedule='one-cycle' is not allowed with {steps} step of training, which would be "
+            "of no length; allowed: constant, more epochs, or a smaller batch_size."
+        )
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=steps,
+        # Of one that has momentum; SGD without would get some.
+        cycle_momentum="betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum")),
+    )
 
 
 _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
@@ -219,7 +236,8 @@ class Recipe:
     """The optimizer of a training without a loop of its own."""
     scheduler: Callable[[Optimizer, Params, DataLoader[Any], int], LRScheduler | None] = _schedule
     """What changes its learning rate after each batch of the loader, for so many epochs; None
-    where nothing does. By default it is the parameter `schedule`, where the recipe has one."""
+    where nothing does. By default it is the parameter `schedule`, where the recipe has one.
+    Raises ModelsError where such a training has no such schedule."""
     loop: Callable[[nn.Module, Data[Any], Params], Loop] | None = None
     """How it is trained, where that is not batches of (inputs, targets)."""
     weights: Callable[[nn.Module, Params, Mapping[str, Tensor] | None], None] | None = None

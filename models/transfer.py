@@ -156,7 +156,7 @@ RECIPE = Recipe(
         **{name: CLASSIFIER_PARAMETERS[name] for name in ("batch_size", "shuffle", "schedule")},
         "lr": Parameter(
             default=0.001,
-            help="Adam's learning rate",
+            help="Adam's learning rate, of a schedule the highest",
             search=Range(low=1e-4, high=1e-2, log=True),
             grid=(0.003, 0.001),
         ),

@@ -199,7 +199,12 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         register=given.register,
         alias=given.alias,
         replay=command + " --replay {number}",
-        fixed={"model": given.model, "dataset": given.dataset, **given.fixed},
+        # Without the defaults: a parameter that a later version has is no other study.
+        fixed={
+            "model": given.model,
+            "dataset": given.dataset,
+            **{k: v for k, v in given.fixed.items() if v != recipe.parameters[k].default},
+        },
         grace_seconds=given.grace_seconds,
         offline=given.offline,
     )

@@ -89,8 +89,10 @@ def _check_same(task: training.Task, seed: int, earlier: Mapping[str, str]) -> N
     """Raise ArgumentError where the run that is continued began with something else."""
     told = {"model": task.name, "dataset": task.data.name, "seed": seed, **task.params}
     for name, now in told.items():
-        had = earlier.get(name, str(now))
         parameter = task.recipe.parameters.get(name)
+        # What had begun to train without a parameter did as its default does.
+        missing = parameter.default if parameter and "optimizer" in earlier else now
+        had = earlier.get(name, str(missing))
         with suppress(ValueError):  # `mlflow run -P lr=1e-2` has it as it was typed
             if parameter is not None and parameter.parse(had) == now:
                 continue

@@ -224,10 +224,13 @@ def test_dropout_leaves_out_hidden_units_in_training_alone(name: str) -> None:
     network.get_submodule("out").register_forward_hook(lambda _, inputs, __: hidden.append(*inputs))
 
     network(images)
+    network.train(False).get_submodule("fc2").train()  # as a layer that was thawed
+    network(images)
     torch.testing.assert_close(network.eval()(images), plain(images), rtol=0, atol=0)
 
-    trained, evaluated = ((units == 0).double().mean().item() for units in hidden)
+    trained, thawed, evaluated = ((units == 0).double().mean().item() for units in hidden)
     assert trained == pytest.approx(0.25, abs=0.05)
+    assert (thawed > 0) == (name == "fashion-cnn")  # whose fc2 is the last hidden layer
     assert evaluated == 0
 
 

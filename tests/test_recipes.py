@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,13 +15,15 @@ import pytest
 import torch
 from conftest import Store
 from PIL import Image
+from torch import nn
+from torch.optim import Optimizer
 
 from models import RECIPES, ModelsError, parse_spec, rebuild
-from models.recipe import Parameter, Range, Source
+from models.recipe import Parameter, Params, Range, Source
 from studies import export, search, train
 from studies.arguments import default_space
 from studies.training import Task, begin
-from tracker import Keep, RunManager, load_trained, set_seed
+from tracker import ArgumentError, Keep, RunManager, load_trained, set_seed
 from tracker.deploy import FORMATS
 
 OWN = """
@@ -44,6 +48,30 @@ RECIPE = Recipe(
     dataset="digits",
     epochs=1,
 )
+"""
+
+
+ENDLESS = """
+from dataclasses import replace
+from torch.utils.data import IterableDataset
+from models import RECIPES
+from models.data import load_images
+
+
+class Endless(IterableDataset):
+    def __init__(self, part):
+        self.part = part
+
+    def __iter__(self):
+        return iter([self.part[0]] * 8)
+
+
+def load(source, params):
+    data = load_images(source, params)
+    return replace(data, train=Endless(data.train))
+
+
+RECIPE = replace(RECIPES["fashion-mlp"], load=load, dataset="digits", datasets="digits")
 """
 
 
@@ -212,6 +240,63 @@ def test_a_training_with_all_that_varies_goes_on_as_if_never_cut_off(
         assert store.history(cut, name) == store.history(straight, name)
     inputs = [{i.dataset.digest for i in r.inputs.dataset_inputs} for r in store.runs()]
     assert inputs[0] == inputs[1]
+
+
+def test_one_cycle_takes_the_rate_up_to_lr_and_down_to_nothing_over_all_steps(
+    store: Store,
+) -> None:
+    rates: list[float] = []
+
+    def optimizer(network: nn.Module, params: Params) -> Optimizer:
+        made = recipe.optimizer(network, params)
+        made.register_step_post_hook(lambda *_: rates.append(made.param_groups[0]["lr"]))
+        return made
+
+    recipe = RECIPES["fashion-mlp"]
+    params = {**recipe.defaults(), "lr": 0.002, "batch_size": 300, "schedule": "one-cycle"}
+    data = recipe.load(Source("digits", "data", 0), params)
+    task = Task("fashion-mlp", replace(recipe, optimizer=optimizer), params, data)
+    with RunManager(model=False) as manager:
+        settings = {"epochs": 4, "device": torch.device("cpu"), "params": {}}
+        for _ in begin(manager, task, final=False, **settings)[1]:
+            pass
+
+    assert len(rates) == 4 * math.ceil(len(data.train) / 300)
+    assert 0.0018 < max(rates) <= 0.002
+    assert rates[0] == pytest.approx(0.002 / 25)
+    assert rates[-1] < 1e-6
+    peak = rates.index(max(rates))
+    assert rates == [*sorted(rates[:peak]), *sorted(rates[peak:], reverse=True)]
+
+
+def test_a_schedule_that_cannot_be_is_a_sentence(
+    store: Store,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (workdir / "endless.py").write_text(ENDLESS)
+    monkeypatch.syspath_prepend(workdir)
+    given = ["--model", "endless:RECIPE", "--shuffle", "false", "--schedule", "one-cycle"]
+    assert "one-cycle' is not allowed of a data set without a length" in refused(
+        capsys, train, *given
+    )
+    sys.modules.pop("endless")
+    one_step = ["--dataset", "digits", "--epochs", "1", "--batch-size", "2000"]
+    assert "one-cycle' is not allowed with 1 step of training" in refused(
+        capsys, train, *one_step, "--schedule", "one-cycle"
+    )
+    assert store.runs() == []
+
+
+def test_what_a_run_began_without_did_as_its_default_does() -> None:
+    recipe = RECIPES["fashion-cnn"]
+    begun = {"model": "fashion-cnn", "dataset": "digits", "seed": "0", "optimizer": "Adam"}
+    source = Source("digits", "data", 0)
+    train._check_same(Task.of("fashion-cnn", recipe.defaults(), source, None), 0, begun)
+    changed = Task.of("fashion-cnn", {**recipe.defaults(), "dropout": 0.5}, source, None)
+    with pytest.raises(ArgumentError, match=r"dropout=0.5 is not what the run began with, '0.0'"):
+        train._check_same(changed, 0, begun)
 
 
 def test_one_cycle_ends_where_the_training_began_to_aim(

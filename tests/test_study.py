@@ -752,7 +752,7 @@ def test_a_study_that_exists_is_gone_on_with_only_when_asked(tracking_uri: str) 
         ({"sampler": "random", "trials": 5}, "has sampler='grid', not 'random'"),
         ({"direction": "maximize"}, "has directions="),
         ({"fixed": {"data": "mnist"}}, "has data='digits', not 'mnist'; it goes on as it was"),
-        ({"fixed": {}}, "has data='digits', not None"),
+        ({"fixed": {}}, "has data='digits', not .not given."),
     ],
 )
 def test_a_study_that_differs_from_the_stored_one_says_how(

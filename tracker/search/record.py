@@ -206,11 +206,14 @@ def _merged(stored: Record, given: Record) -> Record:
                 "it was, or under another name."
             )
     for name in stored.fixed.keys() | given.fixed.keys():
-        had, now = stored.fixed.get(name), given.fixed.get(name)
+        had, now = (
+            repr(each.fixed[name]) if name in each.fixed else "(not given)"
+            for each in (stored, given)
+        )
         if had != now:
             raise ArgumentError(
-                f"study={given.name!r} has {name}={had!r}, not {now!r}; it goes on as it was, or "
-                "under another name."
+                f"study={given.name!r} has {name}={had}, not {now}; it goes on as it was, or under "
+                "another name."
             )
     if stored.tracking_uri == given.tracking_uri:
         had, now = [(each.experiment, each.experiment_id) for each in (stored, given)]
