@@ -843,7 +843,8 @@ def test_a_program_leaves_nothing_behind(world: Callable[..., World], mode: str)
     assert training.wait() == 0, here.tell()
     assert group(training.pid) == []  # no uploader outlives it
     assert here.left_behind() == set()
-    assert here.tell() == ""
+    said = [line for line in here.tell().splitlines() if "is not delivered yet" not in line]
+    assert said == []  # a busy machine may take its time, and says so
     here.check_status("FINISHED", None)
     assert here.check_points() == STEPS
 
