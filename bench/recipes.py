@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from bench.measuring import table
 from models import RECIPES, ModelsError, load, rebuild, spec
-from models.recipe import Source
+from models.recipe import Source, scheduler
 from tracker import evaluate, fit, set_seed
 
 COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
@@ -93,7 +93,7 @@ def train(
         epochs=epochs,
         val_loader=DataLoader(data.validation, 500),
         accuracy=True,
-        scheduler=recipe.scheduler(optimizer, params, loader, epochs),
+        scheduler=scheduler(optimizer, params, loader, epochs),
     )
     curve: list[float] = []
     for number in range(1, epochs + 1):

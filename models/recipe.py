@@ -174,31 +174,6 @@ def _adam(network: nn.Module, params: Params) -> Optimizer:
     return Adam(network.parameters(), lr=params["lr"])
 
 
-def _schedule(
-    optimizer: Optimizer, params: Params, loader: DataLoader[Any], epochs: int
-) -> LRScheduler | None:
-    if params.get("schedule") != "one-cycle":
-        return None
-    try:
-        steps = epochs * len(loader)
-    except TypeError as error:
-        raise ModelsError(
-            "schedule='one-cycle' is not allowed of a data set without a length; allowed: constant."
-        ) from error
-    if steps < 2:
-        raise ModelsError(
-            f"schedule='one-cycle' is not allowed with {steps} step of training, which would be "
-            "of no length; allowed: constant, more epochs, or a smaller batch_size."
-        )
-    return OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=steps,
-        # Of one that has momentum; SGD without would get some.
-        cycle_momentum="betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum")),
-    )
-
-
 _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
     "val_accuracy": "maximize",
     "val_loss": "minimize",
@@ -234,10 +209,6 @@ class Recipe:
     """Scores (N, classes) of a classifier's outputs; None for what is no classifier."""
     optimizer: Callable[[nn.Module, Params], Optimizer] = _adam
     """The optimizer of a training without a loop of its own."""
-    scheduler: Callable[[Optimizer, Params, DataLoader[Any], int], LRScheduler | None] = _schedule
-    """What changes its learning rate after each batch of the loader, for so many epochs; None
-    where nothing does. By default it is the parameter `schedule`, where the recipe has one.
-    Raises ModelsError where such a training has no such schedule."""
     loop: Callable[[nn.Module, Data[Any], Params], Loop] | None = None
     """How it is trained, where that is not batches of (inputs, targets)."""
     weights: Callable[[nn.Module, Params, Mapping[str, Tensor] | None], None] | None = None
@@ -297,3 +268,32 @@ CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
 DROPOUT = Parameter(
     default=0.0, least=0, most=0.9, help="share of hidden units that a step of training leaves out"
 )
+
+
+def scheduler(
+    optimizer: Optimizer, params: Params, loader: DataLoader[Any], epochs: int
+) -> LRScheduler | None:
+    """What changes the learning rate after each batch, as the parameter `schedule` has it.
+
+    None where nothing does. Raises ModelsError for a training that can have no such schedule.
+    """
+    if params.get("schedule") != "one-cycle":
+        return None
+    try:
+        steps = epochs * len(loader)
+    except TypeError as error:
+        raise ModelsError(
+            "schedule='one-cycle' is not allowed of a data set without a length; allowed: constant."
+        ) from error
+    if steps < 2:
+        raise ModelsError(
+            f"schedule='one-cycle' is not allowed with {steps} step of training, which would be "
+            "of no length; allowed: constant, more epochs, or a smaller batch_size."
+        )
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=steps,
+        # Of one that has momentum; SGD without would get some.
+        cycle_momentum="betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum")),
+    )

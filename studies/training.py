@@ -117,7 +117,7 @@ def begin(
     else:
         optimizer = recipe.optimizer(network, task.params)
         loader = DataLoader(data.train, size, shuffle=task.params.get("shuffle", True))
-        scheduler = recipe.scheduler(optimizer, task.params, loader, epochs)
+        scheduler = models.recipe.scheduler(optimizer, task.params, loader, epochs)
     told = {
         "model": task.name,
         "dataset": data.name,

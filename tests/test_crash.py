@@ -499,6 +499,7 @@ def test_a_killed_training_loses_nothing(world: Callable[..., World]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_training_killed_at_any_moment_loses_nothing(world: Callable[..., World]) -> None:
     cases = [partial(kill_and_check, world(), moment, "trainer") for moment in moments(50, seed=1)]
     print(side_by_side(cases), "points of 50 trainings")
@@ -594,6 +595,7 @@ sys.exit(main(["sync"]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("emptied", [False, True], ids=["before it", "with the file empty"])
 def test_a_sync_killed_at_each_change_of_a_file_store_goes_on(
     world: Callable[..., World], emptied: bool
@@ -839,12 +841,12 @@ def test_a_new_run_closes_what_dead_processes_left_for_the_same_store(
 @pytest.mark.parametrize("mode", ["process", pytest.param("inline", marks=pytest.mark.slow)])
 def test_a_program_leaves_nothing_behind(world: Callable[..., World], mode: str) -> None:
     here = world()
-    training = here.start(COLD, mode)
+    # Its uploader may be starved of a busy machine's cores: the end itself waits for 10 s alone.
+    training = here.start(f"{COLD}    run.flush(100)\n", mode)
     assert training.wait() == 0, here.tell()
     assert group(training.pid) == []  # no uploader outlives it
     assert here.left_behind() == set()
-    said = [line for line in here.tell().splitlines() if "is not delivered yet" not in line]
-    assert said == []  # a busy machine may take its time, and says so
+    assert here.tell() == ""
     here.check_status("FINISHED", None)
     assert here.check_points() == STEPS
 
