@@ -1,47 +1,62 @@
 """The recipes for pictures beside what they may be compared with, on one split.
 
-python -m bench.recipes --data-dir data [--part accuracy|transfer] [--seeds 10] [--epochs 100]
+python -m bench.recipes --data-dir data [--part accuracy|transfer] [--turns 10] [--fixed]
 
 For each data set: logistic regression from scikit-learn on the pixels, its strength of
 regularisation chosen on the validation part, then `fashion-mlp` and `fashion-cnn` after their last
-epoch, trained in each of some ways; all on the same training part, judged on the test part. A seed
-draws the split and the weights. Then `transfer` from a `fashion-cnn` that was trained on MNIST, to
+epoch, trained in each of some ways, of which the validation parts choose one for each network; all
+on the same training part, judged on the test part. In each turn another part of all the pictures
+is the test part (with `--fixed` always the published one), and the turn's number draws the
+validation part and the weights. Then `transfer` from a `fashion-cnn` that was trained on MNIST, to
 Fashion-MNIST, beside one from scratch: the validation accuracy epoch by epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from statistics import mean, median, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.datasets import MNIST, FashionMNIST
 
 from bench.measuring import table
 from models import RECIPES, ModelsError, load, rebuild, spec
+from models.idx import read_part
 from models.recipe import Source, scheduler
 from tracker import evaluate, fit, set_seed
 
+DATASETS = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
 COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
 ONE_CYCLE = {**COMMON, "schedule": "one-cycle", "dropout": 0.2}
+SHIFTED = {**ONE_CYCLE, "shift": 1}
+BETTER = {"batch_norm": True, "width": 2}
 WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fashion-mnist": {
         "constant rate": COMMON,
         "one-cycle, dropout 0.2": ONE_CYCLE,
         "and mirrored": {**ONE_CYCLE, "mirror": True},
-        "and mirrored, shifted by 1 pixel": {**ONE_CYCLE, "mirror": True, "shift": 1},
+        "and shifted by 1 pixel": {**SHIFTED, "mirror": True},
+        "and batch norm, width 2": {**SHIFTED, "mirror": True, **BETTER},
     },
     "mnist": {  # a mirrored digit is none
         "constant rate": COMMON,
         "one-cycle, dropout 0.2": ONE_CYCLE,
-        "and shifted by 1 pixel": {**ONE_CYCLE, "shift": 1},
+        "and shifted by 1 pixel": SHIFTED,
+        "and batch norm, width 2": {**SHIFTED, **BETTER},
     },
 }
+NETWORKS = ("fashion-mlp", "fashion-cnn")
 SHARE = {"fashion-mnist": 1.0, "mnist": 0.2}
 """Of `--epochs`: the steps are as many on five times the pictures."""
 CURVE = 30
@@ -109,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--part", choices=("accuracy", "transfer"), help="by default both")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--fixed", action="store_true", help="one test part, the published one")
     parser.add_argument("--epochs", type=int, default=100, help="on Fashion-MNIST")
     given = parser.parse_args(arguments)
     try:
@@ -117,27 +133,69 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load(name, given.data_dir)
     except ModelsError as error:
         parser.error(str(error))
-    seeds = range(given.seeds)
+    turns = range(given.turns)
     if given.part != "transfer":
         for name in WAYS:
-            accuracies([Source(name, given.data_dir, seed) for seed in seeds], given.epochs)
+            with TemporaryDirectory() as folder:
+                parts = [given.data_dir] if given.fixed else rotated(name, given.data_dir, folder)
+                sources = [Source(name, parts[turn % len(parts)], turn) for turn in turns]
+                accuracies(sources, given.epochs)
     if given.part != "accuracy":
-        curves(given.data_dir, seeds)
+        curves(given.data_dir, turns)
+
+
+def rotated(name: str, data_dir: str, into: str) -> list[str]:
+    """Folders of the same pictures, each with another test part; the published one comes first."""
+    folder = DATASETS[name](data_dir).raw_folder
+    (train, known), (test, wanted) = (read_part(Path(folder), part) for part in ("train", "t10k"))
+    pixels, labels, size = torch.cat([test, train]), torch.cat([wanted, known]), len(test)
+    made = []
+    for first in range(0, len(pixels) - size + 1, size):
+        root = Path(into, str(first))
+        raw = root / DATASETS[name].__name__ / "raw"
+        raw.mkdir(parents=True)
+        tested = torch.zeros(len(pixels), dtype=torch.bool)
+        tested[first : first + size] = True
+        for part, chosen in (("train", ~tested), ("t10k", tested)):
+            for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+                write_idx(raw / f"{part}-{kind}-ubyte", values[chosen])
+        made.append(str(root))
+    return made
+
+
+def write_idx(path: Path, values: Tensor) -> None:
+    """Write bytes as idx files have them: type and rank, the shape big-endian, then the bytes."""
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
 
 
 def accuracies(sources: Sequence[Source], epochs: int) -> None:
-    """Print the mean over the seeds, and the deviation, of each way to train on one data set."""
-    name = sources[0].dataset
-    linear = _spread([logistic_regression(source) for source in sources])
-    rows = []
+    """Print what each way to train one data set gives over the turns, and what they choose."""
+    name, count = sources[0].dataset, max(1, round(epochs * SHARE[sources[0].dataset]))
+    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {n: {} for n in NETWORKS}
     for way, changed in WAYS[name].items():
-        row = [way, linear]
-        for model in ("fashion-mlp", "fashion-cnn"):
-            count = max(1, round(epochs * SHARE[name]))
-            row.append(_spread([train(model, each, count, changed)[1] for each in sources]))
-        rows.append(row)
-    columns = ["training", "logistic regression", "fashion-mlp", "fashion-cnn"]
-    table(f"Test accuracy on {name}, mean and deviation of {len(sources)} seeds", columns, rows)
+        for model in NETWORKS:
+            if changed.keys() <= RECIPES[model].parameters.keys():
+                done = [train(model, source, count, changed) for source in sources]
+                found[model][way] = [c[-1] for c, _, _ in done], [tested for _, tested, _ in done]
+    columns = ["training", *(f"{n}: {part}" for n in NETWORKS for part in ("validation", "test"))]
+    rows = []
+    for way in WAYS[name]:
+        parts = [part for n in NETWORKS for part in found[n].get(way, ((), ()))]
+        rows.append([way, *(_spread(part) if part else "" for part in parts)])
+    table(f"Accuracy on {name}, mean and deviation of {len(sources)} turns", columns, rows)
+
+    tested = {"logistic regression": [logistic_regression(source) for source in sources]}
+    chosen = {}
+    for model in NETWORKS:
+        chosen[model] = max(found[model], key=lambda way: mean(found[model][way][0]))
+        tested[model] = found[model][chosen[model]][1]
+    rows = [[model, chosen.get(model, ""), _spread(test)] for model, test in tested.items()]
+    table("Test accuracy of what the validation parts choose", ["", "training", "test"], rows)
+    for worse, better in pairwise(tested):
+        gains = [b - a for a, b in zip(tested[worse], tested[better], strict=True)]
+        error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        print(f"{better} above {worse}: {mean(gains):+.3f}, standard error {error:.3f}")
 
 
 def _spread(accuracies: Sequence[float]) -> str:
@@ -145,12 +203,12 @@ def _spread(accuracies: Sequence[float]) -> str:
     return f"{mean(accuracies):.3f} ± {deviation:.3f}"
 
 
-def curves(data_dir: str, seeds: range) -> None:
+def curves(data_dir: str, turns: range) -> None:
     """Print the validation accuracy by epoch, with features from digits and without."""
     common = {"lr": 0.001, "batch_size": 50}
     own = {**common, "weights": "runs:/ID/model"}
     found: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
-    for seed in seeds:
+    for seed in turns:
         digits, fashion = (Source(name, data_dir, seed) for name in ("mnist", "fashion-mnist"))
         backbone = train("fashion-cnn", digits, 5, {"lr": 0.001})[2]
         found["from scratch"].append(train("fashion-cnn", fashion, CURVE, common)[0])
@@ -161,7 +219,7 @@ def curves(data_dir: str, seeds: range) -> None:
         [str(epoch + 1), *(f"{median(c[epoch] for c in curve):.3f}" for curve in found.values())]
         for epoch in [*range(5), *range(9, CURVE, 5)]
     ]
-    table(f"Validation accuracy, medians of {len(seeds)} seeds", ["epoch", *found], rows)
+    table(f"Validation accuracy, medians of {len(turns)} turns", ["epoch", *found], rows)
 
 
 if __name__ == "__main__":

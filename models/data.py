@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST, FashionMNIST
-from torchvision.transforms import v2
 
 from models import idx
 from models.download import Archives, DownloadError, download
@@ -39,7 +39,7 @@ class Images(TensorDataset):
     ) -> None:
         """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,).
 
-        `transform` is done to an image when it is drawn.
+        `transform` is done to a batch of images when it is drawn.
         """
         super().__init__(images, labels)
         self.name = name
@@ -50,8 +50,14 @@ class Images(TensorDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """The pair (image, label), the image transformed."""
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.labels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """The pairs of a batch; a loader asks for them so."""
+        if self.transform is None:
+            return [(self.images[index], self.labels[index]) for index in indices]
+        images = self.transform(self.images[indices])
+        return [(image, self.labels[i]) for image, i in zip(images, indices, strict=True)]
 
     def part(self, index: Tensor) -> "Images":
         """A copy of the images that `index`, int64 (M,), names."""
@@ -81,14 +87,30 @@ AUGMENTATION: Mapping[str, Parameter] = {
 def load_images(source: Source, params: Params) -> ImageData:
     """The data of a recipe for pictures; those to train on vary as `AUGMENTATION` has it."""
     data = load(source.dataset, source.data_dir, seed=source.seed)
-    varied = [v2.RandomHorizontalFlip()] if params.get("mirror") else []
-    if shift := params.get("shift"):
-        varied.append(v2.RandomCrop(28, padding=shift))  # their background is black
-    if not varied:
+    mirror, shift = params.get("mirror", False), params.get("shift", 0)
+    if not mirror and not shift:
         return data
     part = data.train
-    train = Images(part.name, part.classes, part.images, part.labels, v2.Compose(varied))
-    return replace(data, train=train)
+    varied = partial(vary, mirror=mirror, shift=shift)
+    return replace(data, train=Images(part.name, part.classes, part.images, part.labels, varied))
+
+
+def vary(images: Tensor, *, mirror: bool, shift: int) -> Tensor:
+    """Pictures like `images` (N, channels, H, W), each drawn for itself.
+
+    Half of them are mirrored, where `mirror`; each is shifted by up to `shift` pixels, its border
+    filled with 0. Not torchvision's transforms: those draw once a call, so would have to be called
+    for each picture, which takes ten times as long.
+    """
+    count, _, height, width = images.shape
+    if mirror:
+        drawn = torch.rand(count) < 0.5
+        images = torch.where(drawn[:, None, None, None], images.flip(-1), images)
+    if shift:
+        windows = F.pad(images, [shift] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        y, x = torch.randint(2 * shift + 1, (2, count))
+        images = windows[torch.arange(count), :, y, x]
+    return images
 
 
 def load(

@@ -5,31 +5,41 @@ from torch import Tensor, nn
 
 from models.data import AUGMENTATION, DATASETS, load_images
 from models.prepare import PREPARATION, prepared
-from models.recipe import CLASSIFIER_PARAMETERS, DROPOUT, Recipe
+from models.recipe import CLASSIFIER_PARAMETERS, DROPOUT, Parameter, Recipe
 
 
 class FashionCNN(nn.Module):
     """Two convolutions and three linear layers: 28x28 grey pictures to ten classes.
 
-    Source: deeplizard, "Neural Network Programming - Deep Learning with PyTorch"; dropout, which
-    is none by default as there, behind each hidden linear layer.
+    Source: deeplizard, "Neural Network Programming - Deep Learning with PyTorch". As there by
+    default; dropout is behind each hidden linear layer, batch normalisation between a convolution
+    and its activation (Ioffe and Szegedy, 2015).
     """
 
-    def __init__(self, dropout: float = 0.0) -> None:
-        """Take the share of hidden units that are left out in a step of training."""
+    def __init__(self, dropout: float = 0.0, width: int = 1, batch_norm: bool = False) -> None:
+        """Take the share of hidden units that are left out in a step of training.
+
+        The convolutions have `width` times the tutorial's 6 and 12 channels.
+        """
         super().__init__()
         self.dropout = dropout
-        self.conv1 = nn.Conv2d(in_channels=1, out_channels=6, kernel_size=5)
-        self.conv2 = nn.Conv2d(in_channels=6, out_channels=12, kernel_size=5)
+        first, second = 6 * width, 12 * width
+        self.conv1 = nn.Conv2d(in_channels=1, out_channels=first, kernel_size=5)
+        self.norm1 = nn.BatchNorm2d(first) if batch_norm else None
+        self.conv2 = nn.Conv2d(in_channels=first, out_channels=second, kernel_size=5)
+        self.norm2 = nn.BatchNorm2d(second) if batch_norm else None
 
-        self.fc1 = nn.Linear(in_features=12 * 4 * 4, out_features=120)
+        self.fc1 = nn.Linear(in_features=second * 4 * 4, out_features=120)
         self.fc2 = nn.Linear(in_features=120, out_features=60)
         self.out = nn.Linear(in_features=60, out_features=10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
-        t = F.max_pool2d(F.relu(self.conv1(images)), kernel_size=2, stride=2)  # (N, 6, 12, 12)
-        t = F.max_pool2d(F.relu(self.conv2(t)), kernel_size=2, stride=2)  # (N, 12, 4, 4)
+        t = images
+        for convolution, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            t = convolution(t)
+            t = t if norm is None else norm(t)
+            t = F.max_pool2d(F.relu(t), kernel_size=2, stride=2)  # to 12x12, to 4x4
 
         t = t.flatten(start_dim=1)
         for layer in (self.fc1, self.fc2):
@@ -42,7 +52,18 @@ RECIPE = Recipe(
     name="fashion-cnn",
     summary="the tutorial's network: two convolutions, three linear layers",
     load=load_images,
-    build=lambda params, facts: prepared(FashionCNN(params["dropout"]), params, facts),
-    parameters={**CLASSIFIER_PARAMETERS, "dropout": DROPOUT, **PREPARATION, **AUGMENTATION},
+    build=lambda params, facts: prepared(
+        FashionCNN(params["dropout"], params["width"], params["batch_norm"]), params, facts
+    ),
+    parameters={
+        **CLASSIFIER_PARAMETERS,
+        "dropout": DROPOUT,
+        "width": Parameter(
+            default=1, most=64, help="how many times the tutorial's 6 and 12 channels there are"
+        ),
+        "batch_norm": Parameter(default=False, help="normalise each batch behind a convolution"),
+        **PREPARATION,
+        **AUGMENTATION,
+    },
     datasets=", ".join(DATASETS),
 )

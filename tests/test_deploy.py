@@ -28,6 +28,7 @@ from tracker.deploy import FORMATS, DeployError, Pt2, deploy
 torchscript_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 ROOT = Path(__file__).parents[1]
+NORMALISED = "fashion-cnn --batch-norm true --width 2"
 ELSEWHERE = """
 import sys
 to, path, *blocked = sys.argv[1:]
@@ -96,6 +97,8 @@ def pictures(size: int) -> Tensor:
         ("fashion-cnn", "pt2"),
         pytest.param("fashion-cnn", "onnx", marks=pytest.mark.slow),
         pytest.param("fashion-cnn", "aoti", marks=pytest.mark.slow),
+        pytest.param(NORMALISED, "torchscript", marks=pytest.mark.slow),
+        pytest.param(NORMALISED, "aoti", marks=pytest.mark.slow),
         pytest.param("fashion-mlp", "torchscript", marks=pytest.mark.slow),
         pytest.param("fashion-mlp", "pt2", marks=pytest.mark.slow),
         pytest.param("fashion-mlp", "onnx", marks=pytest.mark.slow),

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import FashionMNIST
 
 from models import DATASETS, RECIPES, FashionCNN, Images, ModelsError, find, load
@@ -205,8 +206,23 @@ def test_fashion_cnn_computes_what_its_layers_say() -> None:
     torch.testing.assert_close(logits, same(images))
 
 
-def test_fashion_cnn_learns_in_every_parameter() -> None:
-    network = FashionCNN()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wide_fashion_cnn_normalises_behind_its_convolutions(training: bool) -> None:
+    network = FashionCNN(width=2, batch_norm=True).train(training)
+    images = torch.rand(3, 1, 28, 28)
+    norms = [nn.BatchNorm2d(channels).train(training) for channels in (12, 24)]
+    same = nn.Sequential(
+        *(network.conv1, norms[0], nn.ReLU(), nn.MaxPool2d(2, 2)),
+        *(network.conv2, norms[1], nn.ReLU(), nn.MaxPool2d(2, 2), nn.Flatten()),
+        *(network.fc1, nn.ReLU(), network.fc2, nn.ReLU(), network.out),
+    )
+
+    torch.testing.assert_close(network(images), same(images))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_fashion_cnn_learns_in_every_parameter(batch_norm: bool) -> None:
+    network = FashionCNN(batch_norm=batch_norm)
     network(torch.rand(8, 1, 28, 28)).logsumexp(1).sum().backward()
 
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
@@ -386,12 +402,11 @@ def test_pictures_to_train_on_are_mirrored_and_shifted(
         (flip, y, x): (framed.flip(2) if flip else framed)[:, y : y + 28, x : x + 28]
         for flip, y, x in itertools.product(flips, offsets, offsets)
     }
-    seen = set()
     torch.manual_seed(0)
-    for _ in range(60):
-        drawn, same = varied.train[0]
-        seen.add(next(way for way, like in ways.items() if torch.equal(like, drawn)))
-        assert same == label
+    batches = DataLoader(Subset(varied.train, [0] * 60), 20)  # each picture of a batch by itself
+    drawn = [varied.train[0], *(pair for batch in batches for pair in zip(*batch, strict=True))]
+    seen = {next(way for way, like in ways.items() if torch.equal(like, im)) for im, _ in drawn}
+    assert {int(same) for _, same in drawn} == {int(label)}
 
     for found, possible in zip(zip(*seen, strict=True), (flips, offsets, offsets), strict=True):
         assert set(found) == set(possible)

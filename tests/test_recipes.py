@@ -218,6 +218,8 @@ def test_a_training_with_all_that_varies_goes_on_as_if_never_cut_off(
     options = ["--schedule", "one-cycle", "--shift", "2", "--mirror", "true", "--epochs", "3"]
     if model != "transfer":
         options += ["--dropout", "0.2"]
+    if model == "fashion-cnn":
+        options += ["--width", "2", "--batch-norm", "true"]
     command = ["--model", model, *quick[model], *options]
     assert train.main(command) == 0
     straight = store.run()

@@ -33,6 +33,8 @@ def test_a_training_is_one_finished_run_with_its_params(
         "normalize": "False",
         "schedule": "constant",
         "dropout": "0.0",
+        "width": "1",
+        "batch_norm": "False",
         "mirror": "False",
         "shift": "0",
     }
