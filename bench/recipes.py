@@ -1,14 +1,15 @@
-"""The recipes for pictures beside what they may be compared with, on one split.
+"""The recipes for pictures beside what they may be compared with, on the same splits.
 
-python -m bench.recipes --data-dir data [--part accuracy|transfer] [--turns 10] [--fixed]
+python -m bench.recipes --data-dir data [--part accuracy|transfer] [--rotate] [--turns 10]
 
 For each data set: logistic regression from scikit-learn on the pixels, its strength of
 regularisation chosen on the validation part, then `fashion-mlp` and `fashion-cnn` after their last
-epoch, trained in each of some ways, of which the validation parts choose one for each network; all
-on the same training part, judged on the test part. In each turn another part of all the pictures
-is the test part (with `--fixed` always the published one), and the turn's number draws the
-validation part and the weights. Then `transfer` from a `fashion-cnn` that was trained on MNIST, to
-Fashion-MNIST, beside one from scratch: the validation accuracy epoch by epoch.
+epoch, trained in each of some ways, of which each turn's validation part chooses one for each
+network; all on the same training part, judged on the test part. The turn's number draws the
+validation part and the weights. With `--rotate` another part of all the pictures is the test part
+in each turn, first the published one, then the rest in their order. Then `transfer` from a
+`fashion-cnn` that was trained on MNIST, to Fashion-MNIST, beside one from scratch: the validation
+accuracy epoch by epoch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bench.measuring import table
 from models import RECIPES, ModelsError, load, rebuild, spec
 from models.idx import read_part
 from models.recipe import Source, scheduler
-from tracker import evaluate, fit, set_seed
+from tracker import fit, set_seed
 
 DATASETS = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
 COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
@@ -63,22 +64,22 @@ CURVE = 30
 """Epochs of the transfer."""
 
 
-def logistic_regression(source: Source) -> float:
-    """Its accuracy on the test part."""
+def logistic_regression(source: Source) -> Tensor:
+    """Which pictures of the test part it is right about, bool (N,)."""
     data = load(source.dataset, source.data_dir, seed=source.seed)
-    best, accuracy = 0.0, 0.0
+    best, right = -1.0, torch.empty(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says where it stopped before it had converged
-        for strength in (0.003, 0.01, 0.03, 0.1):
+        for strength in (0.003, 0.01, 0.03, 0.1, 0.3):
             model = LogisticRegression(C=strength, max_iter=200)
             model.fit(data.train.images.flatten(1).numpy(), data.train.labels.numpy())
             validation, test = (
-                model.score(part.images.flatten(1).numpy(), part.labels.numpy())
+                torch.from_numpy(model.predict(part.images.flatten(1).numpy())) == part.labels
                 for part in (data.validation, data.test)
             )
-            if validation > best:
-                best, accuracy = validation, test
-    return accuracy
+            if (accuracy := validation.float().mean().item()) > best:
+                best, right = accuracy, test
+    return right
 
 
 def train(
@@ -87,8 +88,8 @@ def train(
     epochs: int,
     changed: Mapping[str, Any],
     backbone: nn.Module | None = None,
-) -> tuple[list[float], float, nn.Module]:
-    """The accuracy on the validation part by epoch, that on the test part, and the network."""
+) -> tuple[list[float], Tensor, nn.Module]:
+    """The accuracy on the validation part by epoch, what of the test part is right, the network."""
     recipe = RECIPES[name]
     params = {**recipe.defaults(), **changed}
     data = recipe.load(source, params)
@@ -115,8 +116,9 @@ def train(
         if recipe.before_epoch is not None:
             recipe.before_epoch(network, params, number)
         curve.append(next(passes).metrics["val_accuracy"])
-    tested = evaluate(network, DataLoader(data.test, 500), F.cross_entropy, accuracy=True)
-    return curve, tested["accuracy"], network
+    with torch.no_grad():
+        right = network.eval()(data.test.images).argmax(1) == data.test.labels
+    return curve, right, network
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,10 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--part", choices=("accuracy", "transfer"), help="by default both")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--fixed", action="store_true", help="one test part, the published one")
+    parser.add_argument("--rotate", action="store_true", help="another test part in each turn")
+    parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=100, help="on Fashion-MNIST")
     given = parser.parse_args(arguments)
+    if given.turns < 2:
+        parser.error(f"--turns {given.turns} gives no deviation; allowed: from 2.")
     try:
         for name in WAYS:
             load(name, given.data_dir)
@@ -137,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.part != "transfer":
         for name in WAYS:
             with TemporaryDirectory() as folder:
-                parts = [given.data_dir] if given.fixed else rotated(name, given.data_dir, folder)
+                parts = rotated(name, given.data_dir, folder) if given.rotate else [given.data_dir]
                 sources = [Source(name, parts[turn % len(parts)], turn) for turn in turns]
-                accuracies(sources, given.epochs)
+                accuracies(sources, len(parts), given.epochs)
     if given.part != "accuracy":
         curves(given.data_dir, turns)
 
@@ -169,38 +173,57 @@ def write_idx(path: Path, values: Tensor) -> None:
     path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
 
 
-def accuracies(sources: Sequence[Source], epochs: int) -> None:
+def accuracies(sources: Sequence[Source], parts: int, epochs: int) -> None:
     """Print what each way to train one data set gives over the turns, and what they choose."""
-    name, count = sources[0].dataset, max(1, round(epochs * SHARE[sources[0].dataset]))
-    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {n: {} for n in NETWORKS}
+    name, turns = sources[0].dataset, range(len(sources))
+    count = max(1, round(epochs * SHARE[name]))
+    validated: dict[str, dict[str, list[float]]] = {model: {} for model in NETWORKS}
+    right: dict[str, dict[str, list[Tensor]]] = {model: {} for model in NETWORKS}
+    rows = []
     for way, changed in WAYS[name].items():
+        row = [way]
         for model in NETWORKS:
             if changed.keys() <= RECIPES[model].parameters.keys():
                 done = [train(model, source, count, changed) for source in sources]
-                found[model][way] = [c[-1] for c, _, _ in done], [tested for _, tested, _ in done]
+                validated[model][way] = [curve[-1] for curve, _, _ in done]
+                right[model][way] = [tested for _, tested, _ in done]
+                row += [_spread(validated[model][way]), _accuracy(right[model][way])]
+            else:
+                row += ["", ""]
+        rows.append(row)
     columns = ["training", *(f"{n}: {part}" for n in NETWORKS for part in ("validation", "test"))]
-    rows = []
-    for way in WAYS[name]:
-        parts = [part for n in NETWORKS for part in found[n].get(way, ((), ()))]
-        rows.append([way, *(_spread(part) if part else "" for part in parts)])
-    table(f"Accuracy on {name}, mean and deviation of {len(sources)} turns", columns, rows)
+    table(f"Accuracy on {name}, mean and deviation of {len(turns)} turns", columns, rows)
 
     tested = {"logistic regression": [logistic_regression(source) for source in sources]}
-    chosen = {}
+    rows = [["logistic regression", _accuracy(tested["logistic regression"]), ""]]
     for model in NETWORKS:
-        chosen[model] = max(found[model], key=lambda way: mean(found[model][way][0]))
-        tested[model] = found[model][chosen[model]][1]
-    rows = [[model, chosen.get(model, ""), _spread(test)] for model, test in tested.items()]
-    table("Test accuracy of what the validation parts choose", ["", "training", "test"], rows)
+        ways = [max(validated[model], key=lambda w: validated[model][w][t]) for t in turns]
+        tested[model] = [right[model][way][turn] for turn, way in enumerate(ways)]
+        chosen = "; ".join(f"{ways.count(way)}x {way}" for way in right[model] if way in ways)
+        rows.append([model, _accuracy(tested[model]), chosen])
+    table("What the validation parts choose", ["", "test", "training"], rows)
     for worse, better in pairwise(tested):
-        gains = [b - a for a, b in zip(tested[worse], tested[better], strict=True)]
-        error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        print(f"{better} above {worse}: {mean(gains):+.3f}, standard error {error:.3f}")
+        gain = _by_picture(tested[better], parts) - _by_picture(tested[worse], parts)
+        error = gain.std().item() / len(gain) ** 0.5
+        print(
+            f"{better} minus {worse}: {gain.mean():+.3f}, "
+            f"standard error of {len(gain)} pictures {error:.3f}"
+        )
+
+
+def _by_picture(right: Sequence[Tensor], parts: int) -> Tensor:
+    """How often each picture was right of the turns that tested it, of one part after another."""
+    return torch.cat(
+        [torch.stack([*right[p::parts]]).float().mean(0) for p in range(min(parts, len(right)))]
+    )
+
+
+def _accuracy(right: Sequence[Tensor]) -> str:
+    return _spread([each.float().mean().item() for each in right])
 
 
 def _spread(accuracies: Sequence[float]) -> str:
-    deviation = stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return f"{mean(accuracies):.3f} ± {deviation:.3f}"
+    return f"{mean(accuracies):.3f} ± {stdev(accuracies):.3f}"
 
 
 def curves(data_dir: str, turns: range) -> None:

@@ -2,10 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Images(TensorDataset):
     ) -> None:
         """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,).
 
-        `transform` is done to a batch of images when it is drawn.
+        `transform` makes of a batch of images, when it is drawn, one of the same shape.
         """
         super().__init__(images, labels)
         self.name = name
@@ -48,16 +49,20 @@ class Images(TensorDataset):
         self.labels = labels
         self.transform = transform
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """The pair (image, label), the image transformed."""
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        """The pair (image, label), or of several, by anything that indexes a tensor."""
+        images = self.images[index]
+        if self.transform is not None:
+            alone = images.ndim == 3
+            images = self.transform(images[None])[0] if alone else self.transform(images)
+        return images, self.labels[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    def __getitems__(self, indices: Iterable[int]) -> list[tuple[Tensor, ...]]:
         """The pairs of a batch; a loader asks for them so."""
         if self.transform is None:
-            return [(self.images[index], self.labels[index]) for index in indices]
-        images = self.transform(self.images[indices])
-        return [(image, self.labels[i]) for image, i in zip(images, indices, strict=True)]
+            return [self[index] for index in indices]
+        images, labels = self[[int(index) for index in indices]]  # a sampler may give tensors
+        return [*zip(images, labels, strict=True)]
 
     def part(self, index: Tensor) -> "Images":
         """A copy of the images that `index`, int64 (M,), names."""

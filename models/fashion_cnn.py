@@ -24,9 +24,10 @@ class FashionCNN(nn.Module):
         super().__init__()
         self.dropout = dropout
         first, second = 6 * width, 12 * width
-        self.conv1 = nn.Conv2d(in_channels=1, out_channels=first, kernel_size=5)
+        bias = not batch_norm  # which would take it away again
+        self.conv1 = nn.Conv2d(in_channels=1, out_channels=first, kernel_size=5, bias=bias)
         self.norm1 = nn.BatchNorm2d(first) if batch_norm else None
-        self.conv2 = nn.Conv2d(in_channels=first, out_channels=second, kernel_size=5)
+        self.conv2 = nn.Conv2d(in_channels=first, out_channels=second, kernel_size=5, bias=bias)
         self.norm2 = nn.BatchNorm2d(second) if batch_norm else None
 
         self.fc1 = nn.Linear(in_features=second * 4 * 4, out_features=120)

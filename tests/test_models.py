@@ -403,8 +403,10 @@ def test_pictures_to_train_on_are_mirrored_and_shifted(
         for flip, y, x in itertools.product(flips, offsets, offsets)
     }
     torch.manual_seed(0)
-    batches = DataLoader(Subset(varied.train, [0] * 60), 20)  # each picture of a batch by itself
+    # Each picture of a batch by itself; a subset may have its indices as a tensor.
+    batches = DataLoader(Subset(varied.train, torch.zeros(60, dtype=torch.long)), 20)
     drawn = [varied.train[0], *(pair for batch in batches for pair in zip(*batch, strict=True))]
+    assert [part.shape for part in varied.train[:5]] == [(5, 1, 28, 28), (5,)]
     seen = {next(way for way, like in ways.items() if torch.equal(like, im)) for im, _ in drawn}
     assert {int(same) for _, same in drawn} == {int(label)}
 
