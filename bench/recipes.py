@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import MNIST, FashionMNIST
 
 from bench.measuring import table
 from models import RECIPES, ModelsError, load, rebuild, spec
@@ -37,7 +36,6 @@ from models.idx import read_part
 from models.recipe import Source, scheduler
 from tracker import fit, set_seed
 
-DATASETS = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
 COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
 ONE_CYCLE = {**COMMON, "schedule": "one-cycle", "dropout": 0.2}
 SHIFTED = {**ONE_CYCLE, "shift": 1}
@@ -150,13 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def rotated(name: str, data_dir: str, into: str) -> list[str]:
     """Folders of the same pictures, each with another test part; the published one comes first."""
-    folder = DATASETS[name](data_dir).raw_folder
-    (train, known), (test, wanted) = (read_part(Path(folder), part) for part in ("train", "t10k"))
+    folder = Path(load(name, data_dir).source)
+    (train, known), (test, wanted) = (read_part(folder, part) for part in ("train", "t10k"))
     pixels, labels, size = torch.cat([test, train]), torch.cat([wanted, known]), len(test)
     made = []
     for first in range(0, len(pixels) - size + 1, size):
         root = Path(into, str(first))
-        raw = root / DATASETS[name].__name__ / "raw"
+        raw = root.joinpath(*folder.parts[-2:])
         raw.mkdir(parents=True)
         tested = torch.zeros(len(pixels), dtype=torch.bool)
         tested[first : first + size] = True
@@ -211,10 +209,10 @@ def accuracies(sources: Sequence[Source], parts: int, epochs: int) -> None:
         )
 
 
-def _by_picture(right: Sequence[Tensor], parts: int) -> Tensor:
+def _by_picture(right: list[Tensor], parts: int) -> Tensor:
     """How often each picture was right of the turns that tested it, of one part after another."""
     return torch.cat(
-        [torch.stack([*right[p::parts]]).float().mean(0) for p in range(min(parts, len(right)))]
+        [torch.stack(right[p::parts]).float().mean(0) for p in range(min(parts, len(right)))]
     )
 
 
