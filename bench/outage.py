@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bench.faults import Behaviour, FaultyProxy, TrackingServer
 from bench.measuring import table
 from studies.arguments import positive_int
+from tests.faults import Behaviour, FaultyProxy, TrackingServer
 
 if TYPE_CHECKING:
     from torch import Tensor

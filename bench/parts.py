@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench.measuring import Work, compare, goal, seconds, shuffled, table
 from bench.peers import BATCH, RUN, SummaryWriter, tracker
 from models import FashionCNN
-from tracker.histograms import histograms, network_histograms
+from tracker.capture.histograms import histograms, network_histograms
 
 GOAL_MS = 0.6
 

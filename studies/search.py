@@ -38,9 +38,9 @@ from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
 from tracker.cli import OneSentenceParser, positive_float
 from tracker.redaction import public_command, public_uri
 from tracker.search.leases import GRACE_SECONDS
-from tracker.search.samplers import PRUNERS, SAMPLERS
+from tracker.search.sampler import PRUNERS, SAMPLERS
 from tracker.search.storage import DEFAULT
-from tracker.tracking_uri import resolve
+from tracker.store.uri import resolve
 
 _TRIALS = 20  # of a sampler that has no end of its own
 

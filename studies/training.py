@@ -26,7 +26,7 @@ from tracker import (
     load_trained,
     run_epochs,
 )
-from tracker.environment import evaluation_mode
+from tracker.training.device import evaluation_mode
 
 SPEC = "recipe.json"
 """What travels with a model: all that `models.rebuild` needs."""

@@ -9,26 +9,22 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from mlflow import MlflowClient
-from mlflow.entities import Run as MlflowRun
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from models import FashionCNN, load
+from tests.helpers import Pictures, Store, answers
 from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]
 
-CONTRACT = ("test_manager", "test_run", "test_export")
+CONTRACT = ("tests.test_manager", "tests.test_run", "tests.capture.test_model")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,48 +50,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Store:
-    """What a test reads back from MLflow."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.client = MlflowClient(uri)
-
-    def runs(self, experiment: str = "Default") -> list[MlflowRun]:
-        """The runs of an experiment, oldest first; none where there is no such experiment."""
-        found = self.client.get_experiment_by_name(experiment)
-        if found is None:
-            return []
-        return list(
-            self.client.search_runs(
-                [found.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000
-            )
-        )
-
-    def run(self) -> MlflowRun:
-        """The only run there is."""
-        (run,) = self.runs()
-        return run
-
-    def history(self, run: MlflowRun, name: str) -> list[tuple[int, float]]:
-        """(step, value) of each point of a metric, in order."""
-        points = self.client.get_metric_history(run.info.run_id, name)
-        return sorted((point.step, point.value) for point in points)
-
-    def artifacts(self, run: MlflowRun, folder: str | None = None) -> set[str]:
-        """The paths of all the run's files."""
-        found = set()
-        for item in self.client.list_artifacts(run.info.run_id, folder):
-            found |= self.artifacts(run, item.path) if item.is_dir else {item.path}
-        return found
-
-    def text(self, run: MlflowRun, path: str, into: Path) -> str:
-        """The content of one of the run's files."""
-        return Path(self.client.download_artifacts(run.info.run_id, path, str(into))).read_text(
-            encoding="utf-8"
-        )
-
-
 @pytest.fixture
 def store(tracking_uri: str) -> Store:
     return Store(tracking_uri)
@@ -106,19 +60,6 @@ def manager(tracking_uri: str) -> Iterator[RunManager]:
     """A manager that logs no models: they take most of a second, and have tests of their own."""
     with RunManager(model=False) as manager:
         yield manager
-
-
-class Pictures(TensorDataset):
-    """Random pictures with random labels, the same each time."""
-
-    name = "pictures"
-
-    def __init__(self, samples: int = 250) -> None:
-        generator = torch.Generator().manual_seed(1)
-        super().__init__(
-            torch.rand(samples, 1, 28, 28, generator=generator),
-            torch.randint(10, (samples,), generator=generator),
-        )
 
 
 @pytest.fixture
@@ -153,21 +94,6 @@ def train_set(data_dir: Path | None) -> Any:
     )
 
 
-def train_epoch(
-    network: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, manager: RunManager
-) -> None:
-    """The inside of the tutorial's epoch."""
-    for batch in loader:
-        images, labels = batch
-        preds = network(images)
-        loss = F.cross_entropy(preds, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        manager.track_loss(loss, batch)
-        manager.track_num_correct(preds, labels)
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """A real tracking server on loopback."""
@@ -196,11 +122,3 @@ def server(tmp_path: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
-
-
-def answers(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

@@ -15,13 +15,13 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from conftest import Store
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers import Store
 from tracker import Study, Trial, load_histograms
-from tracker.checkpoint import load_checkpoint
 from tracker.cli import main
+from tracker.training.checkpoint import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
 

@@ -11,11 +11,11 @@ import optuna
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Pictures, Store
 from torch import optim
 from torch.utils.data import DataLoader
 
 from models import FashionCNN
+from tests.helpers import Pictures, Store
 from tracker import Study, fit
 
 ROOT = Path(__file__).parents[1]

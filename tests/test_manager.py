@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Pictures, Store, train_epoch
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from models import FashionCNN
+from tests.helpers import Pictures, Store, train_epoch
 from tracker import (
     ArgumentError,
     CallOrderError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -79,66 +78,6 @@ def test_only_tracker_is_in_the_wheel(tmp_path: Path, project: dict[str, Any]) -
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert inside == tracked
-
-
-def imported(path: Path) -> set[str]:
-    """The modules that a file imports, at its top or anywhere."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
-def importers(folder: str, package: str) -> set[str]:
-    """The modules below `folder` that import `package`."""
-    return {
-        path.relative_to(ROOT / folder).as_posix()
-        for path in (ROOT / folder).rglob("*.py")
-        if any(name == package or name.startswith(f"{package}.") for name in imported(path))
-    }
-
-
-def test_tracker_and_models_never_import_each_other_nor_studies() -> None:
-    for folder, package in (
-        ("tracker", "models"),
-        ("tracker", "studies"),
-        ("models", "tracker"),
-        ("models", "studies"),
-    ):
-        assert importers(folder, package) == set(), (folder, package)
-
-
-def test_mlflow_is_imported_in_four_places_only() -> None:
-    assert importers("tracker", "mlflow") == {
-        "mlflow_store.py",
-        "mlflow_studies.py",
-        "export.py",
-        "testing.py",
-    }
-    assert importers("models", "mlflow") == set()
-
-
-def test_the_loop_knows_nothing_of_tracking() -> None:
-    assert {name for name in imported(ROOT / "tracker/loop.py") if name.startswith("tracker")} == {
-        "tracker.environment",
-        "tracker.errors",
-        "tracker.meters",
-    }
-
-
-def test_importing_tracker_imports_no_mlflow_and_leaves_nothing_set() -> None:
-    program = (
-        "import os, sys, logging, random\n"
-        "before = dict(os.environ), random.getstate()\n"
-        "import tracker\n"
-        "assert 'mlflow' not in sys.modules and 'optuna' not in sys.modules\n"
-        "assert before == (dict(os.environ), random.getstate())\n"
-        "assert not logging.getLogger('tracker').handlers\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_the_public_surface_is_what_it_says() -> None:

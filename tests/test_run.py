@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Store
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
 
+from tests.helpers import Store
 from tracker import ArgumentError, CallOrderError, StoreError, start_run
 
 
@@ -55,7 +55,7 @@ def test_everything_logged_arrives(store: Store, tmp_path: Path) -> None:
 
 
 def test_times_are_those_of_the_calls_not_of_the_delivery(store: Store) -> None:
-    from tracker.journal import now
+    from tracker.journal.records import now
 
     with start_run() as run:
         before = now()
@@ -180,7 +180,7 @@ def test_a_record_that_the_store_refuses_costs_no_other(
         run.log_text("x", "a")
         run.log_text("x", "a/b")  # no store has a file and a folder of one name
         run.log_metrics({"loss": 1.0})
-    lost = [r.getMessage() for r in caplog.records if r.name == "tracker.inline"]
+    lost = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery.inline"]
     assert len(lost) == 1
     assert lost[0].startswith("A record (file) is lost: ")
     assert store.run().info.status == "FINISHED"

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Store
 from mlflow.entities import Run as MlflowRun
+
+from tests.helpers import Store
 
 BEGIN = """
 import os, signal, sys, threading

@@ -3,85 +3,59 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tracker._version import __version__
+from tracker._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tracker.builder import RunBuilder
-    from tracker.checkpoint import Checkpoint, Keep
-    from tracker.environment import choose_device, set_seed
-    from tracker.errors import (
-        ArgumentError,
-        CallOrderError,
-        NonFiniteLossError,
-        StoreError,
-        TrackerError,
-    )
-    from tracker.export import Predictor
-    from tracker.histograms import load_histograms, load_nonfinite
-    from tracker.loop import Epoch, evaluate, fit, run_epochs
-    from tracker.manager import RunManager
-    from tracker.run import Run, start_run
-    from tracker.search.study import Study
-    from tracker.search.trial import Trial
-    from tracker.trained import Trained, load_trained
+    from tracker.capture.model import Predictor as Predictor
+    from tracker.errors import ArgumentError as ArgumentError
+    from tracker.errors import CallOrderError as CallOrderError
+    from tracker.errors import NonFiniteLossError as NonFiniteLossError
+    from tracker.errors import StoreError as StoreError
+    from tracker.errors import TrackerError as TrackerError
+    from tracker.grid import RunBuilder as RunBuilder
+    from tracker.manager import RunManager as RunManager
+    from tracker.run import Run as Run
+    from tracker.run import start_run as start_run
+    from tracker.search.study import Study as Study
+    from tracker.search.trial import Trial as Trial
+    from tracker.store.readback import Trained as Trained
+    from tracker.store.readback import load_histograms as load_histograms
+    from tracker.store.readback import load_nonfinite as load_nonfinite
+    from tracker.store.readback import load_trained as load_trained
+    from tracker.training.checkpoint import Checkpoint as Checkpoint
+    from tracker.training.checkpoint import Keep as Keep
+    from tracker.training.device import choose_device as choose_device
+    from tracker.training.loop import Epoch as Epoch
+    from tracker.training.loop import evaluate as evaluate
+    from tracker.training.loop import fit as fit
+    from tracker.training.loop import run_epochs as run_epochs
+    from tracker.training.rng import set_seed as set_seed
 
-# Imported when they are asked for: the uploader and the command line need no torch, which takes
-# seconds and half a gigabyte.
-_MODULES = {
-    "builder": ["RunBuilder"],
-    "checkpoint": ["Checkpoint", "Keep"],
-    "environment": ["choose_device", "set_seed"],
-    "errors": [
-        "ArgumentError",
-        "CallOrderError",
-        "NonFiniteLossError",
-        "StoreError",
-        "TrackerError",
-    ],
-    "export": ["Predictor"],
-    "histograms": ["load_histograms", "load_nonfinite"],
-    "loop": ["Epoch", "evaluate", "fit", "run_epochs"],
-    "manager": ["RunManager"],
-    "run": ["Run", "start_run"],
-    "search.study": ["Study"],
-    "search.trial": ["Trial"],
-    "trained": ["Trained", "load_trained"],
+# Imported on first use: the uploader and the command line do not need torch, which takes seconds
+# and half a gigabyte to import. Type checkers read the imports above.
+_NAMES = {
+    "capture.model": "Predictor",
+    "errors": "ArgumentError CallOrderError NonFiniteLossError StoreError TrackerError",
+    "grid": "RunBuilder",
+    "manager": "RunManager",
+    "run": "Run start_run",
+    "search.study": "Study",
+    "search.trial": "Trial",
+    "store.readback": "Trained load_histograms load_nonfinite load_trained",
+    "training.checkpoint": "Checkpoint Keep",
+    "training.device": "choose_device",
+    "training.loop": "Epoch evaluate fit run_epochs",
+    "training.rng": "set_seed",
 }
-_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "ArgumentError",
-    "CallOrderError",
-    "Checkpoint",
-    "Epoch",
-    "Keep",
-    "NonFiniteLossError",
-    "Predictor",
-    "Run",
-    "RunBuilder",
-    "RunManager",
-    "StoreError",
-    "Study",
-    "TrackerError",
-    "Trained",
-    "Trial",
-    "__version__",
-    "choose_device",
-    "evaluate",
-    "fit",
-    "load_histograms",
-    "load_nonfinite",
-    "load_trained",
-    "run_epochs",
-    "set_seed",
-    "start_run",
-]
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _status(given.path)
         if given.command == "sync":
             return _sync(given.path, given.tracking_uri)
-        return _see_to_studies(given)
+        return _study_command(given)
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _journals(paths: Sequence[Path]) -> list[Path]:
-    from tracker.sync import journals
+    from tracker.delivery.leftovers import journals
 
     if list(paths) == [DIRECTORY] and not DIRECTORY.exists():
         return []  # nothing was ever tracked here, or all of it was delivered
@@ -88,14 +88,14 @@ def _journals(paths: Sequence[Path]) -> list[Path]:
 def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
     from tqdm import tqdm
 
-    from tracker.sync import standing, sweep, sync
+    from tracker.delivery.leftovers import journal_status, sweep, sync
 
     # MLflow's own retries hold a call for minutes; to go on, the command is given again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     for path in paths:
         sweep(path)
     folders = _journals(paths)
-    standings = {folder: standing(folder) for folder in folders}
+    standings = {folder: journal_status(folder) for folder in folders}
     total = sum(each.undelivered for each in standings.values() if each.state != "in use")
     runs = records = kept = 0
     bar = tqdm(total=total, unit="record", disable=None, leave=False)
@@ -122,7 +122,7 @@ def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
     return 2 if kept else 0
 
 
-def _see_to_studies(given: argparse.Namespace) -> int:
+def _study_command(given: argparse.Namespace) -> int:
     from tracker.search.leases import GRACE_SECONDS  # Optuna takes a second
     from tracker.search.storage import Storage
     from tracker.search.upkeep import mirror_study, reap_study, studies
@@ -152,9 +152,9 @@ def positive_float(text: str) -> float:
 
 
 def _status(paths: Sequence[Path]) -> int:
-    from tracker.sync import standing
+    from tracker.delivery.leftovers import journal_status
 
-    found = [standing(folder) for folder in _journals(paths)]
+    found = [journal_status(folder) for folder in _journals(paths)]
     if not found:
         print("Nothing is undelivered.")
     for each in found:

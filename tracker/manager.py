@@ -29,27 +29,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.builder import hyperparameters, run_name
-from tracker.checkpoint import Checkpoint, Keep
-from tracker.checks import checked_name, checked_number
-from tracker.delivery import Delivery, NoDelivery, delivery, mode_of
-from tracker.distributed import is_main
-from tracker.environment import describe_device, device_of, unwrap
+from tracker.capture.dataset import dataset_name, inputs_of, sample_batch
+from tracker.capture.images import image_grid
+from tracker.delivery.base import Delivery, NoDelivery, delivery, mode_of
+from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
-from tracker.images import image_grid
-from tracker.loop import Epoch
-from tracker.meters import EpochMeter, batch_size
-from tracker.random_states import RandomStates
-from tracker.resume import Earlier, load_earlier
+from tracker.grid import hyperparameters, run_name
 from tracker.run import DIRECTORY, Run
-from tracker.samples import dataset_name, inputs_of, sample_batch
 from tracker.statuses import Outcome, outcome
+from tracker.store.history import ResumeState, load_resume_state
+from tracker.training.checkpoint import Checkpoint, Keep
+from tracker.training.device import describe_device, device_of, unwrap
+from tracker.training.distributed import is_main
+from tracker.training.loop import Epoch
+from tracker.training.meters import EpochMeter, batch_size
+from tracker.training.rng import RandomStates
+from tracker.validation import checked_name, checked_number
 from tracker.views.files import csv_text, json_text, write_atomically
 from tracker.views.table import View, live_view
 from tracker.views.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
-    from tracker.export import Predictor
+    from tracker.capture.model import Predictor
 
 _SAMPLES = 64  # pictures in the sample grid
 
@@ -154,7 +155,8 @@ class RunManager:
         still goes on.
         """
         manager = cls(**settings)
-        manager._earlier = load_earlier(run_id, manager._tracking_uri, manager._directory)
+        settle_run(run_id, manager._tracking_uri, manager._directory)
+        manager._earlier = load_resume_state(run_id, manager._tracking_uri)
         manager.checkpoint = manager._earlier.checkpoint
         return manager
 
@@ -172,7 +174,9 @@ class RunManager:
         """
         params = hyperparameters(run)
         if self._open.run is not None:
-            self._end(self._open.run.left("when the next run began", self._epoch_left()))
+            self._end(
+                self._open.run.abandoned_outcome("when the next run began", self._epoch_left())
+            )
         told = {
             "model": type(unwrap(network)).__name__,
             "dataset": dataset_name(getattr(loader, "dataset", loader)),
@@ -210,7 +214,7 @@ class RunManager:
         params: Mapping[str, Any],
         name: str | None,
         tags: Mapping[str, str],
-        earlier: Earlier | None,
+        earlier: ResumeState | None,
     ) -> Run:
         """Begin a run of our own."""
         way = self._open.delivery or self._new_delivery()
@@ -239,7 +243,7 @@ class RunManager:
             return NoDelivery()
         return delivery(self._directory, self._tracking_uri, self._mode)
 
-    def _continue(self, earlier: Earlier) -> None:
+    def _continue(self, earlier: ResumeState) -> None:
         """Count on from where the run that is continued was."""
         if earlier.checkpoint is not None:
             self.epoch_count, self._steps = earlier.checkpoint.epoch, earlier.checkpoint.step
@@ -299,7 +303,9 @@ class RunManager:
     def close(self) -> None:
         """Deliver what is left. A run that is still open is closed as one that was never ended."""
         if self._open.run is not None and not self._open.forked:
-            self._end(self._open.run.left("when the manager was closed", self._epoch_left()))
+            self._end(
+                self._open.run.abandoned_outcome("when the manager was closed", self._epoch_left())
+            )
         self._finalizer()
 
     def __enter__(self) -> RunManager:
@@ -530,7 +536,7 @@ class _Open:
         if self.forked:
             return
         if self.run is not None and self.owns:
-            self.run.end(self.run.left(where))
+            self.run.end(self.run.abandoned_outcome(where))
         self.run = None
         if self.delivery is not None:
             self.delivery.close()

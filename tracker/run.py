@@ -22,9 +22,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tracker.background import DEADLINE_SECONDS
-from tracker.checkpoint import save_checkpoint
-from tracker.checks import (
+from tracker.capture.dataset import dataset_name, describe_dataset
+from tracker.capture.histograms import network_histograms
+from tracker.capture.images import mlflow_image_files, to_pil
+from tracker.capture.provenance import environment_tags
+from tracker.delivery.background import DEADLINE_SECONDS
+from tracker.delivery.base import Delivery, delivery, mode_of
+from tracker.errors import ArgumentError, CallOrderError, StoreError
+from tracker.journal.records import Kind, Point, now
+from tracker.redaction import is_secret_name, public_uri, public_values
+from tracker.statuses import Outcome, Status, abandoned, outcome
+from tracker.store.history import CHECKPOINTS, ResumeState
+from tracker.training.checkpoint import save_checkpoint
+from tracker.training.device import unwrap
+from tracker.validation import (
     checked_model_name,
     checked_name,
     checked_number,
@@ -33,22 +44,12 @@ from tracker.checks import (
     checked_step,
     checked_tags,
 )
-from tracker.delivery import Delivery, delivery, mode_of
-from tracker.environment import environment_tags, unwrap
-from tracker.errors import ArgumentError, CallOrderError, StoreError
-from tracker.histograms import network_histograms
-from tracker.images import mlflow_image_files, to_pil
-from tracker.journal import Kind, Point, now
-from tracker.redaction import is_secret_name, public_uri, public_values
-from tracker.resume import CHECKPOINTS, Earlier
-from tracker.samples import dataset_name, describe_dataset
-from tracker.statuses import Outcome, Status, never_ended, outcome
 from tracker.views.files import json_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tracker.export import Predictor
+    from tracker.capture.model import Predictor
 
 DIRECTORY = ".tracker"
 """Where journals lie by default, below the current directory."""
@@ -109,7 +110,7 @@ class Run:
         tags: Mapping[str, str] | None = None,
         parent: Run | RunKey | str | None = None,
         *,
-        resume: Earlier | None = None,
+        resume: ResumeState | None = None,
         owns_delivery: bool = False,
         key: str | None = None,
         environment: Mapping[str, str] | None = None,
@@ -133,7 +134,7 @@ class Run:
         self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum, of those logged
         self._warned: set[str] = set()
         self._status: Status | None = None
-        self.earlier: Earlier | None = resume
+        self.earlier: ResumeState | None = resume
         """What a training that is continued had come to."""
         self._delivered_id: str | None = None  # once it has ended
         self._raised_before = _last_uncaught()
@@ -391,7 +392,7 @@ class Run:
         `example` is a batch of inputs; without one there are no shapes and there is no graph.
         The network, its buffers and every random generator stay as they are.
         """
-        from tracker.network import graph_svg, layer_table, trace
+        from tracker.capture.layers import graph_svg, layer_table, trace
 
         traced = None
         if example is not None:
@@ -419,7 +420,7 @@ class Run:
         of outputs that are none; `shown` is a text for each sample, in the order of `loader`.
         Raises ArgumentError where classes and scores differ.
         """
-        from tracker.mistakes import confusion_picture, find_mistakes, worst_picture
+        from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
 
         found = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
         self.log_text(found.confusion.to_csv(), "mistakes/confusion.csv")
@@ -463,7 +464,7 @@ class Run:
         `predictor` makes predictions of raw inputs, such as texts, with MLflow's `pyfunc`; where it
         does not predict what it must, the model is logged without it, with one warning.
         """
-        from tracker.export import save_model
+        from tracker.capture.model import save_model
 
         checked_model_name(name)
         self._check_open()
@@ -547,15 +548,15 @@ class Run:
             if self._owns_delivery:
                 self._delivery.close()
 
-    def left(self, when: str, where: str | None = None) -> Outcome:
+    def abandoned_outcome(self, when: str, where: str | None = None) -> Outcome:
         """What the run comes to if it was left, at `when`, and its end never called."""
         error = _last_uncaught()
         known = error if error is not self._raised_before else None
-        return never_ended(known, f"{where}, {when}" if where else when)
+        return abandoned(known, f"{where}, {when}" if where else when)
 
     def abandon(self) -> None:
         """Close the run at the program's end, if nothing else has."""
-        self.end(self.left("when the program ended"))
+        self.end(self.abandoned_outcome("when the program ended"))
 
     def __enter__(self) -> Run:
         return self

@@ -39,7 +39,7 @@ def outcome(error: BaseException | None) -> Outcome:
     return Outcome("KILLED" if interrupted else "FAILED", reason)
 
 
-def never_ended(error: BaseException | None, where: str) -> Outcome:
+def abandoned(error: BaseException | None, where: str) -> Outcome:
     """What a run comes to whose `end_run()` was not called.
 
     `error` is the exception that nobody caught since the run began, if any. Without one we do not

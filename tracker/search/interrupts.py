@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from tracker.signals import is_default
+from tracker.delivery.signals import is_default
 
 
 @contextmanager
-def deaf(*signals: signal.Signals) -> Iterator[None]:
+def block_signals(*signals: signal.Signals) -> Iterator[None]:
     """A process that is started within it is not told of `signals`, before it can say so itself.
 
     It inherits that they are blocked. Here they wait until it is started.

@@ -13,39 +13,17 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from tracker.search.interrupts import deaf
-
-SETTLE_SECONDS = 60.0
-"""How long the end of a study waits for what MLflow has not got yet."""
+from tracker.search.interrupts import block_signals
+from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
 
 _ENDED = "its process ended"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Duty:
-    """What a keeper must know."""
-
-    storage: str
-    study: str
-    search: str
-    """The search that it serves."""
-    tracking_uri: str | None
-    directory: str
-    environment: Mapping[str, str]
-    adopt: str | None
-    """The run that `mlflow run` made for the study."""
-    started: int
-    """When the search began, in milliseconds since 1970."""
-    grace: float
-    """How long another search may be silent, in seconds."""
 
 
 class Keeper(Protocol):
@@ -69,10 +47,10 @@ class NoKeeper:
 class InlineKeeper:
     """Makes the study's run now, and completes the mirror at the end."""
 
-    def __init__(self, duty: Duty) -> None:
-        from tracker.search.keeper_process import Keeping  # importing mlflow takes seconds
+    def __init__(self, duty: KeeperConfig) -> None:
+        from tracker.search.keeper_process import MirrorService  # importing mlflow takes seconds
 
-        self._keeping = Keeping(duty)
+        self._keeping = MirrorService(duty)
         self._keeping.begin()
 
     def finish(self, *, settled: bool) -> str | None:
@@ -86,7 +64,7 @@ class InlineKeeper:
 class KeeperProcess:
     """A second process that keeps the mirror."""
 
-    def __init__(self, duty: Duty) -> None:
+    def __init__(self, duty: KeeperConfig) -> None:
         self._duty = duty
         self._process = self._start()
 
@@ -95,7 +73,7 @@ class KeeperProcess:
             "import sys; sys.path.append(sys.argv[1]);"
             "from tracker.search.keeper_process import main; main()"
         )
-        with deaf(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with block_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,

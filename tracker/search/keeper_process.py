@@ -15,20 +15,20 @@ from typing import NoReturn
 
 from optuna.trial import FrozenTrial
 
+from tracker.delivery.leftovers import deliver_left_behind, journals
+from tracker.delivery.uploader import LATE_SECONDS
 from tracker.errors import StoreError, TrackerError
-from tracker.journal import OFFLINE
-from tracker.mlflow_store import MlflowStore
-from tracker.ownership import writer_lives
+from tracker.journal.ownership import writer_lives
+from tracker.journal.reader import OFFLINE
 from tracker.redaction import public_uri
-from tracker.search.keeper import SETTLE_SECONDS, Duty
-from tracker.search.leases import BEATS, Leases, going_on
+from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
+from tracker.search.leases import BEATS, Leases, active_searches
 from tracker.search.mirror import Mirror
 from tracker.search.plan import SEARCH
 from tracker.search.record import load
-from tracker.search.search import reap
+from tracker.search.session import reap
 from tracker.search.storage import Storage
-from tracker.sync import deliver_left_behind, journals
-from tracker.uploader import LATE_SECONDS
+from tracker.store.client import MlflowStore
 
 REFRESH_SECONDS = 10.0
 """While the study goes on its page is drawn anew at most this often …"""
@@ -40,10 +40,10 @@ _LONGEST_RETRY_SECONDS = 30.0
 logger = logging.getLogger(__name__)
 
 
-class Keeping:
+class MirrorService:
     """Mirrors one study, on behalf of one search."""
 
-    def __init__(self, duty: Duty) -> None:
+    def __init__(self, duty: KeeperConfig) -> None:
         self._duty = duty
         self._storage: Storage | None = None
         self._store: MlflowStore | None = None
@@ -91,7 +91,7 @@ class Keeping:
         attrs = storage.optuna.get_study_user_attrs(record.study_id)
         dead = {
             search
-            for search in going_on(attrs)
+            for search in active_searches(attrs)
             if search != self._duty.search and not self._leases.lives(search, attrs)
         }
         if dead:
@@ -179,7 +179,7 @@ def _main() -> int:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table it makes
     source = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
-    keeping = Keeping(Duty(**json.loads(source.readline())))
+    keeping = MirrorService(KeeperConfig(**json.loads(source.readline())))
     tasks = {keeping.refresh: 0.0, keeping.watch: 0.0}  # when each is due
     pauses = dict.fromkeys(tasks, _RETRY_SECONDS)
     while True:

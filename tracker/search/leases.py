@@ -75,7 +75,7 @@ def _runs(pid: int, started: float) -> bool:
         return False
 
 
-def going_on(attrs: Mapping[str, Any]) -> set[str]:
+def active_searches(attrs: Mapping[str, Any]) -> set[str]:
     """The searches that have not said that they end."""
     return {
         search

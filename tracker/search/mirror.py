@@ -18,19 +18,19 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.delivery.uploader import LATE_SECONDS
 from tracker.errors import RefusedError, StoreError
-from tracker.mlflow_store import MlflowStore
-from tracker.mlflow_studies import PARENT, MirroredRun, StudyRuns
 from tracker.redaction import public_uri
 from tracker.search.leases import PREFIX, Leases, searches
-from tracker.search.page import study_page
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
 from tracker.search.record import Record
-from tracker.search.search import budget
+from tracker.search.report.page import study_page
+from tracker.search.session import budget
 from tracker.search.space import grid, identity
 from tracker.search.storage import Storage
 from tracker.search.tables import INTERMEDIATE, best, objectives, rows, saved
-from tracker.uploader import LATE_SECONDS
+from tracker.store.client import MlflowStore
+from tracker.store.runs import PARENT, MirroredRun, StudyRuns
 from tracker.views.files import csv_text, json_text
 
 STATUSES = {

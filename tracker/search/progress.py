@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tracker.search.plan import ENDED
 from tracker.search.record import Record
-from tracker.search.search import feasible
+from tracker.search.session import feasible
 
 
 class Progress:

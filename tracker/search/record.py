@@ -11,12 +11,12 @@ from typing import Any
 import optuna
 from optuna.study import StudyDirection
 
-from tracker.checks import checked_name
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
-from tracker.search import samplers
+from tracker.search import sampler as samplers
 from tracker.search.space import Space, difference, from_json, grid, to_json
 from tracker.search.storage import Storage, quiet
+from tracker.validation import checked_name
 
 STUDY = "tracker:study"
 _ALIAS = re.compile(r"(?!(latest|v\d+)$)[\w\-]{1,255}", re.IGNORECASE)  # mlflow.utils.validation

@@ -9,13 +9,13 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from tracker.delivery import Delivery
-from tracker.environment import environment_tags
+from tracker.capture.provenance import environment_tags
+from tracker.delivery.base import Delivery
 from tracker.errors import ArgumentError
 from tracker.search.plan import SLOT
 from tracker.search.record import Record
-from tracker.search.samplers import training_seed
-from tracker.search.search import Ended, Task, Verdict
+from tracker.search.sampler import training_seed
+from tracker.search.session import Ended, Task, Verdict
 from tracker.search.trial import Objective, Tracking, run_trial
 
 

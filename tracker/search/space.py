@@ -24,8 +24,8 @@ from optuna.distributions import (
     json_to_distribution,
 )
 
-from tracker.checks import checked_name
 from tracker.errors import ArgumentError
+from tracker.validation import checked_name
 
 Value = None | bool | int | float | str
 Domain = list[Value] | BaseDistribution

@@ -22,36 +22,29 @@ from typing import Any
 
 import optuna
 
-from tracker.delivery import Delivery, Mode, delivery, mode_of
-from tracker.environment import environment_tags
+from tracker.capture.provenance import environment_tags
+from tracker.delivery.base import Delivery, Mode, delivery, mode_of
 from tracker.errors import ArgumentError, StoreError
-from tracker.journal import now
+from tracker.journal.records import now
 from tracker.redaction import public_uri
 from tracker.run import DIRECTORY
 from tracker.search import warm_start
-from tracker.search.here import run_here
+from tracker.search.executors.inprocess import run_here
+from tracker.search.executors.processes import WORKER, Pool, Spec, check_picklable
 from tracker.search.interrupts import Interrupts
-from tracker.search.keeper import (
-    SETTLE_SECONDS,
-    Duty,
-    InlineKeeper,
-    Keeper,
-    KeeperProcess,
-    NoKeeper,
-    adopted,
-)
+from tracker.search.keeper import InlineKeeper, Keeper, KeeperProcess, NoKeeper, adopted
+from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
 from tracker.search.record import Record, load, open_study
 from tracker.search.replay import replay
-from tracker.search.samplers import directions
-from tracker.search.search import Ended, Search, reap
+from tracker.search.sampler import directions
+from tracker.search.session import Ended, Search, reap
 from tracker.search.space import checked_space
 from tracker.search.storage import Storage, parse
 from tracker.search.trial import Objective, Tracking
-from tracker.search.workers import WORKER, Pool, Spec, check_picklable
 from tracker.statuses import Status, outcome
-from tracker.tracking_uri import check, resolve
+from tracker.store.uri import check, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +232,7 @@ class Study:
     def _keeper(self, record: Record, search: Search, environment: Mapping[str, str]) -> Keeper:
         if self._mode == "offline":
             return NoKeeper()
-        duty = Duty(
+        duty = KeeperConfig(
             storage=search.storage.url,
             study=record.name,
             search=search.id,

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tracker.search.plan import ENDED, SLOT, SOURCE
 from tracker.search.record import Record
-from tracker.search.search import feasible
+from tracker.search.session import feasible
 
 _TAKEN = ("trial", "slot", "state", "steps", "started", "seconds", "source", "reason")
 

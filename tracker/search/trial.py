@@ -20,19 +20,19 @@ from optuna.distributions import (
 )
 from torch import Tensor, nn
 
-from tracker.builder import run_name
-from tracker.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from tracker.delivery import Delivery
-from tracker.environment import set_seed
+from tracker.delivery.base import Delivery
 from tracker.errors import ArgumentError, CallOrderError, StoreError
+from tracker.grid import run_name
 from tracker.manager import RunManager
-from tracker.resume import Earlier
 from tracker.run import Run, RunKey
 from tracker.search.plan import Why
-from tracker.search.search import Ended, Task, TrialLostError, Verdict
+from tracker.search.session import Ended, Task, TrialLostError, Verdict
 from tracker.search.space import contains
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Outcome, outcome
+from tracker.store.history import ResumeState
+from tracker.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tracker.training.rng import set_seed
 from tracker.views.files import json_text, write_atomically
 
 Objective = Callable[["Trial"], float | Sequence[float]]
@@ -163,7 +163,7 @@ class TrialRun(Run):
         shutil.rmtree(self._folder / f"{step:08d}", ignore_errors=True)
 
 
-def _earlier(folder: Path) -> Earlier | None:
+def _earlier(folder: Path) -> ResumeState | None:
     """What an earlier attempt at a trial left in `folder`: its last whole checkpoint."""
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     checkpoints: dict[int, Checkpoint] = {}
@@ -180,7 +180,7 @@ def _earlier(folder: Path) -> Earlier | None:
         for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         if row["epoch"] <= last.epoch
     ]
-    return Earlier(
+    return ResumeState(
         run_id="",
         params={},
         last_steps={},

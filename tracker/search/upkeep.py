@@ -8,15 +8,15 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.delivery.leftovers import journals
 from tracker.errors import StoreError
 from tracker.redaction import MASK
-from tracker.search.keeper import SETTLE_SECONDS
-from tracker.search.leases import PREFIX, Leases, going_on, grace_of, was_here
+from tracker.search.keeper_config import SETTLE_SECONDS
+from tracker.search.leases import PREFIX, Leases, active_searches, grace_of, was_here
 from tracker.search.plan import SEARCH
 from tracker.search.record import Record, load
-from tracker.search.search import reap
+from tracker.search.session import reap
 from tracker.search.storage import Storage
-from tracker.sync import journals
 
 _LOOK_SECONDS = 0.5
 
@@ -35,10 +35,12 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
         trials = storage.optuna.get_all_trials(
             record.study_id, deepcopy=False, states=(TrialState.RUNNING,)
         )
-        there = going_on(attrs)
+        there = active_searches(attrs)
         there |= {trial.user_attrs[SEARCH] for trial in trials if SEARCH in trial.user_attrs}
         dead = {search for search in there if not leases.lives(search, attrs)}
-        own = max((grace_of(attrs[f"{PREFIX}{search}"]) for search in going_on(attrs)), default=0.0)
+        own = max(
+            (grace_of(attrs[f"{PREFIX}{search}"]) for search in active_searches(attrs)), default=0.0
+        )
         if dead == there or time.monotonic() > began + max(grace, own) + 2 * _LOOK_SECONDS:
             return reap(storage, record, dead.__contains__) if dead else []
         time.sleep(_LOOK_SECONDS)
@@ -53,9 +55,9 @@ def mirror_study(
     the study went; it is needed where that has a password. Raises StoreError where MLflow does not
     answer.
     """
-    from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
     from tracker.search.keeper_process import settle
     from tracker.search.mirror import Mirror
+    from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
     uri = tracking_uri or record.tracking_uri
     if uri is not None and MASK in uri:

@@ -17,7 +17,7 @@ from tracker.search.plan import SOURCE
 from tracker.search.record import Record
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
-from tracker.tracking_uri import check_there, resolve
+from tracker.store.uri import check_there, resolve
 
 Points = Set[tuple[Any, ...]] | None
 """The points of a grid."""
@@ -77,8 +77,8 @@ class FromRuns:
 
     def trials(self, record: Record) -> list[FrozenTrial]:
         """Those with a value of the metric and params within the space."""
-        from tracker.mlflow_store import MlflowStore  # importing mlflow takes seconds
-        from tracker.mlflow_studies import StudyRuns
+        from tracker.store.client import MlflowStore  # importing mlflow takes seconds
+        from tracker.store.runs import StudyRuns
 
         if len(record.directions) > 1:
             raise ArgumentError("warm_start_from_runs takes one objective.")

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tracker.environment import device_of, preserve_rng, unwrap
+from tracker.capture.histograms import bin_edges
+from tracker.capture.images import image_grid
 from tracker.errors import ArgumentError
-from tracker.histograms import bin_edges
-from tracker.images import image_grid
+from tracker.training.device import device_of, unwrap
+from tracker.training.rng import preserve_rng
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,695 @@
+"""Histograms count every element once, in bins that never depend on the data."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+
+from tracker import StoreError, load_histograms, load_nonfinite, start_run
+from tracker.capture.histograms import Histogram, bin_edges, histograms, network_histograms
+
+# The format, spelt out: the lower edges of bins 1, 2, … of positive numbers.
+LOWER = np.array([math.ldexp(1 + m / 8, e) for e in range(-126, 1024) for m in range(8)])
+LAST = len(LOWER)  # the bin of the largest float64
+LAST_FLOAT32 = (127 + 126) * 8 + 8
+
+patient = settings(deadline=None)
+
+
+def values_of(tensor: Tensor) -> npt.NDArray[np.float64]:
+    """The real numbers that a tensor holds, in float64."""
+    tensor = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.resolve_neg().double().numpy().ravel()
+
+
+def counted_by_hand(values: npt.NDArray[np.float64]) -> Histogram:
+    """What a search for each number among the edges finds."""
+    finite = values[np.isfinite(values)]
+    size = np.searchsorted(LOWER, np.abs(finite), side="right")
+    bins, counts = np.unique(np.where(finite < 0, -size, size), return_counts=True)
+    return Histogram(
+        bins,
+        counts,
+        int(np.isnan(values).sum()),
+        int(np.isposinf(values).sum()),
+        int(np.isneginf(values).sum()),
+    )
+
+
+def plain(histogram: Histogram) -> tuple[Any, ...]:
+    """A histogram as something that `==` compares."""
+    return (histogram.bins.tolist(), histogram.counts.tolist(), *histogram[2:])
+
+
+def count(tensor: Tensor) -> tuple[Any, ...]:
+    (found,) = histograms([tensor])
+    return plain(found)
+
+
+FLOATS = {np.float16: 16, np.float32: 32, np.float64: 64}
+COMPLEX = {np.complex64: 64, np.complex128: 128}
+INTEGERS = {
+    np.uint8: (0, 255),
+    np.int8: (-128, 127),
+    np.int16: (-(2**15), 2**15 - 1),
+    np.int32: (-(2**31), 2**31 - 1),
+    np.int64: (-(2**53), 2**53),  # beyond these a float64 cannot tell integers apart
+}
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+FLOAT32 = st.floats(width=32)
+FLOAT64 = st.floats()
+
+# Ways to lay the same elements out in memory, or to hang them into a graph.
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda tensor: tensor,
+    lambda tensor: tensor.mT if tensor.dim() > 1 else tensor,
+    lambda tensor: tensor.reshape(-1)[::2],
+    lambda tensor: tensor.expand(3, *tensor.shape),
+    lambda tensor: tensor.flatten()[1:],
+    lambda tensor: tensor.conj() if tensor.is_complex() else tensor,
+    lambda tensor: tensor.clone().requires_grad_() * 1 if tensor.is_floating_point() else tensor,
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Tensors of any dtype, shape and layout."""
+    dtype: Any = draw(st.sampled_from([*FLOATS, *COMPLEX, *INTEGERS, bool, torch.bfloat16]))
+    if dtype in FLOATS:
+        elements: Any = st.floats(width=FLOATS[dtype])
+    elif dtype in COMPLEX:
+        elements = st.complex_numbers(width=COMPLEX[dtype])
+    elif dtype in INTEGERS:
+        elements = st.integers(*INTEGERS[dtype])
+    else:
+        elements = st.booleans() if dtype is bool else FLOAT32
+    kind = np.float32 if dtype is torch.bfloat16 else dtype
+    tensor = torch.from_numpy(np.array(draw(hnp.arrays(kind, SHAPES, elements=elements))))
+    if dtype is torch.bfloat16:
+        tensor = tensor.bfloat16()
+    return draw(st.sampled_from(LAYOUTS))(tensor)
+
+
+# -- counts --------------------------------------------------------------------------------------
+
+
+@given(tensors())
+@patient
+def test_every_element_is_counted_in_its_bin(tensor: Tensor) -> None:
+    (found,) = histograms([tensor])
+
+    assert plain(found) == plain(counted_by_hand(values_of(tensor)))
+
+
+@given(tensors())
+@patient
+def test_the_counts_add_up_to_the_elements(tensor: Tensor) -> None:
+    (found,) = histograms([tensor])
+
+    values = values_of(tensor)
+    assert found.counts.sum() == np.isfinite(values).sum()
+    assert found.counts.sum() + found.nan + found.posinf + found.neginf == values.size
+    assert (found.counts > 0).all()
+    assert (np.diff(found.bins) > 0).all()
+
+
+@given(tensors())
+@patient
+def test_each_bin_holds_the_numbers_between_its_edges(tensor: Tensor) -> None:
+    (found,) = histograms([tensor])
+
+    values = values_of(tensor)
+    bins = found.bins[np.abs(found.bins) < LAST]
+    for number, left, right in zip(bins, *bin_edges(bins), strict=True):
+        within = (values > left) & (values < right)
+        if number:
+            within |= values == (left if number > 0 else right)  # the edge nearer to zero
+        assert found.counts[found.bins == number].item() == within.sum()
+
+
+@given(st.lists(tensors(), max_size=6))
+@patient
+def test_tensors_of_mixed_types_are_each_counted_for_themselves(several: list[Tensor]) -> None:
+    assert list(map(plain, histograms(several))) == [
+        plain(counted_by_hand(values_of(tensor))) for tensor in several
+    ]
+
+
+@given(tensors())
+@patient
+def test_counting_leaves_the_tensor_as_it_was(tensor: Tensor) -> None:
+    before = values_of(tensor).tobytes()
+    needed = tensor.requires_grad
+
+    histograms([tensor])
+
+    assert values_of(tensor).tobytes() == before
+    assert tensor.requires_grad == needed
+
+
+@given(st.lists(FLOAT32), st.lists(FLOAT32))
+@patient
+def test_counts_of_parts_add_up_to_those_of_the_whole(one: list[float], other: list[float]) -> None:
+    """Epochs and ranks can be added, since bins do not depend on what falls into them."""
+    parts = histograms([torch.tensor(one), torch.tensor(other)])
+    (whole,) = histograms([torch.tensor(one + other)])
+
+    added: dict[int, int] = {}
+    for part in parts:
+        for number, size in zip(part.bins.tolist(), part.counts.tolist(), strict=True):
+            added[number] = added.get(number, 0) + size
+    assert dict(sorted(added.items())) == dict(zip(*plain(whole)[:2], strict=True))
+    assert (whole.nan, whole.posinf, whole.neginf) == tuple(
+        sum(part[field] for part in parts) for field in (2, 3, 4)
+    )
+
+
+@given(st.lists(st.floats(width=16)))
+@patient
+def test_a_number_has_the_same_bin_in_every_precision(numbers: list[float]) -> None:
+    half = torch.tensor(numbers, dtype=torch.float16)
+
+    assert count(half) == count(half.float()) == count(half.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zeros_of_either_sign_and_subnormals_are_in_bin_zero(dtype: torch.dtype) -> None:
+    below = math.nextafter(2.0**-126, 0) if dtype == torch.float64 else 2.0**-126 - 2.0**-149
+    numbers = [0.0, -0.0, 2.0**-149, -(2.0**-149), below, -below]
+
+    assert count(torch.tensor(numbers, dtype=dtype)) == ([0], [6], 0, 0, 0)
+
+
+@given(st.integers(1, LAST))
+@example(1)
+@example(LAST_FLOAT32)
+@example(LAST)
+@patient
+def test_an_edge_is_in_the_bin_that_is_farther_from_zero(number: int) -> None:
+    edge = LOWER[number - 1]
+    before = np.nextafter(edge, 0)
+
+    found = count(torch.tensor([edge, before, -edge, -before], dtype=torch.float64))
+
+    if number == 1:
+        assert found == ([-1, 0, 1], [1, 2, 1], 0, 0, 0)
+    else:
+        assert found == ([-number, 1 - number, number - 1, number], [1] * 4, 0, 0, 0)
+
+
+@given(st.integers(-126, 127))
+@patient
+def test_a_power_of_two_begins_an_octave_of_eight_bins(exponent: int) -> None:
+    octave = torch.tensor([2.0**exponent * (1 + eighth / 8) for eighth in range(8)])
+    first = (exponent + 126) * 8 + 1
+
+    assert count(octave) == (list(range(first, first + 8)), [1] * 8, 0, 0, 0)
+    assert count(-octave) == (list(range(-first - 7, -first + 1)), [1] * 8, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last"), [(torch.float32, LAST_FLOAT32), (torch.float64, LAST)], ids=str
+)
+def test_the_largest_number_is_finite_and_infinity_is_not(dtype: torch.dtype, last: int) -> None:
+    largest = torch.finfo(dtype).max
+    numbers = [largest, -largest, math.inf, math.inf, -math.inf, math.nan, -math.nan]
+
+    assert count(torch.tensor(numbers, dtype=dtype)) == ([-last, last], [1, 1], 2, 2, 1)
+
+
+NARROW = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_number_that_a_narrow_type_has_is_in_its_bin(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32)
+    every = every.to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype)
+    numbers = every[~every.float().isnan()]
+
+    assert count(numbers) == plain(counted_by_hand(values_of(numbers)))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_nan_is_nan_in_every_narrow_type(dtype: torch.dtype) -> None:
+    nan = torch.tensor([math.nan]).to(dtype)
+    assert nan.float().isnan().all()
+
+    assert count(nan) == ([], [], 1, 0, 0)
+
+
+def test_the_gradient_of_a_sparse_embedding_has_its_zeros() -> None:
+    embedding = nn.Embedding(50, 3, sparse=True)
+    embedding(torch.tensor([7, 7, 30])).square().sum().backward()
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+
+    found = count(gradient)
+
+    assert found == count(gradient.to_dense())
+    assert sum(found[1]) == 150
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64], ids=str)
+def test_a_sparse_tensor_is_counted_like_a_dense_one(dtype: torch.dtype) -> None:
+    dense = torch.zeros(4, 5, dtype=dtype)
+    dense[1, 2], dense[3, 0] = 0.5, -3.0
+
+    assert count(dense.to_sparse()) == count(dense)
+
+
+def test_elements_that_a_sparse_tensor_names_twice_are_added_first() -> None:
+    twice = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1]]), torch.tensor([0.5, 1.5]), (3,), check_invariants=True
+    )
+
+    assert count(twice) == count(torch.tensor([0.0, 2.0, 0.0]))
+
+
+def test_a_view_that_negates_lazily_is_counted_as_it_reads() -> None:
+    lazy = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    assert lazy.is_neg()
+
+    assert count(lazy) == count(torch.tensor([-2.0, 4.0]))
+
+
+def test_a_tensor_of_millions_of_elements_is_counted_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(5_000_011, generator=generator)
+    tensor[::1_000_000] = math.nan
+
+    (found,) = histograms([tensor])
+
+    assert plain(found) == plain(counted_by_hand(values_of(tensor)))
+    assert found.nan == 6
+
+
+def test_millions_of_elements_in_tensors_of_all_sizes_are_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2_200_000, 7, 0, 2_200_000, 4_200_000, 1]
+    several = [torch.randn(size, generator=generator) * 2.0**n for n, size in enumerate(sizes)]
+
+    assert list(map(plain, histograms(several))) == [
+        plain(counted_by_hand(values_of(tensor))) for tensor in several
+    ]
+
+
+def test_no_tensors_have_no_histograms() -> None:
+    assert histograms([]) == []
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_an_empty_tensor_has_no_bins(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert count(torch.empty(shape, dtype=dtype)) == ([], [], 0, 0, 0)
+
+
+# -- bins ----------------------------------------------------------------------------------------
+
+
+def test_edges_are_eighths_of_octaves() -> None:
+    left, right = bin_edges(range(1, LAST))
+
+    np.testing.assert_array_equal(left, LOWER[:-1])
+    np.testing.assert_array_equal(right, LOWER[1:])
+
+
+def test_bin_zero_reaches_to_the_smallest_normal_float32() -> None:
+    (left,), (right,) = bin_edges([0])
+
+    assert (left, right) == (-(2.0**-126), 2.0**-126)
+
+
+def test_bins_join_without_gap_or_overlap() -> None:
+    left, right = bin_edges(range(1 - LAST, LAST))
+
+    np.testing.assert_array_equal(left[1:], right[:-1])
+    assert (left < right).all()
+
+
+def test_bins_of_negative_numbers_mirror_those_of_positive_ones() -> None:
+    left, right = bin_edges(range(1, LAST))
+    mirrored_left, mirrored_right = bin_edges(range(-1, -LAST, -1))
+
+    np.testing.assert_array_equal(mirrored_left, -right)
+    np.testing.assert_array_equal(mirrored_right, -left)
+
+
+def test_edges_come_in_the_order_of_the_bins_asked_for() -> None:
+    left, right = bin_edges(iter([1017, -1017, 1017]))
+
+    assert left.tolist() == [2.0, -2.25, 2.0]
+    assert right.tolist() == [2.25, -2.0, 2.25]
+
+
+def test_no_bins_have_no_edges() -> None:
+    left, right = bin_edges([])
+
+    assert (left.size, right.size) == (0, 0)
+
+
+def test_the_outermost_bins_hold_the_largest_float64() -> None:
+    (low, high), (low_end, high_end) = bin_edges([-LAST, LAST])
+    largest = np.finfo(np.float64).max
+
+    assert high == -low_end == LOWER[-1]
+    assert low <= -largest
+    assert high_end >= largest
+
+
+# -- networks ------------------------------------------------------------------------------------
+
+
+def of_network(network: nn.Module, step: int = 1) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """The histograms of a network by tensor and kind; each pair is there once."""
+    found = network_histograms(network, step)["histograms"]
+    keys = [(item["tensor"], item["kind"]) for item in found]
+    assert len(keys) == len(set(keys))
+    fields = ("bins", "counts", "nan", "posinf", "neginf")
+    return {key: tuple(item[f] for f in fields) for key, item in zip(keys, found, strict=True)}
+
+
+class Mixed(nn.Module):
+    """Parameters of several precisions beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = nn.Linear(3, 4)
+        self.double = nn.Linear(4, 5).double()
+        self.half = nn.Linear(5, 2).bfloat16()
+        self.phase = nn.Parameter(torch.tensor([1 + 2j, -0.5j]))
+        self.table = nn.Parameter(torch.arange(6), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+def test_a_network_of_mixed_precision_has_every_weight_and_gradient() -> None:
+    torch.manual_seed(0)
+    network = Mixed()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+
+    found = of_network(network)
+
+    for name, parameter in network.named_parameters():
+        assert found[name, "weight"] == count(parameter)
+        assert sum(found[name, "weight"][1]) == parameter.numel() * (1 + parameter.is_complex())
+        if parameter.grad is not None:
+            assert found[name, "gradient"] == count(parameter.grad)
+    assert ("table", "gradient") not in found
+    assert len(found) == 2 * len(list(network.parameters())) - 1
+
+
+def test_a_parameter_without_a_gradient_has_weights_alone() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    network[0].requires_grad_(False)
+    network(torch.ones(1, 2)).sum().backward()
+
+    assert set(of_network(network)) == {
+        ("0.weight", "weight"),
+        ("0.bias", "weight"),
+        ("1.weight", "weight"),
+        ("1.weight", "gradient"),
+        ("1.bias", "weight"),
+        ("1.bias", "gradient"),
+    }
+
+
+def test_a_layer_that_has_seen_no_input_has_nothing_to_show_yet() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1))
+    assert set(of_network(network)) == {("0.weight", "weight"), ("0.bias", "weight")}
+
+    network(torch.ones(1, 2))
+
+    assert ("1.weight", "weight") in of_network(network)
+
+
+def test_tied_weights_are_counted_once() -> None:
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    network[1].weight = network[0].weight
+    network(torch.ones(1, 4)).sum().backward()
+
+    found = of_network(network)
+
+    assert set(found) == {("0.weight", "weight"), ("0.weight", "gradient")}
+    assert sum(found["0.weight", "weight"][1]) == 16
+
+
+def test_a_network_without_parameters_has_no_histograms() -> None:
+    assert network_histograms(nn.Sequential(nn.ReLU()), 3) == {"step": 3, "histograms": []}
+
+
+def test_the_record_of_a_network_is_json() -> None:
+    network = Mixed()
+    network.scale.data.fill_(math.nan)
+    record = network_histograms(network, 7)
+
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["step"] == 7
+
+
+def test_counting_does_not_touch_the_network() -> None:
+    network = Mixed()
+    network.scale.grad = torch.tensor(1.5)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    gradients = [parameter.grad for parameter in network.parameters()]
+
+    network_histograms(network, 1)
+
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert all(p.grad is g for p, g in zip(network.parameters(), gradients, strict=True))
+
+
+# -- read back from a run ------------------------------------------------------------------------
+
+COLUMNS = ["tensor", "kind", "step", "left", "right", "count"]
+
+
+def logged(network: nn.Module, steps: int = 1, *, uri: str | None = None) -> str:
+    """The id of a run with the histograms of `network`, whose weights double from step to step."""
+    with start_run(tracking_uri=uri) as run:
+        for step in range(1, steps + 1):
+            run.log_histograms(network, step)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter *= 2
+    assert run.run_id
+    return run.run_id
+
+
+def test_a_run_gives_its_histograms_back(tracking_uri: str) -> None:
+    network = nn.Linear(5, 4)
+    network(torch.ones(2, 5)).sum().backward()
+    tensors = {
+        (name, kind): (tensor.detach().clone(), 2.0 if kind == "weight" else 1.0)
+        for name, parameter in network.named_parameters()
+        for kind, tensor in (("weight", parameter), ("gradient", parameter.grad))
+        if tensor is not None
+    }
+
+    frame = load_histograms(logged(network, steps=12, uri=tracking_uri), tracking_uri)
+
+    assert list(frame.columns) == COLUMNS
+    assert pd.api.types.is_string_dtype(frame["tensor"])
+    assert pd.api.types.is_string_dtype(frame["kind"])
+    assert frame.dtypes[2:].astype(str).tolist() == ["int64", "float64", "float64", "int64"]
+    assert frame["step"].is_monotonic_increasing
+    assert frame["step"].unique().tolist() == list(range(1, 13))
+    for (name, kind, step), rows in frame.groupby(["tensor", "kind", "step"]):
+        values, growth = tensors[name, kind]
+        expected = counted_by_hand(values_of(values * growth ** (step - 1)))
+        left, right = bin_edges(expected.bins)
+        assert rows["left"].tolist() == left.tolist()
+        assert rows["right"].tolist() == right.tolist()
+        assert rows["count"].tolist() == expected.counts.tolist()
+    assert len(frame.groupby(["tensor", "kind", "step"])) == 2 * 2 * 12
+
+
+def test_bins_mean_the_same_in_every_epoch(tracking_uri: str) -> None:
+    """Doubled weights lie eight bins further on; no bin has moved."""
+    network = nn.Linear(50, 2, bias=False)
+    nn.init.uniform_(network.weight, 0.5, 1.0)
+
+    frame = load_histograms(logged(network, steps=2), tracking_uri)
+
+    first, second = (frame[frame["step"] == step] for step in (1, 2))
+    assert (2 * first["left"]).tolist() == second["left"].tolist()
+    assert (2 * first["right"]).tolist() == second["right"].tolist()
+    assert first["count"].tolist() == second["count"].tolist()
+
+
+def test_histograms_can_be_read_while_the_run_lasts(tracking_uri: str) -> None:
+    with start_run() as run:
+        run.log_histograms(nn.Linear(2, 2), 1)
+        run.flush()
+        assert run.run_id
+        assert load_histograms(run.run_id)["count"].sum() == 6
+
+
+class Broken(nn.Module):
+    """One sound parameter, one with numbers that are not finite among it, one with no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sound = nn.Parameter(torch.ones(3))
+        self.cracked = nn.Parameter(torch.tensor([1.0, math.nan, math.inf, math.inf, -math.inf]))
+        self.lost = nn.Parameter(torch.full((2, 2), math.nan))
+
+
+def test_what_is_not_finite_is_read_back_apart(tracking_uri: str) -> None:
+    frame = load_nonfinite(logged(Broken(), steps=2), tracking_uri)
+
+    assert list(frame.columns) == ["tensor", "kind", "step", "nan", "posinf", "neginf"]
+    assert [str(dtype) for dtype in frame.dtypes[2:]] == ["int64"] * 4
+    assert frame.values.tolist() == [
+        ["cracked", "weight", 1, 1, 2, 1],
+        ["lost", "weight", 1, 4, 0, 0],
+        ["cracked", "weight", 2, 1, 2, 1],
+        ["lost", "weight", 2, 4, 0, 0],
+    ]
+
+
+def test_a_run_that_is_finite_throughout_has_no_rows_of_what_is_not(tracking_uri: str) -> None:
+    frame = load_nonfinite(logged(nn.Linear(2, 2)), tracking_uri)
+
+    assert frame.empty
+    assert list(frame.columns) == ["tensor", "kind", "step", "nan", "posinf", "neginf"]
+
+
+def test_counts_stay_integers_beside_a_tensor_that_is_nothing_but_nan(tracking_uri: str) -> None:
+    frame = load_histograms(logged(Broken()), tracking_uri)
+
+    assert frame["tensor"].tolist() == ["sound", "cracked"]
+    assert frame["count"].tolist() == [3, 1]
+    assert str(frame["count"].dtype) == "int64"
+    assert str(frame["step"].dtype) == "int64"
+
+
+def test_a_run_of_nothing_but_nan_has_columns_and_no_rows(tracking_uri: str) -> None:
+    network = nn.Linear(2, 2)
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, math.nan)
+
+    frame = load_histograms(logged(network), tracking_uri)
+
+    assert list(frame.columns) == COLUMNS
+    assert frame.empty
+
+
+def test_the_largest_float64_is_read_back(tracking_uri: str) -> None:
+    network = nn.Linear(1, 1, bias=False).double()
+    largest = torch.finfo(torch.float64).max
+    nn.init.constant_(network.weight, largest)
+
+    (row,) = load_histograms(logged(network), tracking_uri).to_dict("records")
+
+    assert row["left"] == LOWER[-1]
+    assert row["right"] >= largest
+    assert row["count"] == 1
+
+
+@pytest.mark.parametrize("load", [load_histograms, load_nonfinite])
+def test_a_run_without_histograms_says_so(
+    tracking_uri: str, load: Callable[..., pd.DataFrame]
+) -> None:
+    with start_run() as run:
+        pass
+    assert run.run_id
+
+    with pytest.raises(StoreError, match=rf"^run_id='{run.run_id}' .*'histograms'\.$"):
+        load(run.run_id, tracking_uri)
+
+
+@pytest.mark.parametrize("load", [load_histograms, load_nonfinite])
+def test_a_run_that_does_not_exist_is_named(
+    tracking_uri: str, load: Callable[..., pd.DataFrame]
+) -> None:
+    with pytest.raises(StoreError, match="0123456789abcdef"):
+        load("0123456789abcdef", tracking_uri)
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_a_gpu_counts_what_the_cpu_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.randint(-(2**31), 2**31, (100_000,), generator=generator, dtype=torch.int32)
+    several = [
+        wild.view(torch.float32).nan_to_num(nan=math.nan),  # any number, and NaN as torch has it
+        torch.randn(5_000_011, generator=generator),
+        torch.randn(1_000, generator=generator).bfloat16(),
+        torch.randn(30, 40, generator=generator, dtype=torch.float64).mT,
+        torch.randn(10, generator=generator, dtype=torch.complex64),
+        torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 2.0**-149]),
+        torch.tensor(3.0),
+        torch.empty(0),
+        torch.eye(30).to_sparse(),
+    ]
+
+    on_gpu = histograms([tensor.cuda() for tensor in several])
+
+    assert list(map(plain, on_gpu)) == list(map(plain, histograms(several)))
+
+
+@pytest.mark.cuda
+def test_a_network_on_a_gpu_is_waited_for_once() -> None:
+    network = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 10).double()).cuda()
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    network_histograms(network, 1)  # the first use of a kernel loads it
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            network_histograms(network, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    waits = [str(each.message) for each in caught if "synchronizing" in str(each.message)]
+    assert len(waits) == 1  # the transfer of the counts
+
+
+# -- frozen parts ----------------------------------------------------------------------------------
+
+
+def test_frozen_weights_are_logged_again_only_when_they_change(tracking_uri: str) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    with start_run() as run:
+        for step in (1, 2, 3, 4, 5):
+            if step == 3:
+                network[0].weight.data.mul_(2)  # as an average of weights is kept
+            if step == 4:
+                network[0].requires_grad_(True)  # thawed
+            run.log_histograms(network, step)
+        run.flush()
+        found = load_histograms(run.run_id)
+    steps = found[found["kind"] == "weight"].groupby("tensor")["step"].unique().map(list).to_dict()
+    assert steps["1.weight"] == [1, 2, 3, 4, 5]
+    assert steps["0.weight"] == [1, 3, 4, 5]
+    assert steps["0.bias"] == [1, 4, 5]

@@ -1,0 +1,173 @@
+"""The logged model: the same network, anywhere."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import FashionCNN
+from tests.helpers import Store
+from tracker import start_run
+from tracker.capture.model import save_model
+
+LOAD_ELSEWHERE = """
+import sys
+import numpy as np
+import mlflow
+for name in ("tracker", "models", "studies"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} can be imported: this proves nothing")
+images = np.load("images.npy")
+model = mlflow.pytorch.load_model(sys.argv[1])
+import torch
+with torch.no_grad():
+    np.save("logits.npy", model(torch.from_numpy(images)).numpy())
+np.save("pyfunc.npy", mlflow.pyfunc.load_model(sys.argv[1]).predict(images))
+"""
+
+
+def test_it_loads_in_a_process_that_cannot_import_this_project(
+    store: Store, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    network = FashionCNN()
+    images = torch.rand(7, 1, 28, 28)
+    with start_run() as run:
+        assert run.log_model(network, images[:4])
+    (output,) = store.run().outputs.model_outputs
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    np.save(elsewhere / "images.npy", images.numpy())
+    path = mlflow.artifacts.download_artifacts(
+        f"models:/{output.model_id}", tracking_uri=store.uri, dst_path=str(elsewhere / "model")
+    )
+    # -S leaves out the path to this project that an editable installation adds.
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    program = f"import sys; sys.path.append({packages!r}){LOAD_ELSEWHERE}"
+    loaded = subprocess.run(
+        [sys.executable, "-S", "-c", program, path],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    expected = network.eval()(images).detach().numpy()
+    np.testing.assert_allclose(np.load(elsewhere / "logits.npy"), expected, atol=1e-5)
+    np.testing.assert_allclose(np.load(elsewhere / "pyfunc.npy"), expected, atol=1e-5)
+
+
+def test_it_has_a_signature_whose_batch_is_free(store: Store) -> None:
+    with start_run() as run:
+        run.log_model(FashionCNN(), torch.rand(1, 1, 28, 28))
+    (output,) = store.run().outputs.model_outputs
+    signature = mlflow.models.get_model_info(f"models:/{output.model_id}").signature
+    assert [spec.shape for spec in signature.inputs] == [(-1, 1, 28, 28)]
+    assert [spec.shape for spec in signature.outputs] == [(-1, 10)]
+
+
+def test_the_run_s_own_uri_leads_to_it(store: Store) -> None:
+    with start_run() as run:
+        run.log_model(FashionCNN(), torch.rand(2, 1, 28, 28))
+    model = mlflow.pytorch.load_model(f"runs:/{run.run_id}/model")
+    assert model(torch.rand(5, 1, 28, 28)).shape == (5, 10)
+
+
+def trained_mode() -> nn.Module:
+    """A network that computes something else in training mode than in evaluation mode."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)
+    ).train()
+
+
+def test_the_live_network_and_the_generators_stay_as_they_are(tmp_path: Path) -> None:
+    network = trained_mode()
+    network(torch.rand(4, 16)).sum().backward()
+    before = copy.deepcopy(network.state_dict())
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    torch.manual_seed(5)
+    drawn = torch.rand(2)
+    torch.manual_seed(5)
+    assert (
+        save_model(network, torch.rand(4, 16, generator=torch.Generator()), tmp_path / "m") is None
+    )
+    assert torch.equal(torch.rand(2), drawn)
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+        assert torch.equal(gradient, parameter.grad)
+
+
+def test_what_is_saved_is_in_evaluation_mode(tmp_path: Path) -> None:
+    network = trained_mode()
+    assert save_model(network, torch.rand(2, 16), tmp_path / "m") is None
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "m"))
+    images = torch.rand(6, 16)
+    assert torch.allclose(loaded(images), network.eval()(images), atol=1e-6)
+    assert torch.equal(loaded(images), loaded(images))
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, -1) * 1.0
+
+
+@pytest.mark.parametrize(
+    ("network", "problem"),
+    [
+        (TwoOutputs(), "it returns tuple"),
+        (nn.Linear(3, 3), "it does not take a batch of 2"),
+        (FixedBatch(), "it does not take a batch of 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_network_that_is_no_mlflow_model_is_one_sentence(
+    network: nn.Module, problem: str, tmp_path: Path
+) -> None:
+    found = save_model(network, torch.rand(2, 5), tmp_path / "m")
+    assert found is not None
+    assert problem in found
+    assert "\n" not in found
+
+
+def test_a_compiled_network_is_saved_as_the_network_inside(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(3, 2))
+    compiled = torch.compile(network)
+    assert save_model(compiled, torch.rand(2, 3), tmp_path / "m") is None
+
+
+@pytest.mark.cuda
+def test_a_network_on_cuda_is_saved_for_the_cpu(tmp_path: Path) -> None:
+    network = FashionCNN().cuda()
+    assert save_model(network, torch.rand(2, 1, 28, 28).cuda(), tmp_path / "m") is None
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "m"))
+    assert next(loaded.parameters()).device.type == "cpu"
+    assert next(network.parameters()).device.type == "cuda"
+
+
+def test_the_program_s_logging_stays_as_it_was(tmp_path: Path) -> None:
+    program = (
+        "import logging, torch\nfrom pathlib import Path\n"
+        "from tracker.capture.model import save_model\n"
+        "assert save_model(torch.nn.Linear(2, 1), torch.ones(2, 2), Path('m')) is None\n"
+        "assert logging.root.handlers == []\n"
+        "assert logging.root.level == logging.WARNING"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

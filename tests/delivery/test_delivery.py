@@ -1,0 +1,212 @@
+"""The second process: what it costs the training process to have it, and what it is told."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import Store
+from tracker import start_run
+from tracker.cli import main
+from tracker.delivery.base import Mode, mode_of
+from tracker.errors import ArgumentError, StoreError
+from tracker.journal.writer import JournalWriter
+
+COUNTS = """
+import os, psutil, sys
+from tracker import RunManager, start_run
+
+def uploaders():
+    return [child.pid for child in psutil.Process().children()]
+"""
+
+
+def run_program(text: str, tracking_uri: str) -> str:
+    """Run a program that tracks by a second process; returns what it prints."""
+    env = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "TRACKER_INLINE": "0"}
+    command = [sys.executable, "-c", COUNTS + text]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200)
+    return done.stdout
+
+
+def test_training_imports_no_mlflow_and_its_uploader_no_torch(store: Store, tmp_path: Path) -> None:
+    printed = run_program(
+        "with start_run() as run:\n"
+        "    run.log_metrics({'loss': 1.0})\n"
+        "    while run.run_id is None: run.flush()\n"
+        "    (pid,) = uploaders()\n"
+        "    maps = open(f'/proc/{pid}/maps').read()\n"
+        "    assert 'libtorch' not in maps and 'sqlite' in maps\n"
+        "    assert psutil.Process(pid).nice() == 19\n"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'mlflow'])",
+        store.uri,
+    )
+    assert printed == "[]\n"
+    assert store.run().info.status == "FINISHED"
+    assert list((tmp_path / ".tracker").iterdir()) == []
+
+
+def test_one_uploader_serves_all_runs_of_a_process(store: Store) -> None:
+    printed = run_program(
+        "seen = set()\n"
+        "for number in range(3):\n"
+        "    with start_run(params={'number': number}) as run:\n"
+        "        while run.run_id is None: run.flush()\n"
+        "        seen.update(uploaders())\n"
+        "print(len(seen))",
+        store.uri,
+    )
+    assert printed == "1\n"
+    runs = store.runs()
+    assert [run.data.params["number"] for run in runs] == ["0", "1", "2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_the_uploader_samples_the_system_under_mlflow_s_names(store: Store) -> None:
+    run_program(
+        "with start_run() as run:\n    while run.run_id is None: run.flush()\n    run.flush()",
+        store.uri,
+    )
+    run = store.run()
+    assert store.history(
+        run, "system/system_memory_usage_percentage"
+    )  # by the clock: late ones too
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+
+
+def test_a_module_of_the_user_s_is_none_of_the_uploader_s(store: Store, tmp_path: Path) -> None:
+    for name in ("json", "mlflow", "sqlite3"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')")
+    program = tmp_path / "elsewhere" / "train.py"
+    program.parent.mkdir()
+    program.write_text(
+        "from tracker import start_run\n"
+        "with start_run() as run:\n    while run.run_id is None: run.flush()"
+    )
+    env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
+    subprocess.run([sys.executable, str(program)], env=env, check=True, timeout=200)
+    assert store.run().info.status == "FINISHED"
+
+
+def test_a_deleted_experiment_is_said_and_nothing_is_lost(store: Store) -> None:
+    store.client.delete_experiment(store.client.create_experiment("gone"))
+    env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
+    program = (
+        "import time\nfrom pathlib import Path\nfrom tracker import start_run\n"
+        "from tracker.delivery.leftovers import journals, journal_status\n"
+        "with start_run(experiment='gone'):\n"
+        "    while journal_status(journals(Path('.tracker'))[0]).problem is None: time.sleep(0.1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0
+    assert "experiment='gone' was deleted; restore it with" in done.stderr
+    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+
+
+def test_a_uri_that_cannot_be_meant_shows_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no database")
+    program = (
+        "from tracker import start_run, StoreError\n"
+        "try:\n    start_run(tracking_uri='sqlite:///text.txt', inline=False)\n"
+        "except StoreError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert "text.txt is not a SQLite file." in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("inline", "offline", "env", "mode"),
+    [
+        (None, None, {}, "process"),
+        (True, None, {}, "inline"),
+        (None, True, {}, "offline"),
+        (None, None, {"TRACKER_INLINE": "1"}, "inline"),
+        (None, None, {"TRACKER_OFFLINE": "True"}, "offline"),
+        (False, False, {"TRACKER_INLINE": "1", "TRACKER_OFFLINE": "1"}, "process"),
+        (True, None, {"TRACKER_OFFLINE": "1"}, "inline"),
+        (None, True, {"TRACKER_INLINE": "1"}, "offline"),
+        (None, None, {"TRACKER_INLINE": "False"}, "process"),
+    ],
+)
+def test_how_it_is_delivered(
+    inline: bool | None,
+    offline: bool | None,
+    env: dict[str, str],
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TRACKER_INLINE", "TRACKER_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert mode_of(inline=inline, offline=offline) == mode
+
+
+def test_a_variable_that_says_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKER_INLINE", "perhaps")
+    with pytest.raises(ArgumentError, match="TRACKER_INLINE='perhaps' is not allowed"):
+        start_run()
+
+
+def test_the_end_of_an_offline_run_is_on_disk_when_its_block_is_left(tmp_path: Path) -> None:
+    program = (
+        "import os\nfrom tracker import start_run\n"
+        "with start_run(offline=True) as run:\n    run.log_metrics({'loss': 1.0})\nos._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    assert main(["sync"]) == 0
+    run = Store(f"sqlite:///{tmp_path / 'mlflow.db'}").run()
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss": 1.0}
+
+
+def test_an_offline_run_is_left_to_sync_by_the_next_run_in_its_folder(store: Store) -> None:
+    program = "from tracker import start_run\nwith start_run(offline=True): pass"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    run_program("with start_run() as run:\n    while run.run_id is None: run.flush()", store.uri)
+    assert len(store.runs()) == 1
+    assert main(["sync"]) == 0
+    assert len(store.runs()) == 2
+
+
+def test_a_parent_must_be_in_the_store_of_its_children(tmp_path: Path, store: Store) -> None:
+    with start_run() as parent, pytest.raises(ArgumentError, match="must be in the store of its"):
+        start_run(parent=parent, tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
+
+
+def test_a_port_where_something_else_answers_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        uri = f"http://127.0.0.1:{other.getsockname()[1]}"
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            connection.sendall(b"220 mail\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(StoreError, match=r"cannot be opened: .*220 mail"):
+            start_run(tracking_uri=uri)
+        thread.join()
+
+
+def test_a_manager_that_is_collected_in_the_journal_s_own_thread(tracking_uri: str) -> None:
+    writer = JournalWriter(Path("journals"))
+    asked: list[bool] = []
+    writer.on_tick = lambda: asked.append(writer.flush())
+    while not asked:
+        writer.flush()
+    assert asked[0] is False  # and nobody waits for himself
+    writer.on_tick = None
+    writer.close()

@@ -1,0 +1,342 @@
+"""MLflow is the mirror of a study: whatever it lacks is rebuilt, and nothing is written twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+import psutil
+import pytest
+import torch
+from mlflow.entities import Run as MlflowRun
+from torch import nn
+
+from tests.helpers import Store
+from tracker import StoreError, Study, Trial
+from tracker.search.keeper import KeeperProcess
+from tracker.search.keeper_config import KeeperConfig
+from tracker.search.keeper_process import MirrorService
+from tracker.search.record import load
+from tracker.search.storage import Storage
+from tracker.search.upkeep import mirror_study
+
+SLOW = pytest.mark.slow
+SPACE = {"x": [3, 1, 2]}
+
+
+def make(objective: Callable[[Trial], Any], **settings: Any) -> Study:
+    return Study("study", objective, **{"space": SPACE, "sampler": "grid", **settings})
+
+
+def plain(trial: Trial) -> float:
+    return float(trial.params["x"])
+
+
+def mirrored(uri: str | None = None) -> int:
+    """Mirror the study; how many things were missing."""
+    storage = Storage()
+    try:
+        return mirror_study(storage, load(storage, "study"), uri, Path(".tracker"))[0]
+    finally:
+        storage.close()
+
+
+def family(store: Store) -> tuple[MlflowRun, list[MlflowRun]]:
+    """The study's run and its trials' in their order."""
+    runs = store.runs()
+    (parent,) = [run for run in runs if "optuna.trial" not in run.data.tags]
+    children = sorted(
+        (run for run in runs if "optuna.trial" in run.data.tags),
+        key=lambda run: int(run.data.tags["optuna.trial"]),
+    )
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parent.info.run_id}
+    return parent, children
+
+
+def model(trial: Trial) -> float:
+    """Log a network, and return the trial's `x`."""
+    example = torch.zeros(2, 4)
+    with trial.manager() as manager:
+        manager.begin_run(trial.params, nn.Linear(4, 1), [(example, torch.zeros(2, 1))])
+        manager.begin_epoch()
+        manager.end_epoch()
+        manager.end_run()
+    return float(trial.params["x"])
+
+
+# -- what was lost is rebuilt ------------------------------------------------------------------
+
+
+def test_what_the_study_s_run_lost_is_written_again(store: Store, workdir: Path) -> None:
+    make(plain, replay="train {number}").run()
+    before, _ = family(store)
+    assert before.data.tags["tracker.replay"] == "train 1"
+    names = ["best.trial", "best.value", "best.params", "best.run", "tracker.replay"]
+    for name in [*names, "tracker.study"]:
+        store.client.delete_tag(before.info.run_id, name)
+    folder = Path(urlsplit(before.info.artifact_uri).path)
+    for file in ("study.html", "trials.csv"):
+        (folder / file).unlink()
+    assert mirrored() > 0
+    after, _ = family(store)
+    assert after.data.tags == before.data.tags
+    assert store.artifacts(after) == {"study.html", "trials.csv", "trials.json", "best.json"}
+    assert store.history(after, "best_objective") == [(1, 1.0)]
+    assert mirrored() == 0
+
+
+def test_a_trial_that_was_torn_from_its_study_comes_back(store: Store) -> None:
+    make(plain).run()
+    _, children = family(store)
+    store.client.delete_tag(children[1].info.run_id, "mlflow.parentRunId")
+    assert mirrored() == 1
+    assert [run.info.run_id for run in family(store)[1]] == [c.info.run_id for c in children]
+    assert mirrored() == 0
+
+
+def test_the_trials_of_a_study_whose_run_was_deleted_go_below_the_new_one(store: Store) -> None:
+    make(plain).run()
+    parent, children = family(store)
+    store.client.delete_run(parent.info.run_id)
+    assert mirrored() > 0
+    again, moved = family(store)
+    assert again.info.run_id != parent.info.run_id
+    assert again.info.status == "FINISHED"
+    assert again.info.start_time <= children[0].info.start_time
+    assert [run.info.run_id for run in moved] == [run.info.run_id for run in children]
+    assert again.data.params == parent.data.params
+    assert mirrored() == 0
+
+
+@pytest.mark.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
+def test_nothing_is_missing_of_values_that_are_no_numbers(store: Store) -> None:
+    def objective(trial: Trial) -> float:
+        trial.report(1.0, 1)
+        trial.report(math.nan, 2)
+        return math.inf
+
+    make(objective).run()
+    assert mirrored(store.uri) == 0
+    parent, children = family(store)
+    assert [step for step, _ in store.history(children[0], "intermediate_value")] == [1, 2]
+    assert len(store.history(parent, "best_objective")) == 1
+
+
+def test_a_run_that_is_rebuilt_says_where_it_was_pruned_and_what_it_broke(store: Store) -> None:
+    def objective(trial: Trial) -> float:
+        trial.set_constraint("size", 0.5)
+        trial.report(7.0, 3)
+        if trial.number == 2:
+            raise optuna.TrialPruned
+        return 1.0
+
+    make(objective).run()
+    assert mirrored() == 0
+    _, children = family(store)
+    store.client.delete_run(children[2].info.run_id)
+    assert mirrored() > 0
+    _, again = family(store)
+    assert again[2].data.tags["tracker.pruned"] == "It was stopped at step 3, value 7."
+    assert again[2].data.metrics == children[2].data.metrics
+    assert mirrored() == 0
+
+
+def test_a_file_that_cannot_be_written_does_not_keep_the_rest(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(plain).run()
+    parent, _ = family(store)
+    page = Path(urlsplit(parent.info.artifact_uri).path, "study.html")
+    page.unlink()
+    (page / "folder").mkdir(parents=True)
+    make(plain, space={"x": [3, 1, 2, 0]}).run(resume=True)
+    parent, children = family(store)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["best.trial"] == "3"
+    assert len(children) == 4
+    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "study.html cannot be written" in told
+    assert "tracker mirror --study study" in told
+    shutil.rmtree(page)
+    assert mirrored() > 0
+    assert "study.html" in store.artifacts(parent)
+    assert mirrored() == 0
+
+
+# -- the best ----------------------------------------------------------------------------------
+
+
+def test_the_tags_of_a_front_have_a_place_for_each_trial(store: Store) -> None:
+    def objective(trial: Trial) -> Sequence[float]:
+        return trial.params["x"], -trial.params["x"]
+
+    points = [*range(12)]
+    make(objective, space={"x": points}, direction=["minimize"] * 2, metric=["a", "b"]).run()
+    parent, children = family(store)
+    tags = parent.data.tags
+    assert tags["best.trial"] == f"{', '.join(map(str, points[:10]))} and 2 more"
+    assert tags["best.value"].split("; ") == [f"{x}, {-x}" for x in points[:10]]
+    assert tags["best.run"].split(", ") == [run.info.run_id for run in children[:10]]
+    assert json.loads(tags["best.params"]) == [{"x": x} for x in points[:10]]
+    assert mirrored() == 0
+
+
+def test_a_model_that_is_beaten_is_deleted_while_the_study_goes_on(store: Store) -> None:
+    left = []
+
+    def objective(trial: Trial) -> float:
+        if trial.number == 2:
+            keeping = MirrorService(duty(store.uri))
+            keeping.refresh()
+            keeping.close()
+            models = store.client.search_logged_models([store.runs()[0].info.experiment_id])
+            left.extend(model.source_run_id for model in models)
+        return model(trial)
+
+    make(objective).run()
+    _, children = family(store)
+    assert left == [children[1].info.run_id]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "file", pytest.param("server", marks=SLOW)])
+def test_the_best_is_registered_in_a_store_that_is_not_the_process_s(
+    kind: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uris = {"sqlite": "sqlite:///other.db", "file": f"file://{workdir}/other"}
+    uri = uris.get(kind) or request.getfixturevalue("server")
+    make(model, tracking_uri=uri, register="tiny", alias="best").run()
+    store = Store(uri)
+    parent, children = family(store)
+    assert parent.info.status == "FINISHED"
+    version = store.client.get_model_version_by_alias("tiny", "best")
+    assert version.run_id == children[1].info.run_id
+    place = store.client.get_model_version_download_uri("tiny", str(version.version))
+    (logged,) = store.client.search_logged_models([parent.info.experiment_id])
+    assert place == logged.artifact_location
+    assert kind == "file" or not Path("mlflow.db").exists()  # MLflow's file store makes one
+    store.client.delete_registered_model_alias("tiny", "best")
+    assert mirrored(uri) == 1
+    assert mirrored(uri) == 0
+
+
+def test_a_model_that_cannot_be_registered_keeps_nothing_else(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.register_prompt("taken", "by a text")  # a prompt's name is no model's
+    make(model, register="taken").run()
+    parent, _ = family(store)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["best.trial"] == "1"
+    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "MLflow could not register the model taken" in told
+    assert mirrored() == 0
+
+
+# -- keepers -----------------------------------------------------------------------------------
+
+
+def duty(uri: str, search: str = "nobody") -> KeeperConfig:
+    return KeeperConfig(
+        storage="journal:///studies.journal",
+        study="study",
+        search=search,
+        tracking_uri=uri,
+        directory=".tracker",
+        environment={},
+        adopt=None,
+        started=1,
+        grace=60.0,
+    )
+
+
+def test_a_keeper_that_died_is_replaced_at_the_end(store: Store) -> None:
+    make(plain).run()
+    others = psutil.Process().children()
+    keeper = KeeperProcess(duty(store.uri))
+    (process,) = [child for child in psutil.Process().children() if child not in others]
+    deadline = time.monotonic() + 60.0
+    while family(store)[0].info.status != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert keeper.finish(settled=True) is None
+    assert family(store)[0].info.status == "FINISHED"
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """A server that says it is well, and answers nothing else until the test ends."""
+    over = threading.Event()
+
+    class Hanging(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "health" not in self.path and "version" not in self.path:
+                over.wait()
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(b"OK")
+
+        def do_POST(self) -> None:
+            body = b"{}"  # no experiments
+            if "experiments/search" not in self.path:
+                self.do_GET()
+                return
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_no_trial_waits_for_a_server_that_hangs(
+    hanging: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    make(plain, tracking_uri="sqlite:///mlflow.db").run()
+
+    def keep() -> None:
+        keeping = MirrorService(duty(hanging))
+        with suppress(StoreError):
+            keeping.begin()
+        keeping.close()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    waited = 0.0
+    storage = Storage()
+    while keeper.is_alive():
+        began = time.monotonic()
+        with storage.lock():
+            waited = max(waited, time.monotonic() - began)
+        time.sleep(0.05)
+    storage.close()
+    assert waited < 6.0  # less than the eight seconds of one answer that does not come

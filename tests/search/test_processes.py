@@ -1,0 +1,200 @@
+"""What goes wrong in one trial ends that trial, not its search and the other workers' trials."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from tracker import Study, Trial
+from tracker.search.executors.processes import Pool, Spec
+from tracker.search.plan import ENDED, MOST_DEATHS
+from tracker.search.record import Record, open_study
+from tracker.search.session import Answer, Search, Task
+from tracker.search.storage import Storage
+from tracker.search.trial import Tracking
+
+pytestmark = pytest.mark.timeout(120)
+
+SPACE = {"x": [1, 2, 3]}
+
+
+def keeps_no_json(trial: Trial) -> float:
+    if trial.number == 1:
+        trial.set_user_attr("what", {1, 2})
+    return float(trial.params["x"])
+
+
+def reports_too_much(trial: Trial) -> list[float]:
+    if trial.number == 1:
+        trial.report(1.0, 1)  # which Optuna has for one objective only
+        trial.should_prune()
+        trial.set_user_attr("what", 1)
+    return [1.0, 2.0]
+
+
+def give_up(trial: Trial) -> bool:
+    """Fail trial 1 as another search would."""
+    if trial.number != 1:
+        return False
+    storage = Storage()
+    (other,) = [t for t in storage.optuna.get_all_trials(0) if t.number == 1]
+    storage.optuna.set_trial_user_attr(other._trial_id, ENDED, {"why": "lost"})
+    storage.optuna.set_trial_state_values(other._trial_id, TrialState.FAIL)
+    storage.close()
+    return True
+
+
+def is_constrained_too_late(trial: Trial) -> float:
+    if give_up(trial):
+        trial.set_constraint("size", 1.0)
+    return float(trial.params["x"])
+
+
+def keeps_something_too_late(trial: Trial) -> float:
+    if give_up(trial):
+        trial.set_user_attr("what", 1)
+    return float(trial.params["x"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("objective", [keeps_no_json, reports_too_much])
+def test_a_request_that_fails_fails_its_trial_only(
+    objective: Callable[[Trial], Any], workers: int, tracking_uri: str
+) -> None:
+    count = 2 if objective is reports_too_much else 1
+    study = Study(
+        "study",
+        objective,
+        space=SPACE,
+        sampler="grid",
+        direction=["minimize"] * count,
+        metric=["a", "b"][:count],
+        offline=True,
+    ).run(workers=workers)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    ended = study.trials[1].user_attrs[ENDED]
+    assert ended["why"] == "failed"
+    assert "Error: " in ended["reason"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("objective", [is_constrained_too_late, keeps_something_too_late])
+def test_a_trial_that_was_given_up_is_told_so_and_its_slot_tried_again(
+    objective: Callable[[Trial], Any], workers: int, tracking_uri: str
+) -> None:
+    study = Study("study", objective, space=SPACE, sampler="grid", offline=True).run(
+        workers=workers
+    )
+    done = [t.params["x"] for t in study.trials if t.state == TrialState.COMPLETE]
+    assert sorted(done) == SPACE["x"]
+    assert len(study.trials) == 4
+
+
+def dies(trial: Trial) -> float:
+    if trial.params["x"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(trial.params["x"])
+
+
+@pytest.mark.slow
+def test_a_slot_that_kills_its_workers_is_given_up_and_the_user_is_told(
+    caplog: pytest.LogCaptureFixture, tracking_uri: str
+) -> None:
+    study = Study("study", dies, space=SPACE, sampler="grid", offline=True).run(workers=2)
+    states = Counter((t.params["x"], t.state.name) for t in study.trials)
+    assert states == {(1, "COMPLETE"): 1, (2, "FAIL"): MOST_DEATHS, (3, "COMPLETE"): 1}
+    reason = (
+        "Its process was killed by SIGKILL. "
+        "Slot 1 is given up: its worker died or fell silent 5 times."
+    )
+    last = max(t.number for t in study.trials if t.state == TrialState.FAIL)
+    assert study.trials[last].user_attrs[ENDED]["reason"] == reason
+    assert f"Trial {last} of study study: {reason}" in caplog.text
+
+
+def reports_often(trial: Trial) -> float:
+    end = time.monotonic() + (0.0 if trial.params["x"] == 1 else 3.0)
+    step = 0
+    while time.monotonic() < end:
+        step += 1
+        trial.report(1.0, step)
+        time.sleep(0.01)
+    return 1.0
+
+
+class Counted(Search):
+    """A search that counts how often it looks for a trial."""
+
+    claims = 0
+
+    def claim(self) -> Task | Answer:
+        self.claims += 1
+        return super().claim()
+
+
+@pytest.mark.slow
+def test_who_waits_for_the_last_trial_does_not_ask_for_one_at_each_message(
+    workdir: Path, tracking_uri: str
+) -> None:
+    storage = Storage()
+    record = open_study(
+        storage,
+        Record(
+            name="study",
+            sampler="grid",
+            pruner="none",
+            trials=None,
+            directions=("minimize",),
+            metrics=("objective",),
+            seed=0,
+            retries=0,
+            steps=None,
+            spaces=({"x": (1, 2)},),
+        ),
+        resume=False,
+    )
+    search = Counted(storage, record, grace=60.0)
+    search.enter()
+    tracking = Tracking("study", record.key, ("objective",), None, workdir, "none")
+    Pool(search, Spec(reports_often, tracking, None, "offline", {}, 1), 2).run(lambda: 0)
+    assert search.plan.finished(2) == 2
+    storage.close()
+    assert search.claims < 20
+
+
+KILLED = """
+import os, signal, sys
+from tracker import Study
+
+def objective(trial):
+    if len(sys.argv) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trial.params["x"]
+
+Study("study", objective, space={"x": [1, 2]}, sampler="grid", offline=True).run(resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_again_and_again_loses_no_slot(
+    workdir: Path, tracking_uri: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED]
+    for _ in range(MOST_DEATHS + 1):
+        assert subprocess.run([*command, "kill"], env=environment, check=False).returncode == -9
+    subprocess.run(command, env=environment, check=True)
+    storage = Storage()
+    states = Counter(t.state.name for t in storage.optuna.get_all_trials(0))
+    storage.close()
+    assert states == {"FAIL": MOST_DEATHS + 1, "COMPLETE": 2}

@@ -1,0 +1,268 @@
+"""Tracking URIs: those that work, and one sentence for each that does not."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import Store
+from tracker import StoreError, start_run
+from tracker.cli import main
+from tracker.redaction import public_uri
+from tracker.store.client import MlflowStore
+
+
+def test_a_new_sqlite_file_keeps_its_artifacts_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new" / "store"
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    for experiment in (None, "my: own"):
+        with start_run(tracking_uri=uri, experiment=experiment) as run:
+            run.log_text("x", "x.txt")
+            assert run.tracking_uri == uri
+    files = {str(path.relative_to(folder)) for path in folder.rglob("x.txt")}
+    assert len(files) == 2
+    assert {file.split("/")[1] for file in files} == {"0", "my__own"}
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_the_default_is_the_one_that_mlflow_would_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with start_run() as run:
+        pass
+    assert run.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert Store(run.tracking_uri).run().info.status == "FINISHED"
+
+
+def test_the_file_store_works_and_says_once_that_it_is_in_maintenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    uri = f"file://{tmp_path / 'runs'}"
+    for _ in range(2):
+        with start_run(tracking_uri=uri):
+            pass
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("tracker")]
+    assert len(messages) == 1
+    assert "maintenance" in messages[0]
+    assert len(Store(uri).runs()) == 2
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    """A server whose every answer is an error."""
+
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def broken_server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"'http://127.0.0.1:9' cannot be opened: .*refused"):
+        start_run(tracking_uri="http://127.0.0.1:9")
+    assert list((tmp_path / ".tracker").iterdir()) == []
+
+
+def test_a_server_that_answers_with_errors(broken_server: str) -> None:
+    with pytest.raises(StoreError, match="cannot be opened: answers 503"):
+        start_run(tracking_uri=broken_server)
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("sqlite:///{tmp}/text.txt", "is not a SQLite file"),
+        ("sqlite:///{tmp}", "is a folder"),
+        ("sqlite:///{tmp}/text.txt/x.db", "is not a folder"),
+        ("file://{tmp}/text.txt", "is not a folder"),
+        ("no-such-scheme://x", "cannot be opened"),
+        ("http://", "cannot be opened"),
+    ],
+)
+def test_a_uri_that_cannot_be_opened_is_one_sentence(
+    tmp_path: Path, uri: str, problem: str
+) -> None:
+    (tmp_path / "text.txt").write_text("not a database, but long enough to look at")
+    uri = uri.format(tmp=tmp_path)
+    with pytest.raises(StoreError) as caught:
+        start_run(tracking_uri=uri)
+    assert problem in str(caught.value)
+    assert repr(uri) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tracker", "text.txt"]
+    assert list((tmp_path / ".tracker").iterdir()) == []
+
+
+def test_a_journal_that_cannot_be_made(tmp_path: Path, tracking_uri: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="directory='file/x' cannot hold the journal"):
+        start_run(directory="file/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "public"),
+    [
+        ("postgresql://me:secret@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("https://token:secret@host/x", "https://token:***@host/x"),
+        (
+            "python train.py --tracking-uri http://a:b@c",
+            "python train.py --tracking-uri http://a:***@c",
+        ),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_a_password_in_a_uri_is_not_shown(uri: str, public: str) -> None:
+    assert public_uri(uri) == public
+
+
+def test_a_relative_uri_means_one_place_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for uri in ("sqlite:///relative.db", "file:runs"):
+        monkeypatch.chdir(tmp_path)
+        with start_run(tracking_uri=uri) as run:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            run.log_metrics({"loss": 1.0})
+            run.flush()
+        assert Store(run.tracking_uri).run().info.status == "FINISHED"
+        assert str(tmp_path) in run.tracking_uri
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_processes_that_start_on_an_empty_folder_all_succeed(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    program = f"from tracker import start_run\nwith start_run(tracking_uri={uri!r}): pass"
+    # torch is not what is tested: one thread each keeps three processes on two cores quick
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        for _ in range(3)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert [run.info.status for run in Store(uri).runs()] == ["FINISHED"] * 3
+
+
+def test_a_run_that_a_process_died_creating_stops_no_search_of_a_file_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = MlflowStore(tmp_path.as_uri())
+    experiment = store.experiment_id("Default")
+    unborn = tmp_path / experiment / ("0" * 32)
+    unborn.mkdir()
+    (unborn / "meta.yaml").touch()
+    (unborn / "tags").mkdir()
+    (unborn / "tags" / "mlflow.runName").write_text("its name makes MLflow write meta.yaml anew")
+    logged = tmp_path / experiment / ("1" * 32)
+    (logged / "metrics").mkdir(parents=True)
+    (logged / "metrics" / "loss").write_text("1 0.5 1")
+    (logged / "meta.yaml").write_bytes(b"")
+    with pytest.raises(AttributeError):  # why it must go
+        store.client.search_runs([experiment])
+    with pytest.raises(StoreError):  # a number was logged there: that is not ours to remove
+        store.find_run("nobody", experiment)
+    assert not unborn.exists()
+    shutil.rmtree(logged)
+    assert store.find_run("nobody", experiment) is None
+
+
+# -- a store that goes away ------------------------------------------------------------------------
+
+
+def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
+    store: Store,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    database = Path(store.uri.removeprefix("sqlite:///"))
+    with start_run() as run:
+        run.log_metrics({"loss": 1.0}, 1)
+        run.flush()
+        database.rename(tmp_path / "away.db")  # MLflow's next connection makes an empty file
+        with closing(sqlite3.connect(database)) as db:
+            db.execute("CREATE TABLE t (x)")
+        for step in (2, 3):
+            run.log_metrics({"loss": 1.0 / step}, step)
+            run.flush()
+    messages = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery.inline"]
+    assert len(messages) == 2
+    assert messages[0].startswith("Training goes on, its records wait in the journal: ")
+    (journal,) = (tmp_path / ".tracker").iterdir()
+    assert messages[1].endswith(f"deliver them: tracker sync {journal}")
+
+    (tmp_path / "away.db").replace(database)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the journal knows where it goes
+    code = subprocess.run(
+        [sys.executable, "-m", "tracker.cli", "sync", str(journal)], check=False
+    ).returncode
+    assert code == 0
+    assert store.history(store.run(), "loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert store.run().info.status == "FINISHED"
+    assert not journal.exists()
+
+
+def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Path) -> None:
+    program = (
+        "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
+        "run.log_metrics({'loss': 0.5}, 1)\nrun.flush()\nrun.log_metrics({'loss': 0.25}, 2)\n"
+        "import threading; from tracker.journal.reader import FLUSH_SECONDS\n"
+        "threading.Event().wait(5 * FLUSH_SECONDS); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False, timeout=120)
+    assert store.run().info.status == "RUNNING"
+    (journal,) = (tmp_path / ".tracker").iterdir()
+    wrong = f"sqlite:///{tmp_path / 'wrong.db'}"
+    assert main(["sync", str(journal), "--tracking-uri", wrong]) == 2  # and loses nothing
+    assert journal.exists()
+    assert main(["sync", str(journal)]) == 0
+    assert store.run().info.status == "FAILED"
+    assert "ended without saying how" in store.run().data.tags["tracker.failure"]
+    assert store.history(store.run(), "loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_sync_leaves_a_living_process_alone(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with start_run():
+        (journal,) = (tmp_path / ".tracker").iterdir()
+        assert main(["sync", str(journal)]) == 2
+    assert "is still written to by process" in capsys.readouterr().err
+    assert store.run().info.status == "FINISHED"
+
+
+def test_sync_of_what_is_no_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sync", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"tracker: {tmp_path} is not a journal of this program.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_opens_the_same_file_again(store: Store) -> None:
+    assert MlflowStore(store.uri).tracking_uri == store.uri

@@ -1,0 +1,175 @@
+"""Which room of `tracker` may import which: data flows one way, and so do the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tracker"
+
+ROOMS = {
+    "base": set(),
+    "training": {"base"},
+    "capture": {"base", "training"},
+    "journal": {"base"},
+    "store": {"base", "training", "capture"},
+    "views": {"base", "training", "capture"},
+    "delivery": {"base", "journal", "store", "views"},
+    "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
+    "manager": {"base", "training", "capture", "store", "views", "delivery", "run", "grid"},
+    "grid": {"base"},
+    "deploy": {"base"},
+    "testing": {"base"},
+    "search": {
+        *("base", "training", "capture", "journal", "store", "views", "delivery"),
+        *("run", "manager", "grid"),
+    },
+    "cli": {"base", "delivery", "search"},
+}
+"""What each folder, or module at the top, may import beside itself, in the order of the flow."""
+
+BASE = {"_version", "errors", "statuses", "validation", "redaction", "logs"}
+"""Modules at the top that every room may use, and that use none but each other."""
+
+MLFLOW = {"store", "capture/model.py", "testing.py"}
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the package by their dotted names, `__init__` files of folders included."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room(module: str) -> str:
+    """The room that a dotted name belongs to: its folder, or itself at the top."""
+    name = module.split(".")[1] if "." in module else "__init__"
+    return "base" if name in BASE else name
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """The dotted names that a file imports at run time; with `lazy` those in functions too."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.FunctionDef) and not lazy:
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def edges(*, lazy: bool) -> dict[str, set[str]]:
+    """The modules of the package that each of them imports."""
+    known = modules()
+    return {
+        name: {other for other in imports(path, lazy=lazy) if other in known and other != name}
+        - {"tracker"}
+        for name, path in known.items()
+    }
+
+
+def test_every_room_imports_only_what_lies_below_it() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in edges(lazy=True).items()
+        for other in others
+        if module != "tracker"
+        and room(other) != room(module)
+        and room(other) not in ROOMS[room(module)]
+    ]
+    assert wrong == []
+
+
+def test_the_rooms_are_in_the_order_of_the_flow() -> None:
+    reached: dict[str, set[str]] = {}
+
+    def below(name: str) -> set[str]:
+        if name not in reached:
+            reached[name] = set().union(*({one} | below(one) for one in ROOMS[name]))
+        return reached[name]
+
+    for name in ROOMS:  # a circle would not end
+        assert name not in below(name)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = edges(lazy=True)
+    open_: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str) -> None:
+        assert module not in open_, " → ".join([*open_[open_.index(module) :], module])
+        if module in done:
+            return
+        open_.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        open_.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_mlflow_is_imported_only_where_the_store_is() -> None:
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in modules().values()
+        if any(name.split(".")[0] == "mlflow" for name in imports(path))
+    }
+    assert {name for name in importers if name not in MLFLOW and name.split("/")[0] != "store"} == (
+        set()
+    )
+
+
+def test_optuna_is_imported_only_by_the_search() -> None:
+    importers = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in modules().values()
+        if any(name.split(".")[0] == "optuna" for name in imports(path))
+    }
+    assert importers == {"search"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "package"),
+    [
+        ("tracker", "models"),
+        ("tracker", "studies"),
+        ("models", "tracker"),
+        ("models", "studies"),
+        ("models", "mlflow"),
+    ],
+)
+def test_the_packages_do_not_import_each_other(folder: str, package: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        assert package not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_importing_tracker_imports_no_mlflow_and_leaves_nothing_set() -> None:
+    program = (
+        "import os, sys, logging, random\n"
+        "before = dict(os.environ), random.getstate()\n"
+        "import tracker\n"
+        "assert not {'mlflow', 'optuna', 'torch'} & set(sys.modules)\n"
+        "assert before == (dict(os.environ), random.getstate())\n"
+        "assert not logging.getLogger('tracker').handlers\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

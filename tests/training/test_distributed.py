@@ -1,0 +1,490 @@
+"""Under torchrun, loss and accuracy are those of the whole data set, and rank 0 alone writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from tests.helpers import Store
+from tracker import evaluate, fit
+from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
+from tracker.training.meters import EpochMeter
+
+ROOT = Path(__file__).parents[2]
+RUN_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+
+Batch = tuple[float | None, int, int | None]  # mean loss, samples, right ones
+Case = list[list[Batch]]  # the batches of each rank
+
+
+def points(number: int, seed: int) -> TensorDataset:
+    """Points in a plane, of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(number, 2, generator=generator, dtype=torch.float64)
+    return TensorDataset(inputs, torch.randint(3, (number,), generator=generator))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+# The ranks make the same of it as this process, without importing pytest.
+SHARED = "\n".join(
+    [
+        "from __future__ import annotations",
+        "import torch",
+        "from torch import nn",
+        "from torch.utils.data import TensorDataset",
+        *(inspect.getsource(made) for made in (points, classifier)),
+    ]
+)
+
+RANKS = """
+import json, os, sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from shared import classifier, points
+from tracker import evaluate, fit
+from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
+from tracker.training.meters import EpochMeter
+
+backend = sys.argv[1]
+device = torch.device("cpu")
+if backend != "gloo":
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+who = [(rank(), world_size(), is_main())]
+dist.init_process_group(backend, timeout=timedelta(seconds=30))
+who.append((rank(), world_size(), is_main()))
+me, ranks = rank(), world_size()
+
+collectives = []
+reduce = dist.all_reduce
+dist.all_reduce = lambda tensor: (collectives.append(str(tensor.device)), reduce(tensor))
+
+def computed(batches):
+    meter = EpochMeter()
+    for loss, size, right in batches:
+        if loss is not None:
+            meter.add_loss(torch.tensor(loss, dtype=torch.float64, device=device), size)
+        if right is not None:
+            guesses = torch.arange(size, device=device) >= right
+            meter.add_correct(F.one_hot(guesses.long(), 2), torch.zeros_like(guesses).long())
+    return meter.compute()
+
+cases = json.loads(Path("cases.json").read_text())
+found = {"cases": [computed(case[me]) for case in cases], "collectives": collectives}
+found["large"] = sum_over_ranks([2.0**52 if me == 0 else 1.0, float(me)], device)
+
+def drawn(number, size, drop_last):
+    data = points(number, seed=2)
+    sampler = DistributedSampler(data, shuffle=False)
+    loader = DataLoader(data, batch_size=size, sampler=sampler, drop_last=drop_last)
+    meter = EpochMeter(loader)
+    for inputs, _ in loader:
+        meter.add_loss(inputs.mean())
+    return meter.compute()
+
+def trained():
+    data, held_out = points(22, seed=0), points(15, seed=1)
+    share = [Subset(held_out, range(13)), Subset(held_out, range(13, 15))][me]
+    network = DistributedDataParallel(classifier())
+    training = fit(
+        network,
+        DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False)),
+        SGD(network.parameters(), lr=0.5),
+        F.cross_entropy,
+        epochs=3,
+        val_loader=DataLoader(share, batch_size=5),
+        accuracy=True,
+    )
+    epochs = [(epoch.metrics, epoch.batch_losses.tolist()) for epoch in training]
+    alone = DataLoader(held_out, batch_size=4) if me == 0 else []
+    return epochs, evaluate(network, alone, F.cross_entropy, accuracy=True)
+
+if backend == "gloo":
+    found["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
+    found["fit"], found["evaluate"] = trained()
+
+dist.barrier()
+dist.destroy_process_group()
+who.append((rank(), world_size(), is_main()))
+Path(f"rank{me}.json").write_text(json.dumps(found | {"who": who}))
+"""
+
+DRAWN = [(11, 4, False), (11, 4, True), (12, 3, False), (5, 8, True), (1, 2, False)]
+
+
+def torchrun(
+    program: str, folder: Path, *arguments: str, processes: int = 2
+) -> list[dict[str, Any]]:
+    """What each rank of `program` wrote to its `rankN.json`."""
+    (folder / "program.py").write_text(program)
+    (folder / "shared.py").write_text(SHARED)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), "program.py", *arguments),
+        ],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends the ranks, which a kill would leave behind
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    return [json.loads((folder / f"rank{n}.json").read_text()) for n in range(processes)]
+
+
+# -- the sums of several ranks -------------------------------------------------------------------
+
+
+def cases(ranks: int) -> list[Case]:
+    """Batches of unequal sizes and numbers; some ranks have none, some lack a loss or labels."""
+    dice = random.Random(0)
+
+    def batches() -> list[Batch]:
+        sizes = [dice.randint(1, 40) for _ in range(dice.randint(0, 5))]
+        return [(dice.gauss(0, 5), size, dice.randint(0, size)) for size in sizes]
+
+    def others(*share: Batch) -> Case:
+        return [list(share)] * (ranks - 1)
+
+    some: list[Batch] = [(1.0, 100, 31), (3.0, 50, 50)]
+    return [
+        [some, *others()],
+        [*others(), some],
+        [[], *others()],
+        [[(2.0, 7, None)], *others((None, 3, 2))],
+        [[(1.0, 64, 1)] * 600, *others((4.0, 3, 3))],
+        *([batches() for _ in range(ranks)] for _ in range(20)),
+    ]
+
+
+def by_hand(case: Case) -> dict[str, float]:
+    """The metrics of one process that saw all batches."""
+    batches = [batch for share in case for batch in share]
+    losses = [(loss, size) for loss, size, _ in batches if loss is not None]
+    answers = [(right, size) for _, size, right in batches if right is not None]
+    metrics = {}
+    if losses:
+        total = math.fsum(loss * size for loss, size in losses)
+        metrics["loss"] = total / sum(size for _, size in losses)
+    if answers:
+        metrics["accuracy"] = sum(n for n, _ in answers) / sum(size for _, size in answers)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks found, of all that the tests below ask for: a launch takes seconds."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "cases.json").write_text(json.dumps(cases(2)))
+    return torchrun(RANKS, folder, "gloo", json.dumps(DRAWN))
+
+
+@pytest.mark.timeout(180)
+def test_loss_and_accuracy_are_those_of_all_samples_on_every_rank(
+    found: list[dict[str, Any]],
+) -> None:
+    first, second = found
+    assert first["cases"] == second["cases"]
+    for metrics, case in zip(first["cases"], cases(2), strict=True):
+        assert metrics == pytest.approx(by_hand(case), rel=1e-12, abs=1e-12), case
+        if "accuracy" in metrics:
+            assert metrics["accuracy"] == by_hand(case)["accuracy"]
+
+
+@pytest.mark.timeout(180)
+def test_an_epoch_costs_one_collective(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert one["collectives"][: len(cases(2))] == ["cpu"] * len(cases(2))
+        # Then one sum, the loaders, three epochs of training and validation, one evaluation.
+        assert len(one["collectives"]) == len(cases(2)) + 1 + len(DRAWN) + 2 * 3 + 1
+
+
+@pytest.mark.timeout(180)
+def test_counts_are_exact(found: list[dict[str, Any]]) -> None:
+    assert [one["large"] for one in found] == [[2.0**52 + 1, 1.0]] * 2
+
+
+@pytest.mark.timeout(180)
+def test_torchrun_tells_the_rank_with_and_without_a_process_group(
+    found: list[dict[str, Any]],
+) -> None:
+    assert [one["who"] for one in found] == [[[0, 2, True]] * 3, [[1, 2, False]] * 3]
+
+
+# -- loaders that draw a share -------------------------------------------------------------------
+
+
+def share(data: Dataset[Any], size: int, number: int, drop_last: bool) -> DataLoader[Any]:
+    """The loader of one of two ranks."""
+    sampler: Any = DistributedSampler(data, num_replicas=2, rank=number, shuffle=False)
+    return DataLoader(data, batch_size=size, sampler=sampler, drop_last=drop_last)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4, 10])
+@pytest.mark.parametrize("number", [1, 8, 11, 16])
+def test_the_loader_of_a_rank_knows_that_its_last_batch_is_smaller(
+    number: int, size: int, drop_last: bool
+) -> None:
+    loader = share(points(number, 2), size, 1, drop_last)
+    meter = EpochMeter(loader)
+    sizes = []
+    for inputs, _ in loader:
+        meter.add_loss(inputs.mean())
+        sizes.append(len(inputs))
+
+    assert meter.sizes.tolist() == sizes
+
+
+@pytest.mark.timeout(180)
+def test_a_sample_that_two_ranks_saw_counts_twice(found: list[dict[str, Any]]) -> None:
+    """A DistributedSampler repeats some where the number of samples is odd."""
+    for number, arguments in enumerate(DRAWN):
+        samples, size, drop_last = arguments
+        data = points(samples, 2)
+        shares = [share(data, size, rank, drop_last) for rank in (0, 1)]
+        seen = [inputs for loader in shares for inputs, _ in loader]
+        expected = {"loss": pytest.approx(torch.cat(seen).mean().item(), rel=1e-9)} if seen else {}
+        for one in found:
+            assert one["drawn"][number] == expected, arguments
+
+
+# -- the training loop ---------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(180)
+def test_fit_and_evaluate_find_what_one_process_finds_on_the_whole(
+    found: list[dict[str, Any]],
+) -> None:
+    """Gradients are averaged over two ranks: their batches of 4 are one batch of 8."""
+    data, held_out = points(22, 0), points(15, 1)
+    network = classifier()
+    training = fit(
+        network,
+        DataLoader(data, batch_size=8),
+        SGD(network.parameters(), lr=0.5),
+        F.cross_entropy,
+        epochs=3,
+        val_loader=DataLoader(held_out, batch_size=15),
+        accuracy=True,
+    )
+    for number, epoch in enumerate(training):
+        expected = {k: v for k, v in epoch.metrics.items() if k != "epoch_duration"}
+        for one in found:
+            metrics, _ = one["fit"][number]
+            assert metrics.pop("epoch_duration") > 0
+            assert metrics == pytest.approx(expected, rel=1e-9), number
+        each = [one["fit"][number][1] for one in found]  # a rank's own batches
+        np.testing.assert_allclose(np.mean(each, axis=0), epoch.batch_losses)
+    whole = evaluate(network, DataLoader(held_out, batch_size=15), F.cross_entropy, accuracy=True)
+    assert [one["evaluate"] for one in found] == [pytest.approx(whole, rel=1e-9)] * 2
+
+
+# -- one process ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective, in one process")
+
+    monkeypatch.setattr(dist, "all_reduce", refuse)
+
+
+@pytest.mark.usefixtures("no_collective")
+def test_one_process_is_rank_0_and_sums_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RUN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = {name for name in sys.modules if name.startswith("torch.distributed")}
+    meter = EpochMeter()
+    meter.add_loss(3.0, 2)
+
+    assert (rank(), world_size(), is_main()) == (0, 1, True)
+    assert sum_over_ranks([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
+    assert meter.compute() == {"loss": 3.0}
+    assert not dist.is_initialized()
+    assert {name for name in sys.modules if name.startswith("torch.distributed")} == before
+
+
+@pytest.mark.usefixtures("group", "no_collective")
+@pytest.mark.timeout(60)
+def test_a_process_group_of_one_sums_nothing() -> None:
+    assert (rank(), world_size(), is_main()) == (0, 1, True)
+    assert sum_over_ranks([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.timeout(60)
+def test_a_process_group_knows_better_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(RUN_VARIABLES, ("1", "5", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+
+    assert (rank(), world_size(), is_main()) == (0, 1, True)
+
+
+def test_the_environment_tells_where_all_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(RUN_VARIABLES, ("1", "5", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert (rank(), world_size(), is_main()) == (5, 8, False)
+
+    for name in RUN_VARIABLES:
+        with monkeypatch.context() as context:
+            context.delenv(name)
+            assert (rank(), world_size(), is_main()) == (0, 1, True)
+
+
+# -- on GPUs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_ranks_on_gpus_sum_too(backend: str, tmp_path: Path) -> None:
+    """NCCL wants a GPU for each rank; with both backends the sums go over the CPU."""
+    ranks = torch.cuda.device_count() if backend == "nccl" else 2
+    (tmp_path / "cases.json").write_text(json.dumps(cases(ranks)))
+
+    for one in torchrun(RANKS, tmp_path, backend, processes=ranks):
+        for metrics, case in zip(one["cases"], cases(ranks), strict=True):
+            assert metrics == pytest.approx(by_hand(case), rel=1e-12, abs=1e-12), case
+        kinds = {device.partition(":")[0] for device in one["collectives"]}
+        assert kinds == (set() if ranks == 1 else {"cuda"} if backend == "nccl" else {"cpu"})
+
+
+# -- RunManager ----------------------------------------------------------------------------------
+
+MANAGER = """
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.utils.data import DataLoader, DistributedSampler
+
+from shared import classifier, points
+from tracker import RunManager, fit
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+me = dist.get_rank()
+data = points(22, seed=0)
+loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False))
+network = DistributedDataParallel(classifier())
+optimizer = SGD(network.parameters(), lr=0.5)
+with RunManager(batch_loss=True) as manager:
+    run = manager.begin_run({"lr": 0.5}, network, loader)
+    manager.run_id
+    run.run_id
+    for _ in range(2):
+        manager.begin_epoch()
+        for batch in loader:
+            inputs, labels = batch
+            preds = network(inputs)
+            loss = F.cross_entropy(preds, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            manager.track_loss(loss, batch)
+            manager.track_num_correct(preds, labels)
+        manager.end_epoch({"lr_now": 0.5})
+    for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
+        manager.log_epoch(epoch)
+    run.log_params({"writer": me})
+    run.log_metrics({"writer": me}, step=1)
+    run.log_tags({"writer": me})
+    run.log_text(f"rank {me}", "writer.txt")
+    run.log_image("writer.png", torch.zeros(4, 4))
+    run.log_artifact("shared.py", f"rank{me}")
+    run.log_dataset(data, "validation")
+    manager.save(f"results{me}")
+    manager.end_run()
+    manager.run_id
+dist.destroy_process_group()
+Path(f"rank{me}.json").write_text("{}")
+"""
+
+
+@pytest.mark.timeout(180)
+def test_two_ranks_are_one_run_that_rank_0_writes(store: Store, tmp_path: Path) -> None:
+    torchrun(MANAGER, tmp_path)
+
+    run = store.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.5"
+    assert run.data.params["writer"] == run.data.tags["writer"] == "0"
+    assert store.history(run, "writer") == [(1, 0.0)]
+    assert len(store.history(run, "batch_loss")) == 3 * 3  # those of rank 0
+    assert len(run.outputs.model_outputs) == 1
+    assert store.history(run, "lr_now") == [(1, 0.5), (2, 0.5)]
+    artifacts = store.artifacts(run)
+    assert {"writer.txt", "writer.png", "rank0/shared.py"} <= artifacts
+    assert not any(path.startswith("rank1") for path in artifacts)
+    assert store.text(run, "writer.txt", tmp_path) == "rank 0"
+    assert (tmp_path / "results0.csv").exists()
+    assert not (tmp_path / "results1.csv").exists()
+
+    network, data = classifier(), points(22, 0)
+    optimizer = SGD(network.parameters(), lr=0.5)
+    losses, accuracies = [], []
+    for _ in range(3):
+        loss_sum = right = 0.0
+        for inputs, labels in DataLoader(data, batch_size=8):
+            scores = network(inputs)
+            loss = F.cross_entropy(scores, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            right += (scores.argmax(1) == labels).sum().item()
+        losses.append(loss_sum / 22)
+        accuracies.append(right / 22)
+    assert dict(store.history(run, "loss")) == pytest.approx(
+        dict(enumerate(losses, start=1)), rel=1e-9
+    )
+    assert store.history(run, "accuracy") == list(enumerate(accuracies, start=1))

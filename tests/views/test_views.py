@@ -1,0 +1,169 @@
+"""What a person sees while it runs: notebook, terminal, TensorBoard, nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from tensorboard.backend.event_processing.event_accumulator import (
+    COMPRESSED_HISTOGRAMS,
+    HISTOGRAMS,
+    IMAGES,
+    SCALARS,
+    TENSORS,
+    EventAccumulator,
+)
+from torch import optim
+from torch.utils.data import DataLoader
+
+from models import FashionCNN
+from tests.helpers import Store, train_epoch
+from tracker import ArgumentError, RunBuilder, RunManager, load_histograms
+
+PROGRAM = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from tracker import RunManager
+network = torch.nn.Linear(2, 2)
+loader = DataLoader(TensorDataset(torch.rand(40, 2), torch.zeros(40, dtype=torch.int64)), 10)
+manager = RunManager(model=False)
+manager.begin_run({"lr": 0.1}, network, loader)
+for epoch in range(3):
+    manager.begin_epoch()
+    for batch in loader:
+        manager.track_loss(torch.tensor(0.5), batch)
+    manager.end_epoch()
+manager.end_run()
+"""
+
+
+def test_it_is_quiet_where_nobody_watches(store: Store) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
+    assert done.stdout == b""
+    assert done.stderr == b""
+    assert store.run().info.status == "FINISHED"
+
+
+def test_a_terminal_has_a_bar_and_one_line_an_epoch(store: Store) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=follower)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", seen.decode())
+    assert re.search(r"epoch 1: +\d+%\|.*\| \d/4", text)
+    lines = [line.rpartition("\r")[2].strip() for line in text.replace("\r\n", "\n").split("\n")]
+    assert lines[0] == "run 1  lr=0.1"
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert all("loss 0.5" in line for line in epochs)
+
+
+def test_a_notebook_has_one_table_that_replaces_itself(store: Store, tmp_path: Path) -> None:
+    twice = PROGRAM + PROGRAM.partition("manager = RunManager(model=False)")[2]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(twice)])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = notebook.cells[0].outputs
+    (output,) = (item for item in outputs if item.output_type == "display_data")
+    table = output.data["text/html"]
+    assert table.count("<tr") == 7  # the heads, and three epochs of two runs
+    assert "epoch duration" in table
+
+
+def test_a_cell_that_raises_leaves_a_failed_run(store: Store, tmp_path: Path) -> None:
+    cells = [
+        PROGRAM.partition("for epoch")[0] + "manager.begin_epoch()\n1 / 0",
+        "manager.begin_run({'lr': 0.2}, network, loader)\nmanager.end_run()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = NotebookClient(notebook, timeout=120, allow_errors=True)
+    client.execute(cwd=str(tmp_path))
+    failed, finished = store.runs()
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["tracker.failure"].startswith("ZeroDivisionError")
+    assert finished.info.status == "FINISHED"
+
+
+def test_tensorboard_opens_the_event_files(
+    store: Store, network: FashionCNN, loader: DataLoader[Any], tmp_path: Path
+) -> None:
+    (grid,) = RunBuilder.get_runs({"lr": [0.1], "batch_size": [100], "loss": ["mse"]})
+    optimizer = optim.SGD(network.parameters(), lr=grid.lr)
+    with RunManager(tensorboard="runs", model=False) as manager:
+        manager.begin_run(grid, network, loader)
+        for _ in range(2):
+            manager.begin_epoch()
+            train_epoch(network, loader, optimizer, manager)
+            manager.end_epoch()
+        manager.end_run()
+
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "run001-lr=0.1-batch_size=100-loss=mse"
+    everything = dict.fromkeys((SCALARS, HISTOGRAMS, IMAGES, TENSORS, COMPRESSED_HISTOGRAMS), 0)
+    events = EventAccumulator(str(folder), everything).Reload()
+    tags = events.Tags()
+    assert {"loss", "accuracy", "epoch_duration", "run_duration"} <= set(tags["scalars"])
+    logged = store.history(store.run(), "loss")
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert shown == [(step, pytest.approx(value)) for step, value in logged]
+    assert tags["images"] == ["images"]
+    assert tags["graph"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+    counts = load_histograms(store.run().info.run_id, store.uri).query(
+        "tensor == 'fc1.weight' and kind == 'gradient' and step == 2"
+    )
+    written = events.Histograms("fc1.weight.grad")[1].histogram_value
+    assert written.num == counts["count"].sum() == network.fc1.weight.numel()
+    assert [count for count in written.bucket if count] == counts["count"].tolist()
+
+
+def test_tensorboard_keeps_two_runs_with_the_same_params_apart(
+    store: Store, network: FashionCNN, loader: DataLoader[Any], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with RunManager(tensorboard="runs", model=False, histograms=False) as manager:
+            manager.begin_run({"lr": 0.1}, network, loader)
+            manager.end_run()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "run001-lr=0.1",
+        "run001-lr=0.1-2",
+    }
+
+
+def test_without_tensorboard_the_argument_says_what_to_install() -> None:
+    program = (
+        "import sys; sys.modules['tensorboard'] = None\n"
+        "from tracker import RunManager, ArgumentError\n"
+        "try:\n    RunManager(tensorboard='runs')\n"
+        "except ArgumentError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        "tensorboard='runs' needs the package tensorboard: "
+        "pip install mlflow-runmanager[tensorboard].\n"
+    )
+    assert issubclass(ArgumentError, ValueError)

@@ -1,0 +1,1 @@
+"""What is taken from a training: objects in, records or files out."""

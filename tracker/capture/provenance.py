@@ -1,0 +1,55 @@
+"""What is needed to run the same thing again: source, command line, versions, git."""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tracker._version import __version__
+from tracker.redaction import public_command
+
+
+def environment_tags() -> dict[str, str]:
+    """Tags that tell how to run the same thing again: source, command, versions, git."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main and Path(main).name == "ipykernel_launcher.py":
+        main = None
+    folder = Path(main).resolve().parent if main else Path.cwd()
+    tags = {
+        "mlflow.source.name": main or "notebook",
+        "mlflow.source.type": "LOCAL",
+        "tracker.command": public_command([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "tracker.version": __version__,
+        "tracker.python": platform.python_version(),
+        "tracker.torch": str(torch.__version__),
+        "tracker.mlflow": version("mlflow"),
+        "tracker.platform": platform.platform(),
+    }
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (OSError, KeyError):  # a container's uid without a name
+        pass
+    return tags | _git_tags(folder)
+
+
+def _git_tags(folder: Path) -> dict[str, str]:
+    """Commit and state of the work tree around `folder`; empty outside a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "tracker.git.dirty": str(bool(dirty)).lower()}
+
+
+def _git(folder: Path, *words: str) -> str:
+    # A huge repository on a slow disk must not hold up training.
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=5
+    ).stdout.strip()

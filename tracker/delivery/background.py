@@ -1,0 +1,205 @@
+"""Delivery by a second process, or, offline, by `tracker sync` later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tracker.delivery.signals import ActiveRuns
+from tracker.errors import StoreError
+from tracker.journal.reader import OFFLINE, Journal
+from tracker.journal.writer import JournalWriter
+from tracker.redaction import public_uri
+
+DEADLINE_SECONDS = 10.0
+"""How long the end of a run waits until it is delivered; so does the end of the program."""
+WARN_SECONDS = 5.0
+"""A store that fails this long is worth a warning: another process may only hold its lock."""
+_POLL_SECONDS = 0.02
+_LOOK_SECONDS = 1.0  # between two looks at what the uploader says
+_STOP_SECONDS = 2.0  # for an uploader that is told to stop, until it is killed: nothing is lost
+_RESTARTS = 3  # of an uploader that dies before it delivered anything, until we say so
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundDelivery:
+    """Leaves delivery to a second process, or, offline, to `tracker sync`.
+
+    Nothing here waits for a store, except the end of a run and of the program, up to a deadline.
+    """
+
+    def __init__(self, directory: Path, tracking_uri: str, *, uploader: bool) -> None:
+        self.tracking_uri = tracking_uri
+        self._wants_uploader = uploader
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start_at = 0.0
+        self._deaths = 0
+        self._look_at = 0.0
+        self._noticed = 0
+        self._warned = False
+        self._stuck_at: int | None = None  # what was delivered when waiting for more was given up
+        self.journal = JournalWriter(directory)
+        self._reader = Journal(self.journal.folder)
+        self._reader.tracking_uri = public_uri(tracking_uri)
+        # Its own: a signal's handler must not wait for a lock that it interrupted the holder of.
+        self._watcher = Journal(self.journal.folder)
+        self._active_runs = ActiveRuns(self.journal)
+        if uploader:
+            self.journal.on_tick = self._tick
+        else:
+            (self.journal.folder / OFFLINE).touch()
+
+    def hold(self, run: str, abandon: Callable[[], None]) -> None:
+        """Note that `run` goes on; its uploader is started by the journal's thread."""
+        self._active_runs.begin(run, abandon)
+        self._look_at = 0.0
+
+    def deliver(self) -> None:
+        """Nothing: the uploader takes what there is."""
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything appended so far is delivered."""
+        until = time.monotonic() + timeout
+        if not self.journal.flush(timeout):
+            return False
+        last = self._reader.last()
+        while self._wants_uploader and self._reader.delivered < last:
+            problem = self._reader.problem
+            if time.monotonic() > until or (problem and time.time() > problem.since + timeout):
+                self._stuck_at = self._reader.delivered
+                return False
+            time.sleep(_POLL_SECONDS)
+        return self._wants_uploader
+
+    def release(self, run: str, *, wait: bool = True) -> None:
+        """Wait for the run's delivery up to the deadline; then name the command that does it."""
+        self._active_runs.runs.pop(run, None)
+        if not wait:
+            return
+        try:  # offline too it is on disk from here on
+            if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
+                problem = self._reader.problem
+                late = "the run has ended and is not delivered yet"
+                self._warn(problem.text if problem else late)
+        except StoreError as error:  # a journal that was taken away is no mistake of the training
+            self._warn(str(error))
+
+    def run_id(self, run: str) -> str | None:
+        """MLflow's id of `run`, None while it is not delivered."""
+        return self._reader.run_id(run)
+
+    def close(self) -> None:
+        """Nothing: the process may track more, and ends with `shut_down`."""
+
+    def leave(self) -> None:
+        """Go without waiting: the uploader goes on without us."""
+        self._active_runs.forget()
+        self._wants_uploader = False
+        self.journal.close()
+        self._reader.close()
+        self._watcher.close()
+
+    def shut_down(self) -> None:
+        """End what was not ended, deliver the rest up to the deadline, and say what is left."""
+        delivered = False
+        try:
+            for abandon in list(self._active_runs.runs.values()):
+                abandon()
+            stuck = self._stuck_at == self._reader.delivered  # then the wait is over already
+            delivered = self.flush(0.0 if stuck else DEADLINE_SECONDS)
+        except (KeyboardInterrupt, StoreError):  # somebody does not want to wait, or there is no
+            pass  # journal to wait for: what is left is said below
+        self._active_runs.forget()
+        self._wants_uploader = False  # no new one
+        self.journal.close()
+        if self._process is not None:
+            if not delivered:
+                self._process.terminate()
+            try:
+                self._process.wait(DEADLINE_SECONDS if delivered else _STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._look()
+        folder = self.journal.folder
+        if folder.exists():  # the uploader, if there was one, has left it
+            if (left := self._reader.undelivered_summary()) is not None:
+                logger.warning("%s", left)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._reader.close()
+        self._watcher.close()
+
+    # -- the uploader, looked after by the journal's thread ----------------------------------
+
+    def _tick(self) -> None:
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        self._supervise()
+        self._look()
+
+    def _supervise(self) -> None:
+        """Have an uploader while there is something to deliver."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._process = None
+            if code:
+                self._deaths += 1
+                self._start_at = time.monotonic() + min(2.0 ** (self._deaths - 1), 60.0)
+                if self._deaths == _RESTARTS:
+                    self._warn(f"the uploader does not start: {self._last_words()}")
+        if not self._watcher.pending():
+            self._deaths = 0
+        elif self._process is None and self._wants_uploader and time.monotonic() > self._start_at:
+            self._start()
+
+    def _start(self) -> None:
+        # Not -m: the user's directory, with a json.py perhaps, is none of the uploader's.
+        program = (
+            "import sys; sys.path.append(sys.argv[1]);"
+            "from tracker.delivery.process import main; main()"
+        )
+        given = {
+            "folder": str(self.journal.folder),
+            "tracking_uri": self.tracking_uri,  # here, for command lines can be seen by all
+        }
+        with (self.journal.folder / "uploader.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(json.dumps(given).encode())
+
+    def _last_words(self) -> str:
+        log = self.journal.folder / "uploader.log"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return lines[-1] if lines else "it was killed"
+
+    def _look(self) -> None:
+        """Tell the user, once, of what the uploader found."""
+        for number, text in self._watcher.notices(self._noticed):
+            self._noticed = number
+            logger.warning("%s", text)
+        problem = self._watcher.problem
+        if problem is not None and time.time() > problem.since + WARN_SECONDS:
+            self._warn(problem.text)
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "Training goes on, its records wait in the journal: %s. If this process ends "
+                "before they are delivered: tracker sync %s",
+                *(what.rstrip("."), self.journal.folder),
+            )

@@ -1,0 +1,1 @@
+"""What a training loop needs; knows neither MLflow nor Optuna."""
