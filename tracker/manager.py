@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, inputs_of, sample_batch
 from tracker.capture.images import image_grid
-from tracker.delivery.base import Delivery, NoDelivery, delivery, mode_of
+from tracker.delivery.base import Delivery, NoDelivery, mode_of, open_delivery
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.grid import hyperparameters, run_name
-from tracker.run import DIRECTORY, Run
+from tracker.run import Run
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState, load_resume_state
 from tracker.training.checkpoint import Checkpoint, Keep
@@ -44,7 +44,7 @@ from tracker.training.distributed import is_main
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter, batch_size
 from tracker.training.rng import RandomStates
-from tracker.validation import checked_name, checked_number
+from tracker.validation import DIRECTORY, checked_name, checked_number
 from tracker.views.files import csv_text, json_text, write_atomically
 from tracker.views.table import View, live_view
 from tracker.views.tensorboard import TensorBoard
@@ -217,15 +217,17 @@ class RunManager:
         earlier: ResumeState | None,
     ) -> Run:
         """Begin a run of our own."""
-        way = self._open.delivery or self._new_delivery()
+        delivery = self._open.delivery or self._new_delivery()
         try:
             name = tags.get("mlflow.runName") or name
-            began = Run(*(way, params, self._experiment, name, tags, self._parent), resume=earlier)
+            began = Run(
+                *(delivery, params, self._experiment, name, tags, self._parent), resume=earlier
+            )
         except BaseException:  # Ctrl-C too leaves nothing behind
             if self._open.delivery is None:
-                way.close()
+                delivery.close()
             raise
-        self._open.delivery, self._open.run = way, began
+        self._open.delivery, self._open.run = delivery, began
         return began
 
     def _join(self, given: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
@@ -241,7 +243,7 @@ class RunManager:
         if not self._main:  # under torchrun rank 0 alone writes
             self._views = []
             return NoDelivery()
-        return delivery(self._directory, self._tracking_uri, self._mode)
+        return open_delivery(self._directory, self._tracking_uri, self._mode)
 
     def _continue(self, earlier: ResumeState) -> None:
         """Count on from where the run that is continued was."""

@@ -27,7 +27,7 @@ from tracker.capture.histograms import network_histograms
 from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
-from tracker.delivery.base import Delivery, delivery, mode_of
+from tracker.delivery.base import Delivery, mode_of, open_delivery
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.journal.records import Kind, Point, now
 from tracker.redaction import is_secret_name, public_uri, public_values
@@ -36,6 +36,7 @@ from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
 from tracker.validation import (
+    DIRECTORY,
     checked_model_name,
     checked_name,
     checked_number,
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tracker.capture.model import Predictor
-
-DIRECTORY = ".tracker"
-"""Where journals lie by default, below the current directory."""
 
 _DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -86,11 +84,11 @@ def start_run(
     nobody does before `tracker sync`. Raises ArgumentError or StoreError, with nothing half-made,
     where an argument is not allowed or the store cannot be what was meant.
     """
-    way = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
+    delivery = open_delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
     try:
-        return Run(way, params, experiment, name, tags, parent, owns_delivery=True)
+        return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C too leaves nothing behind
-        way.close()
+        delivery.close()
         raise
 
 

@@ -17,6 +17,9 @@ from tracker.errors import ArgumentError
 RUN_TAG = "tracker.run"
 """The tag of an MLflow run that holds the key of the run here, by which it is found again."""
 
+DIRECTORY = ".tracker"
+"""Where journals are kept by default, below the current directory."""
+
 _NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
 _MAX_PARAM = 6_000  # characters that MLflow keeps
 _MAX_TAG = 8_000

@@ -46,7 +46,7 @@ class Uploader:
         self,
         journal: Journal,
         store: MlflowStore,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> None:
         """`on_progress` is told how many records were delivered, after each few of them."""
         self._journal = journal
@@ -78,8 +78,6 @@ class Uploader:
 
     def _send(self, group: list[Record]) -> None:
         in_doubt = self._journal.sending(group[-1].seq)
-        if in_doubt:
-            self._store.mend(self._journal.run_ids())
         problems = [validation_error(record.kind, record.body, record.time) for record in group]
         try:
             if problem := next(filter(None, problems), None):
@@ -203,7 +201,7 @@ class Uploader:
             store.log_artifact(run_id, path, folder)
         else:
             key = f"{record.run}-{record.seq}"
-            store.log_model(run_id, path, body["name"], body["step"], key, in_doubt=in_doubt)
+            store.models.log(run_id, path, body["name"], body["step"], key, in_doubt=in_doubt)
 
     def _staged(self, record: Record) -> Path | None:
         """The file or folder that `record` refers to; None if that is not within the journal's."""

@@ -290,12 +290,15 @@ class Journal:
         ]
 
     def undelivered_summary(self) -> str | None:
-        """A sentence that says what is not delivered, and how to deliver it; None if all is."""
+        """Return a message that says what is undelivered and how to deliver it; None if all is."""
         if not (records := self.remaining()):
             return None
-        why = f" ({self.problem.text.rstrip('.')})" if self.problem else ""
-        what = f"{records} record{'s are' if records > 1 else ' is'} not delivered"
-        return f"{what}; deliver them: tracker sync {self.folder}{why}"
+        what = f"{records} record{'' if records == 1 else 's'}"
+        reason = f": {self.problem.text.rstrip('.')}" if self.problem else ""
+        return (
+            f"Saved on disk; upload unfinished ({what}{reason}). "
+            f"Finish it with: tracker sync {self.folder}"
+        )
 
     def close(self) -> None:
         """Close the file; the journal stays."""

@@ -23,11 +23,10 @@ from typing import Any
 import optuna
 
 from tracker.capture.provenance import environment_tags
-from tracker.delivery.base import Delivery, Mode, delivery, mode_of
+from tracker.delivery.base import Delivery, Mode, mode_of, open_delivery
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
-from tracker.run import DIRECTORY
 from tracker.search import warm_start
 from tracker.search.executors.inprocess import run_here
 from tracker.search.executors.processes import WORKER, Pool, Spec, check_picklable
@@ -44,7 +43,8 @@ from tracker.search.space import checked_space
 from tracker.search.storage import Storage, parse
 from tracker.search.trial import Objective, Tracking
 from tracker.statuses import Status, outcome
-from tracker.store.uri import check, resolve
+from tracker.store.uri import check_uri, resolve
+from tracker.validation import DIRECTORY
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class Study:
         if workers > 1:
             check_picklable(self._objective)
         uri = resolve(self._tracking_uri)
-        check(uri)
+        check_uri(uri)
         given = replace(self._record, tracking_uri=public_uri(uri))
         imported = [source.trials(given) for source in self._sources]
         storage = Storage(self._storage_url)
@@ -192,15 +192,15 @@ class Study:
         search.on_end = lambda trial: progress.ended(trial, search.plan.finished(search.total))
         ended: tuple[Status, str | None] = ("FAILED", "The study was left.")
         keeper: Keeper = NoKeeper()
-        way: Delivery | None = None
+        delivery: Delivery | None = None
         try:
             with Interrupts(progress.say) as interrupts:
                 search.stopping = lambda: interrupts.count > 0
                 keeper = self._keeper(record, search, environment)
                 if workers == 1:
-                    way = delivery(self._directory, self._tracking_uri, self._mode)
+                    delivery = open_delivery(self._directory, self._tracking_uri, self._mode)
                     tracking = self._tracking(record)
-                    run_here(search, self._objective, way, tracking, environment, interrupts)
+                    run_here(search, self._objective, delivery, tracking, environment, interrupts)
                 else:
                     spec = Spec(
                         self._objective,
@@ -220,7 +220,7 @@ class Study:
             raise
         finally:
             progress.close()
-            self._leave(search, keeper, way, ended)
+            self._leave(search, keeper, delivery, ended)
         return optuna.Study(record.name, storage.optuna)
 
     def _tracking(self, record: Record) -> Tracking:
@@ -249,7 +249,7 @@ class Study:
         self,
         search: Search,
         keeper: Keeper,
-        way: Delivery | None,
+        delivery: Delivery | None,
         ended: tuple[Status, str | None],
     ) -> None:
         """End what is left, complete the mirror; say what is not."""
@@ -261,10 +261,10 @@ class Study:
         if search.plan.finished(search.total) == search.total:
             shutil.rmtree(self._tracking(search.record).folders, ignore_errors=True)
         settled = True
-        if way is not None:
-            settled = way.flush(SETTLE_SECONDS)
+        if delivery is not None:
+            settled = delivery.flush(SETTLE_SECONDS)
             if self._mode == "inline":
-                way.close()
+                delivery.close()
         if (problem := keeper.finish(settled=settled)) is not None:
             logger.warning(
                 "The study is not all in MLflow yet: %s. What is missing is written by: "
@@ -285,14 +285,14 @@ class Study:
             raise StoreError(
                 f"study={record.name!r} has no trial {number}; it has 0 to {len(trials) - 1}."
             )
-        way = delivery(self._directory, self._tracking_uri, self._mode)
+        delivery = open_delivery(self._directory, self._tracking_uri, self._mode)
         try:
             tracking = self._tracking(record)
-            return replay(record, trials[number], self._objective, way, tracking).values
+            return replay(record, trials[number], self._objective, delivery, tracking).values
         finally:
             storage.close()
             if self._mode == "inline":
-                way.close()
+                delivery.close()
 
 
 def _in_worker() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from tracker.search.plan import SOURCE
 from tracker.search.record import Record
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
-from tracker.store.uri import check_there, resolve
+from tracker.store.uri import check_exists, resolve
 
 Points = Set[tuple[Any, ...]] | None
 """The points of a grid."""
@@ -78,12 +79,12 @@ class FromRuns:
     def trials(self, record: Record) -> list[FrozenTrial]:
         """Those with a value of the metric and params within the space."""
         from tracker.store.client import MlflowStore  # importing mlflow takes seconds
-        from tracker.store.runs import StudyRuns
+        from tracker.store.runs import finished_runs
 
         if len(record.directions) > 1:
             raise ArgumentError("warm_start_from_runs takes one objective.")
-        check_there(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
-        runs = StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment)
+        check_exists(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
+        runs = finished_runs(MlflowStore(self.tracking_uri), self.experiment)
         wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
         points = _points(record)
         fitting = []
@@ -91,7 +92,7 @@ class FromRuns:
             ours = {"tracker.source", "tracker.replays"} & run.tags.keys()
             if ours or run.tags.get("tracker.study") == record.name:
                 continue  # what comes from here, or was brought here
-            if self.metric not in run.metrics:
+            if math.isnan(run.metrics.get(self.metric, math.nan)):
                 continue
             params = {}
             for name, distribution in wanted.items():

@@ -387,7 +387,7 @@ def work(connection: Connection, spec: Spec) -> None:
     """Run trials until told to stop: the main function of a worker."""
     import torch
 
-    from tracker.delivery.base import delivery, leave_all
+    from tracker.delivery.base import leave_all, open_delivery
     from tracker.search.trial import run_trial
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search says what is to end
@@ -396,16 +396,16 @@ def work(connection: Connection, spec: Spec) -> None:
     signal.signal(signal.SIGTERM, pipe.interrupt)
     torch.set_num_threads(spec.threads)
     threading.Thread(target=_show_life, args=(pipe,), name="alive", daemon=True).start()
-    code, way = 0, None
+    code, delivery = 0, None
     try:
-        way = delivery(spec.tracking.directory, spec.tracking_uri, spec.mode)
+        delivery = open_delivery(spec.tracking.directory, spec.tracking_uri, spec.mode)
         while True:
             pipe.unshield()
             pipe.send("next")
             kind, *task = pipe.receive()
             if kind != "run":
                 break
-            run_trial(task[0], spec.objective, pipe, way, spec.tracking, spec.environment)
+            run_trial(task[0], spec.objective, pipe, delivery, spec.tracking, spec.environment)
     except KeyboardInterrupt:
         code = 128 + signal.SIGTERM
     except TrackerError as error:
@@ -413,8 +413,8 @@ def work(connection: Connection, spec: Spec) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_all()
-        if way is not None and spec.mode == "inline":
-            way.close()
+        if delivery is not None and spec.mode == "inline":
+            delivery.close()
     sys.exit(code)
 
 
