@@ -274,9 +274,12 @@ def test_a_model_of_two_inputs_is_one_sentence(tmp_path: Path) -> None:
         ("RUN --to pt2 --output .", "output='.' is a folder; it must be a file."),
         (
             "RUN --to pt2 --tracking-uri sqlite:///no.db",
-            "no.db' does not exist, and so has not",
+            "no.db' does not exist, so it does not have",
         ),
-        ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has not the model"),
+        (
+            "RUN --to pt2 --tracking-uri file:none",
+            "none' does not exist, so it does not have the model",
+        ),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
         ("RUN --to aoti", "needs a C++ compiler, and there is no '/no/compiler'."),
     ],

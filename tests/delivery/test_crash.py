@@ -766,7 +766,7 @@ def test_a_machine_that_went_away_is_closed_after_ten_minutes(world: Callable[..
 
     refused = here.start_sync(str(journal))
     assert refused.wait() == 2
-    assert "is still written to by process" in here.tell()
+    assert "is still in use by process" in here.tell()
     assert "on elsewhere" in here.tell()
     assert (journal / "journal.sqlite").read_bytes() == b"whoever opens this fails"
     assert {path.name for path in journal.iterdir()} - {"delivery.lock"} == before

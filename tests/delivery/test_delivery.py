@@ -107,8 +107,8 @@ def test_a_deleted_experiment_is_said_and_nothing_is_lost(store: Store) -> None:
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0
-    assert "experiment='gone' was deleted; restore it with" in done.stderr
-    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+    assert "experiment='gone' is deleted; restore it with" in done.stderr
+    assert "Finish it with: tracker sync" in done.stderr
 
 
 def test_a_uri_that_cannot_be_meant_shows_before_anything_is_made(tmp_path: Path) -> None:

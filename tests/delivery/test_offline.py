@@ -155,13 +155,13 @@ def compare(online: Store, offline: Store, into: Path, monkeypatch: pytest.Monke
 
 def check_offline_equals_online(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = train(f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
-    told = [line for line in done.stderr.splitlines() if "is not delivered yet" not in line]
+    told = [line for line in done.stderr.splitlines() if "upload delayed" not in line]
     assert told == ["val_loss is nan at step 1."] * 2  # a busy machine may take its time besides
     assert list((tmp_path / "online" / ".tracker").iterdir()) == []
 
     done = train(None, tmp_path / "there", TRACKER_OFFLINE="1")
     journal = next((tmp_path / "there" / ".tracker").iterdir())
-    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+    assert "Finish it with: tracker sync" in done.stderr
     assert {path.name for path in (tmp_path / "there").iterdir()} == {".tracker", "program.py"}
 
     assert tracker_command(["sync", str(journal.parent), "--tracking-uri", uri]) == 0
@@ -192,20 +192,20 @@ def test_status_lists_what_is_undelivered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tracker_command(["status"]) == 0
-    assert capsys.readouterr().out == "Nothing is undelivered.\n"
+    assert capsys.readouterr().out == "Everything is uploaded.\n"
     program = "from tracker import start_run\nwith start_run(offline=True): pass"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert tracker_command(["status"]) == 0
     assert capsys.readouterr().out == (
         f".tracker/{journal.name}\n"
-        "  left behind: 2 records of 1 run undelivered\n"
-        f"  goes to sqlite:///{tmp_path / 'mlflow.db'}\n"
+        "  unfinished: 2 records of 1 run to upload\n"
+        f"  to sqlite:///{tmp_path / 'mlflow.db'}\n"
     )
     assert tracker_command(["sync"]) == 0
-    assert capsys.readouterr().out == "delivered: 2 records of 1 run\n"
+    assert capsys.readouterr().out == "Uploaded 2 records of 1 run.\n"
     assert tracker_command(["sync"]) == 0
-    assert capsys.readouterr().out == "delivered: 0 records of 0 runs\n"
+    assert capsys.readouterr().out == "Uploaded 0 records of 0 runs.\n"
 
 
 def test_the_environment_says_what_the_arguments_do_not(
@@ -241,7 +241,8 @@ def test_a_password_is_not_kept_and_asked_for(
             kept = path.read_bytes().replace(json.dumps(program)[1:-1].encode(), b"")
             assert b"hunter2" not in kept.replace(program.encode(), b""), path
     assert tracker_command(["sync"]) == 2
-    assert "goes to http://me:***@127.0.0.1:9; give --tracking-uri with its secret." in (
-        capsys.readouterr().err
+    assert (
+        "belongs to http://me:***@127.0.0.1:9, whose secret is not stored; add --tracking-uri"
+        in (capsys.readouterr().err)
     )
     assert journal.exists()

@@ -199,9 +199,9 @@ def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
 
 def assert_told_once(trainer: Trainer) -> None:
     """One warning for all outages, and a line at the end if, and only if, something is left."""
-    outages = [line for line in trainer.warnings if "Training goes on" in line]
+    outages = [line for line in trainer.warnings if "upload delayed" in line]
     assert len(outages) <= 1
-    left = [f"are not delivered; deliver them: tracker sync {j}" for j in trainer.journals]
+    left = [f"Finish it with: tracker sync {j}" for j in trainer.journals]
     rest = [line for line in trainer.warnings if line not in outages]
     assert len(rest) == len(left)
     assert all(command in line for line, command in zip(rest, left, strict=True))
@@ -322,7 +322,7 @@ def test_status_and_sync_of_a_server_that_is_not_there(
     proxy: FaultyProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status"]) == 0
-    assert capsys.readouterr().out == "Nothing is undelivered.\n"
+    assert capsys.readouterr().out == "Everything is uploaded.\n"
     program = (
         "from tracker import start_run\n"
         f"with start_run(tracking_uri={proxy.uri!r}, offline=True) as run:\n"
@@ -334,18 +334,18 @@ def test_status_and_sync_of_a_server_that_is_not_there(
     )
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert done.stderr.count("\n") == 1
-    assert f"deliver them: tracker sync {journal}" in done.stderr
+    assert f"Finish it with: tracker sync {journal}" in done.stderr
 
     proxy.behave("refuse")
     assert main(["sync"]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert "refused" in said.err
-    assert said.out == "delivered: 0 records of 0 runs; 1 journal left, see `tracker status`\n"
+    assert said.out == "Uploaded 0 records of 0 runs; 1 journal unfinished, see: tracker status\n"
     assert main(["status"]) == 0
     assert re.fullmatch(
-        rf".tracker/{journal.name}\n  left behind: 3 records of 1 run undelivered\n"
-        rf"  goes to {proxy.uri}\n",
+        rf".tracker/{journal.name}\n  unfinished: 3 records of 1 run to upload\n"
+        rf"  to {proxy.uri}\n",
         capsys.readouterr().out,
     )
 
@@ -392,7 +392,7 @@ def test_a_training_goes_on_through_every_fault(
         assert trainer.leave() == 0
     assert_told_once(trainer)
     warning = trainer.warnings[0]
-    assert "records wait in the journal" in warning
+    assert "Saved on disk; upload delayed" in warning
     assert "tracker sync" in warning
     deliver_rest(proxy, trainer)
     assert any(path.endswith("/logged-models") for path in proxy.lost)
@@ -442,17 +442,17 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
     assert fault == "hang later" or answered == 0
     (journal,) = trainer.journals
     outage, left = trainer.warnings
-    assert "Training goes on, its records wait in the journal" in outage
+    assert "Saved on disk; upload delayed" in outage
     assert f"tracker sync {journal}" in outage
-    assert f"records are not delivered; deliver them: tracker sync {journal}" in left
+    assert f"Finish it with: tracker sync {journal}" in left
 
     status = tracker("status")
     out, err = status.communicate()
     assert (status.returncode, err) == (0, "")
     head, left_behind, goes_to, *problem = out.splitlines()
     assert head == f".tracker/{journal.name}"
-    assert re.fullmatch(r"  left behind: \d+ records of 1 run undelivered", left_behind)
-    assert goes_to == f"  goes to {proxy.uri}"
+    assert re.fullmatch(r"  unfinished: \d+ records of 1 run to upload", left_behind)
+    assert goes_to == f"  to {proxy.uri}"
     assert len(problem) <= 1
 
     proxy.behind = server.port
@@ -462,7 +462,7 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
     sync.send_signal(signal.SIGINT)
     _, err = sync.communicate()
     assert sync.returncode == 130
-    assert err == "tracker: stopped; the same command goes on from here.\n"
+    assert err == "tracker: interrupted; repeat the command to continue.\n"
     assert journal.exists()
 
     proxy.behave("pass")
@@ -479,10 +479,10 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
             pass
     out, _ = sync.communicate()
     assert sync.returncode == 0, shown
-    assert re.fullmatch(r"delivered: \d+ records of 1 run\n", out)
+    assert re.fullmatch(r"Uploaded \d+ records of 1 run\.\n", out)
     assert re.search(rb"\d+/\d+ .*record", shown)
     assert trainer.journals == []
-    assert tracker("status").communicate() == ("Nothing is undelivered.\n", "")
+    assert tracker("status").communicate() == ("Everything is uploaded.\n", "")
     run = assert_all_arrived(server, experiment, trainer)
     assert {f"note.{number}" for number in range(30)} <= set(run.data.tags)
 

@@ -169,7 +169,7 @@ def said(capsys: Output) -> list[str]:
     captured = capsys.readouterr()
     lines = [*captured.out.splitlines(), *captured.err.splitlines()]
     assert not any("Traceback" in line for line in lines)
-    return [line for line in lines if not line.startswith("delivered: ")]
+    return [line for line in lines if not line.startswith("Uploaded ")]
 
 
 # -- cut off and corrupt -------------------------------------------------------------------------
@@ -448,9 +448,9 @@ def test_a_folder_without_journals_is_said_to_be_none(tmp_path: Path, capsys: Ou
         assert main([command, "empty"]) == 2
         assert said(capsys) == ["tracker: empty is not a journal of this program."]
         assert main([command, "notes.txt"]) == 2
-        assert said(capsys) == ["tracker: path='notes.txt' is not a folder."]
+        assert said(capsys) == ["tracker: notes.txt is not a folder."]
         assert main([command, "nowhere"]) == 2
-        assert said(capsys) == ["tracker: path='nowhere' is not a folder."]
+        assert said(capsys) == ["tracker: nowhere is not a folder."]
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -867,7 +867,7 @@ def check_full_disk(how: str, directory: Path, store: Store, tmp_path: Path) -> 
     full, told, left = warned
     assert "training goes on" in full
     assert told == f"WARNING {lost} records are lost: they could not be read or written."
-    assert "are not delivered; deliver them: tracker sync" in left
+    assert "Finish it with: tracker sync" in left
 
     assert main(["sync", str(directory)]) == 0
     run = store.run()

@@ -58,7 +58,7 @@ def test_the_file_store_works_and_says_once_that_it_is_in_maintenance(
             pass
     messages = [r.getMessage() for r in caplog.records if r.name.startswith("tracker")]
     assert len(messages) == 1
-    assert "maintenance" in messages[0]
+    assert "only maintains" in messages[0]
     assert len(Store(uri).runs()) == 2
 
 
@@ -89,7 +89,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_server_that_answers_with_errors(broken_server: str) -> None:
-    with pytest.raises(StoreError, match="cannot be opened: answers 503"):
+    with pytest.raises(StoreError, match="cannot be opened: it answers 503"):
         start_run(tracking_uri=broken_server)
 
 
@@ -214,9 +214,9 @@ def test_a_store_that_fails_in_flight_stops_nothing_and_sync_delivers_the_rest(
             run.flush()
     messages = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery.inline"]
     assert len(messages) == 2
-    assert messages[0].startswith("Training goes on, its records wait in the journal: ")
+    assert messages[0].startswith("Saved on disk; upload failed and will be tried again: ")
     (journal,) = (tmp_path / ".tracker").iterdir()
-    assert messages[1].endswith(f"deliver them: tracker sync {journal}")
+    assert messages[1].endswith(f"Finish it with: tracker sync {journal}")
 
     (tmp_path / "away.db").replace(database)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the journal knows where it goes
@@ -254,7 +254,7 @@ def test_sync_leaves_a_living_process_alone(
     with start_run():
         (journal,) = (tmp_path / ".tracker").iterdir()
         assert main(["sync", str(journal)]) == 2
-    assert "is still written to by process" in capsys.readouterr().err
+    assert "is still in use by process" in capsys.readouterr().err
     assert store.run().info.status == "FINISHED"
 
 

@@ -165,7 +165,7 @@ def test_a_run_without_a_checkpoint_begins_anew(store: Store, loader: Any, netwo
 def test_a_run_that_still_goes_on_is_not_resumed(store: Store, loader: Any, network: Any) -> None:
     with RunManager(model=False) as manager:
         manager.begin_run({"lr": 1.0}, network, loader)
-        with pytest.raises(StoreError, match="still goes on, in process"):
+        with pytest.raises(StoreError, match="is still running, in process"):
             RunManager.resume(manager.run_id or "")
         manager.end_run()
 

@@ -84,11 +84,11 @@ class BackgroundDelivery:
         if not wait:
             return
         try:  # offline too, after which the run is on disk
-            is_late = not self.flush(DEADLINE_SECONDS) and self._wants_uploader
-            if is_late and (summary := self._reader.undelivered_summary()) is not None:
-                self._warn(summary)
+            if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
+                problem = self._reader.problem
+                self._warn(problem.text if problem else "the store is slow")
         except StoreError as error:  # the journal was removed, which must not stop the training
-            self._warn(f"The upload failed: {error}")
+            self._warn(str(error))
 
     def run_id(self, run: str) -> str | None:
         """Return MLflow's id of `run`; None while it is not delivered."""
@@ -153,7 +153,7 @@ class BackgroundDelivery:
                 self._deaths += 1
                 self._start_at = time.monotonic() + min(2.0 ** (self._deaths - 1), 60.0)
                 if self._deaths == _RESTARTS:
-                    self._warn_of_delay(f"the uploader does not start: {self._last_words()}")
+                    self._warn(f"the uploader does not start: {self._last_words()}")
         if not self._watcher.pending():
             self._deaths = 0
         elif self._process is None and self._wants_uploader and time.monotonic() > self._start_at:
@@ -192,16 +192,13 @@ class BackgroundDelivery:
             logger.warning("%s", text)
         problem = self._watcher.problem
         if problem is not None and time.time() > problem.since + WARN_SECONDS:
-            self._warn_of_delay(problem.text)
+            self._warn(problem.text)
 
-    def _warn_of_delay(self, reason: str) -> None:
-        self._warn(
-            f"Saved on disk; the upload is delayed and will be tried again: {reason.rstrip('.')}. "
-            "If this process ends before it is finished, finish it with: "
-            f"tracker sync {self.journal.folder}"
-        )
-
-    def _warn(self, message: str) -> None:
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("%s", message)
+            logger.warning(
+                "Saved on disk; upload delayed (%s). It continues in the background. "
+                "If this process ends first, finish it with: tracker sync %s",
+                *(reason.rstrip("."), self.journal.folder),
+            )

@@ -102,7 +102,7 @@ class InlineDelivery:
     def _warn(self, error: StoreError) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("Saved on disk; the upload failed and will be tried again: %s", error)
+            logger.warning("Saved on disk; upload failed and will be tried again: %s", error)
 
     def release(self, run: str, *, wait: bool = True) -> None:
         """Deliver the run's end."""
