@@ -278,7 +278,7 @@ def test_a_model_of_two_inputs_is_one_sentence(tmp_path: Path) -> None:
         ),
         (
             "RUN --to pt2 --tracking-uri file:none",
-            "none' does not exist, so it does not have the model",
+            "none' does not exist, so it does not have",
         ),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
         ("RUN --to aoti", "needs a C++ compiler, and there is no '/no/compiler'."),

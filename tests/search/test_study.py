@@ -623,9 +623,7 @@ def test_a_study_begins_with_the_trials_of_another(store: Store) -> None:
 def test_a_warm_start_from_nowhere_makes_nothing(workdir: Path, tracking_uri: str) -> None:
     study = make(tracking_uri="sqlite:///none.db")
     study.warm_start_from_runs("old", "loss")
-    with pytest.raises(
-        StoreError, match=r"none.db' does not exist, so it does not have the experiment"
-    ):
+    with pytest.raises(StoreError, match=r"none.db' does not exist, so it does not"):
         study.run()
     make().run()
     again = make()
