@@ -85,10 +85,10 @@ def _public_userinfo(match: re.Match[str]) -> str:
 
 def _public_query(text: str) -> str:
     done, at = [], 0
-    while found := _QUERY_NAME.search(text, at):
-        done.append(text[at : found.end()])
-        at = found.end()
-        if is_secret_name(found[1]) or _QUERY_SECRET.fullmatch(found[1]):
+    while match := _QUERY_NAME.search(text, at):
+        done.append(text[at : match.end()])
+        at = match.end()
+        if is_secret_name(match[1]) or _QUERY_SECRET.fullmatch(match[1]):
             value = _QUERY_VALUE.match(text, at)
             done.append(MASK)
             at = value.end() if value else len(text)
@@ -155,11 +155,11 @@ def _is_option(text: str) -> bool:
 
 def _public_argument(argument: str) -> str:
     text = public_uri(argument)
-    for found in _ASSIGNED.finditer(text):
-        name = found["name"]
+    for match in _ASSIGNED.finditer(text):
+        name = match["name"]
         # Without a sign, only an option has a value.
-        if is_secret_name(name) and (found["sign"].strip() or _is_option(name)):
-            return text[: found.end()] + MASK
+        if is_secret_name(name) and (match["sign"].strip() or _is_option(name)):
+            return text[: match.end()] + MASK
     return text
 
 

@@ -329,7 +329,7 @@ def test_a_journal_that_lost_where_it_goes_asks_for_it_and_what_it_delivered_is_
     said(capsys)
 
     assert main(["sync", str(folder)]) == 2
-    assert one_sentence("\n".join(said(capsys)[-1:])).endswith("give --tracking-uri.")
+    assert one_sentence("\n".join(said(capsys)[-1:])).endswith("add --tracking-uri URI.")
     assert main(["sync", str(folder), "--tracking-uri", "recorder:"]) == 0
 
     assert recorder.calls[:19] == delivered

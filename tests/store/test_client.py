@@ -150,7 +150,7 @@ def test_processes_can_create_one_sqlite_store_at_the_same_time(tmp_path: Path) 
         )
         for _ in range(3)
     ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert [process.wait(timeout=250) for process in started] == [0, 0, 0]
     assert [run.info.status for run in Store(uri).runs()] == ["FINISHED"] * 3
 
 

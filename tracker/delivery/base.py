@@ -56,7 +56,7 @@ def open_delivery(directory: Path, tracking_uri: str | None, mode: Mode) -> Deli
     Args:
         directory: The folder of the journals.
         tracking_uri: By default the one that MLflow itself would use.
-        mode: Who delivers: a second process, this thread, or nobody before `tracker sync`.
+        mode: Deliver by a second process, in the training thread, or only by `tracker sync`.
 
     Raises:
         StoreError: The URI or the folder cannot be used.
@@ -130,7 +130,7 @@ class NoDelivery:
         """Do nothing."""
 
     def flush(self, timeout: float) -> bool:
-        """Return True: there is nothing to deliver."""
+        """Return True: nothing is left to deliver."""
         return True
 
     def release(self, run: str, *, wait: bool = True) -> None:

@@ -126,17 +126,17 @@ def sync(
         with closing(Journal(folder)) as journal:
             from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
-            known = journal.tracking_uri
-            if tracking_uri is None and known is None and damage is not None:
+            stored_uri = journal.tracking_uri
+            if tracking_uri is None and stored_uri is None and damage is not None:
                 raise StoreError(
                     f"{folder} is damaged and does not name its store; add --tracking-uri URI."
                 )
-            if tracking_uri is None and known is not None and MASK in known:
+            if tracking_uri is None and stored_uri is not None and MASK in stored_uri:
                 raise StoreError(
-                    f"{folder} belongs to {known}, whose secret is not stored; "
+                    f"{folder} belongs to {stored_uri}, whose secret is not stored; "
                     "add --tracking-uri URI with the secret."
                 )
-            store = MlflowStore(tracking_uri or known)
+            store = MlflowStore(tracking_uri or stored_uri)
             runs = journal.runs()
             close_unended(journal)
             records = Uploader(journal, store, on_progress).drain()

@@ -89,7 +89,7 @@ class UploaderProcess:
             if self._gone_at is not None and not pending:
                 self._journal.remove()
                 if not swept and self._store is not None:  # a program too short to be idle in
-                    self.stop()  # somebody may wait for this process to end
+                    self.stop()  # the training process may wait for this one
                     deliver_left_behind(self._journal.folder.parent, self._store, self._stopped)
                 return 0
             is_failing = self._gone_at is not None and self._failures > 0

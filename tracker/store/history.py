@@ -34,7 +34,7 @@ class ResumeState:
     """The number of samples of the system metrics."""
     rows: list[dict[str, Any]]
     """The rows of `epochs.json` up to the checkpoint."""
-    histograms: list[dict[str, Any]]
+    histograms: list[Mapping[str, Any]]
     """The histograms' records up to the checkpoint."""
     kept: Mapping[int, Mapping[str, float]]
     """The metrics of each checkpoint, by step."""
@@ -68,7 +68,9 @@ def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
         kept, checkpoint = _checkpoints(store, run_id, Path(folder))
         epochs = checkpoint.epoch if checkpoint else 0
         rows = [row for row in _rows(store, run_id, Path(folder)) if row["epoch"] <= epochs]
-        histograms = _histograms(store, run_id, Path(folder), epochs)
+    histograms: list[Mapping[str, Any]] = []
+    if "histograms" in store.artifacts(run_id):
+        histograms = [r for r in load_histogram_records(store, run_id) if r["step"] <= epochs]
     return ResumeState(
         run_id=run_id,
         params=run.params,
@@ -112,10 +114,8 @@ def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]
     ]
 
 
-def _histograms(store: MlflowStore, run_id: str, folder: Path, epochs: int) -> list[dict[str, Any]]:
-    if not (paths := store.artifacts(run_id, "histograms")):
-        return []
-    files = store.download(run_id, "histograms", folder)
-    names = [path.rpartition("/")[2] for path in paths]
-    records = [json.loads((files / name).read_text(encoding="utf-8")) for name in names]
-    return [record for record in records if record["step"] <= epochs]
+def load_histogram_records(store: MlflowStore, run_id: str) -> list[Mapping[str, Any]]:
+    """Read the histograms of a run as they were logged, by step; StoreError if it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = store.download(run_id, "histograms", Path(folder))
+        return [json.loads(file.read_text("utf-8")) for file in sorted(files.glob("*.json"))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tracker.capture.histograms import bin_edges
 from tracker.capture.model import EXPORTED, FILES
 from tracker.errors import StoreError, first_line
 from tracker.logs import muted
+from tracker.store.history import load_histogram_records
 from tracker.store.uri import check_exists, resolve
 
 
@@ -125,6 +125,4 @@ def load_nonfinite(run_id: str, tracking_uri: str | None = None) -> pd.DataFrame
 def _load(run_id: str, tracking_uri: str | None) -> list[Mapping[str, Any]]:
     from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
-    with tempfile.TemporaryDirectory() as folder:
-        files = MlflowStore(tracking_uri).download(run_id, "histograms", Path(folder))
-        return [json.loads(file.read_text()) for file in sorted(files.glob("*.json"))]
+    return load_histogram_records(MlflowStore(tracking_uri), run_id)
