@@ -205,7 +205,7 @@ def test_a_run_of_mlflow_run_goes_on_with_the_options_that_began_it(
 
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(store: Store) -> None:
     run_id = store.client.create_run("0").info.run_id
-    with pytest.raises(StoreError, match="is RUNNING. End its process, then upload its journal"):
+    with pytest.raises(StoreError, match=r"is RUNNING\. End its process, then upload its journal"):
         RunManager.resume(run_id)
 
 
