@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported, for the programs that tests start too: several of them share few cores.
+# Before torch is imported, and for the programs that tests start: many of them share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import socket
@@ -24,26 +24,18 @@ from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]
 
-CONTRACT = ("tests.test_manager", "tests.test_run", "tests.capture.test_model")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The modules in CONTRACT hold on either file-based store."""
-    if metafunc.module.__name__ in CONTRACT and "tracking_uri" in metafunc.fixturenames:
-        metafunc.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no CUDA device"))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))  # two cores may be shared with others
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Journals and files with relative names go to the test's own folder, and nobody else's."""
+    """Make the test's own folder the current one, where journals and relative paths lead."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKER_INLINE", "1")
     monkeypatch.delenv("TRACKER_OFFLINE", raising=False)
@@ -57,7 +49,7 @@ def store(tracking_uri: str) -> Store:
 
 @pytest.fixture
 def manager(tracking_uri: str) -> Iterator[RunManager]:
-    """A manager that logs no models: they take most of a second, and have tests of their own."""
+    """A manager that logs no models, which take most of a second."""
     with RunManager(model=False) as manager:
         yield manager
 
@@ -76,14 +68,14 @@ def network() -> FashionCNN:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path | None:
-    """The folder of real data sets, where this machine has one."""
+    """The folder of real data sets, None if this machine has none."""
     folder = os.environ.get("TRACKER_DATA_DIR")
     return Path(folder) if folder else None
 
 
 @pytest.fixture(scope="session")
 def train_set(data_dir: Path | None) -> Any:
-    """Real pictures: Fashion-MNIST through torchvision where it is, else digits."""
+    """Real pictures: Fashion-MNIST through torchvision if it is available, else digits."""
     if data_dir is None:
         return load("digits", "nowhere").train
     import torchvision
