@@ -5,10 +5,6 @@ import os
 # Before torch is imported, and for the programs that tests start: many of them share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from models import FashionCNN, load
-from tests.helpers import Pictures, Store, answers
+from tests.faults import TrackingServer
+from tests.helpers import Pictures, Store
 from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tracker import RunManager
 
@@ -86,31 +83,14 @@ def train_set(data_dir: Path | None) -> Any:
     )
 
 
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A real tracking server on loopback, shared by the session; it takes seconds to start."""
+    with TrackingServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen(
-        [
-            *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
-            *("--host", "127.0.0.1", "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not answers(uri):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+def server(tracking_server: TrackingServer) -> str:
+    """The URI of the session's tracking server: use an experiment that no other test uses."""
+    return tracking_server.uri

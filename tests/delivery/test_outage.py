@@ -238,12 +238,6 @@ def assert_all_arrived(server: TrackingServer, experiment: str, trainer: Trainer
     return run
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    with TrackingServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
 @pytest.fixture
 def proxy() -> Iterator[FaultyProxy]:
     with FaultyProxy() as proxy:
@@ -355,9 +349,9 @@ def test_status_and_sync_without_the_server(
 
 @pytest.mark.slow
 def test_training_continues_through_every_fault(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     proxy.behave("lose")
     with Trainer(tmp_path, proxy.uri, "faults", MLFLOW_HTTP_REQUEST_TIMEOUT="2") as trainer:
         trainer.steps(50)
@@ -366,7 +360,7 @@ def test_training_continues_through_every_fault(
         assert any(path.endswith("/runs/log-batch") for path in proxy.lost)
         for fault in ("refuse", "hang", "error", "killed"):
             if fault == "killed":
-                server.kill()
+                tracking_server.kill()
                 proxy.behave("pass")  # drops what is under way
             else:
                 proxy.behave(fault)
@@ -380,7 +374,7 @@ def test_training_continues_through_every_fault(
             trainer.steps(50)
             assert proxy.answered == answered
             if fault == "killed":
-                server.start()
+                tracking_server.start()
             proxy.behave("pass")
             trainer.wait_for_delivery()
         proxy.behave("slow")
@@ -396,36 +390,36 @@ def test_training_continues_through_every_fault(
     assert "tracker sync" in warning
     deliver_rest(proxy, trainer)
     assert any(path.endswith("/logged-models") for path in proxy.lost)
-    assert_all_arrived(server, "faults", trainer)
+    assert_all_arrived(tracking_server, "faults", trainer)
 
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_again_and_again_loses_nothing(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     with Trainer(tmp_path, proxy.uri, "killed") as trainer:
         for _ in range(3):
             trainer.steps(20)  # some are being sent when it dies
-            server.kill()
+            tracking_server.kill()
             trainer.steps(20)
-            server.start()
+            tracking_server.start()
         trainer.steps(20)
         trainer.end()
         assert trainer.leave() == 0
     assert_warned_once(trainer)
     deliver_rest(proxy, trainer)
-    assert_all_arrived(server, "killed", trainer)
+    assert_all_arrived(tracking_server, "killed", trainer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "hang", "hang later"])
 def test_a_program_ends_without_its_server_and_sync_delivers(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path, fault: str
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path, fault: str
 ) -> None:
     experiment = f"without: {fault}"
     if fault == "hang later":
-        proxy.behind = server.port
+        proxy.behind = tracking_server.port
     else:
         proxy.behave(fault)
     with Trainer(tmp_path, proxy.uri, experiment) as trainer:
@@ -455,7 +449,7 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     assert goes_to == f"  goes to {proxy.uri}"
     assert len(problem) <= 1
 
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     proxy.behave("slow")  # so that it can be stopped in the middle
     sync = tracker("sync", journal)
     wait_until(lambda: proxy.met["slow"] > 20, "it has begun to deliver", 60 + 20 * SLOW_SECONDS)
@@ -483,15 +477,15 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     assert re.search(rb"\d+/\d+ .*record", shown)
     assert trainer.journals == []
     assert tracker("status").communicate() == ("Nothing is undelivered.\n", "")
-    run = assert_all_arrived(server, experiment, trainer)
+    run = assert_all_arrived(tracking_server, experiment, trainer)
     assert {f"note.{number}" for number in range(30)} <= set(run.data.tags)
 
 
 @pytest.mark.slow
 def test_a_sync_with_lost_answers_makes_one_run(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     with Trainer(tmp_path, proxy.uri, "synced", TRACKER_OFFLINE="1") as trainer:
         trainer.steps(5)
         trainer.end()
@@ -501,7 +495,7 @@ def test_a_sync_with_lost_answers_makes_one_run(
     tracker("sync", journal).communicate()
     assert any(path.endswith("/runs/create") for path in proxy.lost)
     deliver_rest(proxy, trainer)
-    assert_all_arrived(server, "synced", trainer)
+    assert_all_arrived(tracking_server, "synced", trainer)
 
 
 @pytest.mark.slow
