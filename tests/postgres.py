@@ -145,7 +145,7 @@ class PostgresServer:
             return subprocess.Popen(command, stdout=log, stderr=log, **self.options)
 
     def _ready(self) -> bool:
-        """Whether postmaster.pid says ready, which unlike a connection no other server can answer."""
+        """Whether postmaster.pid says ready; a connection might be answered by another server."""
         try:
             lines = (self.data / "postmaster.pid").read_text().split()
         except FileNotFoundError:
