@@ -111,7 +111,6 @@ class TrialRun(Run):
             None if tracking.is_replay else RunKey(tracking.key),
             key=task.key,
             environment=environment,
-            queued=task.queued,
         )
         self._folder = tracking.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
