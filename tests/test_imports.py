@@ -21,7 +21,10 @@ ROOMS = {
     "views": {"base", "training", "capture"},
     "delivery": {"base", "journal", "store", "views"},
     "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
-    "manager": {"base", "training", "capture", "store", "views", "delivery", "run", "grid"},
+    "session": {"base", "training", "store", "delivery", "run"},
+    "manager": {
+        *("base", "training", "capture", "store", "views", "delivery", "run", "session", "grid"),
+    },
     "grid": {"base"},
     "deploy": {"base"},
     "testing": {"base"},

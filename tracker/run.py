@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
 from tracker.validation import (
+    DIRECTORY,
     checked_model_name,
     checked_name,
     checked_number,
@@ -52,18 +54,9 @@ if TYPE_CHECKING:
 
     from tracker.capture.model import Predictor
 
-DIRECTORY = ".tracker"
-"""Where journals lie by default, below the current directory."""
-
 _DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 logger = logging.getLogger(__name__)
-
-
-class RunKey(NamedTuple):
-    """A run that another process tracks, whose id in MLflow nobody here knows."""
-
-    key: str
 
 
 def start_run(
@@ -109,11 +102,12 @@ class Run:
         experiment: str | None = None,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
-        parent: Run | RunKey | str | None = None,
+        parent: Run | str | None = None,
         *,
         resume: ResumeState | None = None,
         owns_delivery: bool = False,
         key: str | None = None,
+        parent_key: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
@@ -134,8 +128,8 @@ class Run:
         self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum, of those logged
         self._warned: set[str] = set()
         self._status: Status | None = None
-        self.earlier: ResumeState | None = resume
-        """What a training that is continued had come to."""
+        self.resume_state: ResumeState | None = resume
+        """The state of the earlier run that this one continues."""
         self._delivered_id: str | None = None  # once it has ended
         self._raised_before = _last_uncaught()
         checked = checked_params(params or {})
@@ -151,8 +145,8 @@ class Run:
                     "be in the store of its children."
                 )
             above: records.Parent | None = {"key": parent._key}
-        elif isinstance(parent, RunKey):
-            above = {"key": parent.key}
+        elif parent_key is not None:
+            above = {"key": parent_key}
         else:
             above = None if parent is None else {"run_id": parent}
         self._append(
@@ -253,29 +247,35 @@ class Run:
             ]
         )
 
-    def log_series(self, name: str, values: Any, first_step: int, times: list[int]) -> None:
-        """Log one metric at consecutive steps, each with its own time in milliseconds."""
+    def log_series(
+        self,
+        name: str,
+        values: Sequence[Any] | npt.NDArray[np.float64],
+        first_step: int,
+        times: Sequence[int] | None = None,
+    ) -> None:
+        """Log one metric at consecutive steps.
+
+        Args:
+            name: Name of the metric.
+            values: Numbers, or scalar tensors that do not change: they are read later.
+            first_step: Step of the first value.
+            times: Time of each value in milliseconds since 1970; default now.
+        """
         checked_name(name, "metric")
+        if times is None:
+            times = [now()] * len(values)
         self._append_points(
             [
-                Point(name, float(value), first_step + offset, at)
-                for offset, (value, at) in enumerate(zip(values, times, strict=True))
+                Point(name, value if isinstance(value, Tensor) else float(value), step, at)
+                for step, (value, at) in enumerate(zip(values, times, strict=True), first_step)
             ]
         )
-
-    def log_later(self, name: str, value: Tensor | float, step: int) -> None:
-        """Log a number that may not be computed yet, a scalar that nobody will change.
-
-        It is read when the journal is written: this call does not wait for the device.
-        """
-        if step > self._last_steps.get(name, step - 1):
-            self._check_open()
-            self._journal.append_points(self._key, (Point(name, value, step, now()),))
 
     def _append_points(self, points: Sequence[Point]) -> None:
         self._check_open()
         for name, value, step, _ in points:
-            if not math.isfinite(value):
+            if not isinstance(value, Tensor) and not math.isfinite(value):
                 self._warn_nonfinite(name, value, step)
         if self._last_steps:  # what the run that is continued has logged already
             points = [p for p in points if p.step > self._last_steps.get(p.name, p.step - 1)]
@@ -288,15 +288,22 @@ class Run:
         stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
         logger.warning("%s is %s at step %d%s.", name, value, step, stored)
 
-    def log_tags(self, tags: Mapping[str, Any]) -> None:
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag may be set again.
 
         Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
         """
         self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
 
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags: the old name of `set_tags`."""
+        self.set_tags(tags)
+
     def log_image(
-        self, name: str, image: Tensor | npt.NDArray[Any] | Image, step: int | None = None
+        self,
+        image: Tensor | npt.NDArray[Any] | Image | str,
+        key: str | Tensor | npt.NDArray[Any] | Image,
+        step: int | None = None,
     ) -> None:
         """Log a picture: by step under `name`, as MLflow's UI shows it, or as the file `name`.
 
@@ -304,6 +311,9 @@ class Run:
         with 1, 3 or 4 channels (C, H, W) as torch has them, or (H, W, C).
         Raises ArgumentError for any other shape, or a name that MLflow refuses.
         """
+        if isinstance(image, str):
+            image, key = key, image
+        name = str(key)
         picture = to_pil(image)
         if step is None:
             folder, file = posixpath.split(checked_path(name, "name"))
@@ -323,7 +333,7 @@ class Run:
         for path, content in mlflow_image_files(name, picture, step, now()):
             folder, file = posixpath.split(path)
             self._log_file(file, content.save, folder)
-        self.log_tags({"mlflow.loggedImages": True})
+        self.set_tags({"mlflow.loggedImages": True})
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Log a file, or a folder with all it holds, into `folder` of the run's artifacts.
@@ -539,7 +549,7 @@ class Run:
         if self._status is not None or os.getpid() != self._pid:
             return  # a fork has nothing to say about its parent's run
         if ended.reason:
-            self.log_tags({"tracker.failure": ended.reason})
+            self.set_tags({"tracker.failure": ended.reason})
         self._append(records.End(ended.status))
         self._status = ended.status  # from here on it has, even if somebody tires of waiting
         try:
@@ -549,11 +559,11 @@ class Run:
             if self._owns_delivery:
                 self._delivery.close()
 
-    def abandoned_outcome(self, when: str, where: str | None = None) -> Outcome:
-        """What the run comes to if it was left, at `when`, and its end never called."""
+    def abandoned_outcome(self, where: str) -> Outcome:
+        """Return the outcome of a run that is abandoned `where`."""
         error = _last_uncaught()
         known = error if error is not self._raised_before else None
-        return abandoned(known, f"{where}, {when}" if where else when)
+        return abandoned(known, where)
 
     def abandon(self) -> None:
         """Close the run at the program's end, if nothing else has."""

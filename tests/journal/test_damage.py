@@ -805,7 +805,7 @@ run = start_run(tracking_uri=uri, directory=directory, offline=True)
 
 def log(step):
     run.log_metrics({"loss": 0.5}, step)
-    run.log_later("norm", torch.tensor(2.0), step)
+    run.log_metrics({"norm": torch.tensor(2.0)}, step)
     run.log_params({f"p{step}": step})
     run.log_text("text" * 1000, f"{step}/text.txt")
     run.log_image(f"{step}.png", torch.rand(3, 32, 32))
