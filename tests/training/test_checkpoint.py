@@ -321,7 +321,9 @@ def test_persistent_workers_go_on_in_the_same_order(tmp_path: Path, position: in
 def test_a_loader_that_is_another_is_refused(tmp_path: Path) -> None:
     start = RandomStates.capture()
     options: dict[str, Any] = {"network": classifier(), "epoch": 0, "step": 5}
-    with pytest.raises(ArgumentError, match=r"^loader\.generator is a generator of its own"):
+    with pytest.raises(
+        ArgumentError, match=r"^loader\.generator is a generator whose state was not captured"
+    ):
         save_checkpoint(
             tmp_path / "a",
             **options,
@@ -329,16 +331,20 @@ def test_a_loader_that_is_another_is_refused(tmp_path: Path) -> None:
             epoch_start=start,
             loader=noisy_loader(generator=own()),
         )
-    with pytest.raises(ArgumentError, match=r"^position=5 needs epoch_start"):
+    with pytest.raises(ArgumentError, match=r"^position=5 requires epoch_start"):
         save_checkpoint(tmp_path / "a", **options, position=5)
     assert not list(tmp_path.iterdir())
 
     save_checkpoint(tmp_path / "a", **options, position=5, epoch_start=start)
     checkpoint = load_checkpoint(tmp_path / "a")
-    with pytest.raises(ArgumentError, match=r"^loader has 2 batches, .* after 5 of the epoch"):
+    with pytest.raises(
+        ArgumentError, match=r"^loader has only 2 batches, .* after batch 5 of an epoch"
+    ):
         checkpoint.remaining([1, 2])
     for refused in (checkpoint.remaining, lambda loader: checkpoint.restore(loader=loader)):
-        with pytest.raises(ArgumentError, match=r"^loader\.generator is a generator of its own"):
+        with pytest.raises(
+            ArgumentError, match=r"^loader\.generator is a generator whose state was not captured"
+        ):
             refused(noisy_loader(generator=own()))
 
 
@@ -436,28 +442,31 @@ def test_a_state_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, 
 
 
 @pytest.mark.parametrize(
-    ("value", "path"),
+    ("value", "path", "kind"),
     [
-        ({"f": lambda: 0}, r"\['f'\] is a function"),
-        ([0, (1, object())], r"\[1\]\[1\] is a object"),
-        ({1: {"x": 1j}}, r"\[1\]\['x'\] is a complex"),
-        ({(1, Ellipsis): 1}, r" key\[1\] is a ellipsis"),
-        ([np.longdouble(1)], r"\[0\] is a longdouble"),
-        (np.array([None]), r" is a ndarray"),
-        ([np.array([1.0], ">f8")], r"\[0\] is a ndarray"),
-        ([nn.UninitializedBuffer()], r"\[0\] is a UninitializedBuffer"),
+        ({"f": lambda: 0}, r"\['f'\]", "function"),
+        ([0, (1, object())], r"\[1\]\[1\]", "object"),
+        ({1: {"x": 1j}}, r"\[1\]\['x'\]", "complex"),
+        ({(1, Ellipsis): 1}, r" key\[1\]", "ellipsis"),
+        ([np.longdouble(1)], r"\[0\]", "longdouble"),
+        (np.array([None]), "", "ndarray"),
+        ([np.array([1.0], ">f8")], r"\[0\]", "ndarray"),
+        ([nn.UninitializedBuffer()], r"\[0\]", "UninitializedBuffer"),
     ],
 )
 def test_what_cannot_be_saved_is_named_before_anything_is_written(
-    tmp_path: Path, value: Any, path: str
+    tmp_path: Path, value: Any, path: str, kind: str
 ) -> None:
-    with pytest.raises(ArgumentError, match=rf"^network\['_extra_state'\]{path}; .*them\.$"):
+    message = rf"^network\['_extra_state'\]{path} has the type {kind}; .*these\.$"
+    with pytest.raises(ArgumentError, match=message):
         save_checkpoint(tmp_path / "a", network=Holder(value), epoch=1, step=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lazy_network_is_saved_once_it_has_shapes(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"^network\['weight'\] is a UninitializedParameter; "):
+    with pytest.raises(
+        ArgumentError, match=r"^network\['weight'\] has the type UninitializedParameter; "
+    ):
         save_checkpoint(tmp_path / "a", network=nn.LazyLinear(2), epoch=1, step=1)
 
 
@@ -465,7 +474,7 @@ def test_a_schedulers_function_is_named(tmp_path: Path) -> None:
     optimizer = SGD(classifier().parameters(), lr=0.1)
     scheduler = lr_scheduler.StepLR(optimizer, 2)
     scheduler.anneal_func = lambda x: x  # type: ignore[attr-defined]
-    with pytest.raises(ArgumentError, match=r"^scheduler\['anneal_func'\] is a function; "):
+    with pytest.raises(ArgumentError, match=r"^scheduler\['anneal_func'\] has the type function; "):
         save_checkpoint(tmp_path / "a", network=classifier(), scheduler=scheduler, epoch=1, step=1)
 
 
@@ -529,7 +538,7 @@ def test_a_scaler_is_saved_where_it_is_enabled(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "a").restore(scaler=scaler(enabled=False))
 
     save_checkpoint(tmp_path / "b", network=classifier(), scaler=scaler(False), epoch=1, step=1)
-    with pytest.raises(ArgumentError, match=r"^scaler is not in the checkpoint, which has network"):
+    with pytest.raises(ArgumentError, match=r"^scaler is not in the checkpoint; it has network\."):
         load_checkpoint(tmp_path / "b").restore(scaler=scaler())
 
 
@@ -600,36 +609,35 @@ def test_a_network_may_make_its_state_a_plain_dict(tmp_path: Path) -> None:
     [
         (
             {"network": nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(6))},
-            "network differs from the one in the checkpoint: it has no 4.weight, it has no 4.bias, "
-            "its 0.weight is [5, 2] instead of [5, 3], and 4 differences more.",
+            "network does not match the checkpoint (0.weight: expected [5, 3], got [5, 2]; "
+            "1.weight: expected [5], got [6]; 1.bias: expected [5], got [6]; and 4 more).",
         ),
         (
             {"network": nn.Sequential(*classifier(), nn.Linear(1, 1, bias=False))},
-            "network differs from the one in the checkpoint: it has 5.weight besides.",
+            "network does not match the checkpoint (5.weight: expected nothing, got [1, 1]).",
         ),
         (
             {"optimizer": Adam(classifier().parameters())},
-            "optimizer differs from the one in the checkpoint: its class is Adam instead of SGD.",
+            "optimizer does not match the checkpoint (class: expected SGD, got Adam).",
         ),
         (
             {"optimizer": SGD([{"params": [torch.ones(5, 3)]}, {"params": [torch.ones(2)]}])},
-            "optimizer differs from the one in the checkpoint: it has no parameter 1 of group 0, "
-            "it has no parameter 2 of group 0, it has no parameter 3 of group 0, and 3 differences "
-            "more.",
+            "optimizer does not match the checkpoint (parameter 1 of group 0: expected [5], got "
+            "nothing; parameter 2 of group 0: expected [5], got nothing; parameter 3 of group 0: "
+            "expected [5], got nothing; and 3 more).",
         ),
         (
             {"scheduler": lr_scheduler.ConstantLR(SGD(classifier().parameters()))},
-            "scheduler differs from the one in the checkpoint: its class is ConstantLR instead of "
-            "StepLR.",
+            "scheduler does not match the checkpoint (class: expected StepLR, got ConstantLR).",
         ),
         (
             {"scaler": torch.amp.GradScaler("cpu")},
-            "scaler is not in the checkpoint, which has network, optimizer, scheduler.",
+            "scaler is not in the checkpoint; it has network, optimizer, scheduler.",
         ),
         (
             {"loader": noisy_loader(generator=own())},
-            "loader.generator is a generator of its own, whose state was not captured; the same "
-            "loader must be given when states are captured and checkpoints saved.",
+            "loader.generator is a generator whose state was not captured; pass the same loader "
+            "when capturing random states and saving checkpoints.",
         ),
     ],
 )  # fmt: skip
@@ -709,7 +717,7 @@ def test_metrics_come_back(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(ArgumentError, match=r"^folder='.*' has other files in it; "):
+    with pytest.raises(ArgumentError, match=r"^folder='.*' contains other files; "):
         save_number(tmp_path, 1)
     with pytest.raises(StoreError, match=r"^folder='.*thesis\.tex' cannot be written: "):
         save_number(tmp_path / "thesis.tex", 1)
@@ -768,11 +776,11 @@ def save_something_else(folder: Path) -> None:
             rewrite("state.json", lambda data: data.replace(b'"epoch": 1', b'"epoch": 2')),
             "state.json is damaged",
         ),
-        (rewrite("state.json", lambda data: b'{"a": 1}'), "state.json is of something else"),
-        (rewrite("state.json", lambda data: b"[1]"), "state.json is of something else"),
+        (rewrite("state.json", lambda data: b"{}"), "state.json does not belong to a checkpoint"),
+        (rewrite("state.json", lambda data: b"[1]"), "state.json does not belong to a checkpoint"),
         (
             rewrite("state.json", lambda data: data.replace(b'point": 1', b'point": 9')),
-            "it has version 9 and must have 1",
+            "its version is 9; only 1 is supported",
         ),
         (rewrite("tensors.pt", lambda data: data[:-1]), "tensors.pt is damaged"),
         (rewrite("tensors.pt", lambda data: b""), "tensors.pt is damaged"),
@@ -926,7 +934,7 @@ def test_the_last_and_the_best_are_kept() -> None:
     assert Keep(last=9).superseded(there) == []
     assert Keep(best="loss").superseded({}) == []
     assert Keep(best="loss").superseded({1: {"loss": math.nan}, 2: {"loss": math.nan}}) == [1]
-    with pytest.raises(ArgumentError, match=r"^best='val' is a metric that no .* loss, other"):
+    with pytest.raises(ArgumentError, match=r"^best='val' is not a metric of any .* loss, other"):
         Keep(best="val").superseded(there)
 
 
