@@ -123,5 +123,5 @@ def test_a_classifier_without_a_mistake_has_no_worst(store: Store) -> None:
 
 def test_classes_of_another_number_are_refused() -> None:
     scores = torch.eye(3)
-    with pytest.raises(ArgumentError, match=r"^classes has 2 names, and the scores have the shape"):
+    with pytest.raises(ArgumentError, match=r"^classes has 2 names, but the scores have the shape"):
         find_mistakes(Scores(), loader(scores, torch.arange(3)), classes=["a", "b"])

@@ -132,9 +132,9 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("network", "problem"),
     [
-        (TwoOutputs(), "it returns tuple"),
-        (nn.Linear(3, 3), "it does not take a batch of 2"),
-        (FixedBatch(), "it does not take a batch of 3"),
+        (TwoOutputs(), "the network returns tuple"),
+        (nn.Linear(3, 3), "a copy of the network fails on a batch of 2"),
+        (FixedBatch(), "it fails on a batch of 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
