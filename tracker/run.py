@@ -30,7 +30,8 @@ from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
 from tracker.delivery.base import Delivery, delivery, mode_of
 from tracker.errors import ArgumentError, CallOrderError, StoreError
-from tracker.journal.records import Kind, Point, now
+from tracker.journal import records
+from tracker.journal.records import Point, Record, now
 from tracker.redaction import is_secret_name, public_uri, public_values
 from tracker.statuses import Outcome, Status, abandoned, outcome
 from tracker.store.history import CHECKPOINTS, ResumeState
@@ -108,12 +109,11 @@ class Run:
         key: str | None = None,
         parent_key: str | None = None,
         environment: Mapping[str, str] | None = None,
-        queued: bool = False,
     ) -> None:
         """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
 
-        `resume` is an earlier run that goes on as this one. `key` finds the run again in MLflow,
-        where it may be `queued` under it; one that is given is not the run of MLFLOW_RUN_ID.
+        `resume` is an earlier run that goes on as this one. Under a `key` of the caller's, another
+        process may have created the run: it is looked up first, and is not that of MLFLOW_RUN_ID.
         `environment` are the tags of `environment_tags`, where they are known.
         """
         self._delivery = delivery
@@ -144,29 +144,29 @@ class Run:
                     f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must "
                     "be in the store of its children."
                 )
-            above: dict[str, str] | None = {"key": parent._key}
+            above: records.Parent | None = {"key": parent._key}
         elif parent_key is not None:
             above = {"key": parent_key}
         else:
             above = None if parent is None else {"run_id": parent}
         self._append(
-            "begin",
-            experiment=experiment or "Default",
-            experiment_id=by_id,
-            name=name,
-            tags=self._without_secrets(tags, "tag"),
-            parent=above,
-            adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
-            keyed=key is not None,
-            queued=queued,
-            resume=resume.run_id if resume else None,
-            samples=resume.samples if resume else 0,
+            records.Begin(
+                experiment=experiment or "Default",
+                experiment_id=by_id,
+                name=name,
+                tags=self._without_secrets(tags, "tag"),
+                parent=above,
+                adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
+                keyed=key is not None,
+                resume=resume.run_id if resume else None,
+                samples=resume.samples if resume else 0,
+            )
         )
         if resume:
             for row in resume.rows:
                 self.log_epoch(row)
-            for record in resume.histograms:
-                self._append("histograms", **record, there=True)
+            for one in resume.histograms:
+                self._append(records.Histograms(one["step"], one["histograms"], there=True))
         self._log_params(checked)
         delivery.hold(self._key, self.abandon)
 
@@ -184,9 +184,9 @@ class Run:
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
 
-    def _append(self, kind: Kind, **body: Any) -> None:
+    def _append(self, record: Record) -> None:
         self._check_open()
-        self._journal.append(self._key, kind, body)
+        self._journal.append(self._key, record)
 
     @property
     def run_id(self) -> str | None:
@@ -223,7 +223,7 @@ class Run:
         for name, value in checked.items():
             if self._resumed.pop(name, value) != value:  # a value that was changed to go on with
                 self._params[name] = value
-                self._append("tags", tags={f"tracker.param.{name}": value})
+                self._append(records.Tags({f"tracker.param.{name}": value}))
             elif (had := self._params.get(name, value)) != value:
                 raise ArgumentError(
                     f"param {name!r} is {had!r} and cannot become {value!r}: "
@@ -231,7 +231,7 @@ class Run:
                 )
         if new := {k: v for k, v in checked.items() if k not in self._params}:
             self._params |= new
-            self._append("params", params=new)
+            self._append(records.Params(new))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log numbers, or tensors that hold one, at `step`, under the time of this call.
@@ -293,7 +293,7 @@ class Run:
 
         Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
         """
-        self._append("tags", tags=self._without_secrets(checked_tags(tags), "tag"))
+        self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
 
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags: the old name of `set_tags`."""
@@ -363,7 +363,8 @@ class Run:
         name: str,
         write: Callable[[Path], object],
         folder: str | None,
-        **more: Any,
+        *,
+        passing: bool = False,
     ) -> Path | None:
         """Log what `write` writes to the path it is given; None where the disk took nothing."""
         self._check_open()
@@ -378,7 +379,7 @@ class Run:
                 raise
             self._journal.lose(name, error)
             return None
-        self._append("file", staged=self._relative(staged), folder=folder or None, **more)
+        self._append(records.File(self._relative(staged), folder or None, passing))
         return staged
 
     def _relative(self, staged: Path) -> str:
@@ -394,7 +395,7 @@ class Run:
             "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
             "profile": json_text(described.profile),
         }
-        self._append("dataset", dataset=fields, context=context)
+        self._append(records.Dataset(fields, context))
 
     def log_network(self, network: nn.Module, example: Tensor | None) -> None:
         """Log the network: `network/layers.csv` with shapes and counts, `network/graph.svg`.
@@ -447,12 +448,12 @@ class Run:
         `tracker.load_histograms` reads them back; the artifact `histograms.html` shows them.
         """
         record = network_histograms(network, step, self._frozen)
-        self._append("histograms", **record)
+        self._append(records.Histograms(**record))
         return record
 
     def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Add a row to the table `epochs.csv` and `epochs.json`."""
-        self._append("epoch", row=dict(row))
+        self._append(records.Epoch(dict(row)))
 
     def log_model(
         self,
@@ -490,7 +491,7 @@ class Run:
             except OSError as error:  # without room for temporary files it cannot even be tried
                 problem = str(error)
         if problem is None:
-            self._append("model", staged=self._relative(folder), name=name, step=step)
+            self._append(records.Model(self._relative(folder), name, step))
             return True
         shutil.rmtree(folder.parent, ignore_errors=True)
         weights = io.BytesIO()
@@ -525,7 +526,7 @@ class Run:
         """Delete the checkpoint of a step, delivered or not."""
         if (staged := self._checkpoints.pop(step, None)) is not None:
             shutil.rmtree(staged.parent, ignore_errors=True)
-        self._append("delete", path=f"{CHECKPOINTS}/{step:08d}")
+        self._append(records.Delete(f"{CHECKPOINTS}/{step:08d}"))
 
     def deliver(self) -> None:
         """An epoch has ended: a moment for delivering in-line. With an uploader, nothing."""
@@ -549,7 +550,7 @@ class Run:
             return  # a fork has nothing to say about its parent's run
         if ended.reason:
             self.set_tags({"tracker.failure": ended.reason})
-        self._append("end", status=ended.status)
+        self._append(records.End(ended.status))
         self._status = ended.status  # from here on it has, even if somebody tires of waiting
         try:
             self._delivery.release(self._key, wait=wait)

@@ -111,7 +111,6 @@ class TrialRun(Run):
             key=task.key,
             parent_key=None if tracking.is_replay else tracking.key,
             environment=environment,
-            queued=task.queued,
         )
         self._folder = tracking.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
