@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tracker.delivery.leftovers import deliver_left_behind
 from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
-from tracker.journal.ownership import Lock, writer_lives
+from tracker.journal.ownership import delivery_lock, writer_lives
 from tracker.journal.reader import Journal
-from tracker.journal.records import now
+from tracker.journal.records import Begin, Metrics, now
 from tracker.redaction import public_uri
 
 if TYPE_CHECKING:
@@ -180,13 +180,13 @@ class UploaderProcess:
         at, sample = now(), self._metrics.sample()
         for run in runs:
             if run not in self._first_sample:
-                (begin,) = self._journal.bodies(run, "begin")
-                earlier = int(begin["samples"] * SAMPLE_SECONDS * 1_000)
+                (begin,) = self._journal.records(run, Begin)
+                earlier = int(begin.samples * SAMPLE_SECONDS * 1_000)
                 self._first_sample[run] = self._journal.begin_time(run) - earlier
             # From the clock, not from a count, so that a restarted uploader continues the steps.
             step = round((at - self._first_sample[run]) / (SAMPLE_SECONDS * 1_000))
-            points = [[name, value, step, at] for name, value in sample.items()]
-            self._journal.append(run, "metrics", {"metrics": points}, at)
+            points = [(name, value, step, at) for name, value in sample.items()]
+            self._journal.append(run, Metrics(points), at)
 
     def close(self) -> None:
         """Close the journal."""
@@ -210,7 +210,7 @@ def _main() -> int:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     logging.basicConfig(level=logging.WARNING)
     folder = Path(settings["folder"])
-    lock = Lock(folder, "delivery")
+    lock = delivery_lock(folder)
     try:
         if not lock.take():
             return 0

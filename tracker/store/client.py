@@ -29,6 +29,8 @@ from tracker.validation import RUN_TAG
 
 logger = logging.getLogger(__name__)
 
+PLACEHOLDER_TAG = "tracker.placeholder"
+"""The tag of a run that another run with the same key replaces."""
 LATER_PARAM = "tracker.param."
 """MLflow never changes a param: a later value of NAME goes to the tag `tracker.param.NAME`."""
 
@@ -131,8 +133,10 @@ class MlflowStore:
         tags: Mapping[str, str],
         adopt: str | None = None,
         in_doubt: bool = False,
+        keyed: bool = False,
+        placeholder: bool = False,
     ) -> str:
-        """Create a run and return its id.
+        """Create a run, or use the one that exists.
 
         Args:
             experiment_id: The experiment of the run.
@@ -141,23 +145,61 @@ class MlflowStore:
             tags: The run's tags, with its key under RUN_TAG.
             adopt: The id of a run that `mlflow run` created for this one: it is used, with the
                 name and tags it has, unless a run of another key has used it before.
-            in_doubt: Look first whether an earlier attempt created the run.
+            in_doubt: An earlier attempt may have created the run.
+            keyed: Other processes may create a run under the key too: exactly one is kept.
+            placeholder: Of two runs with the key, the other one is kept.
+
+        Returns:
+            The run's id.
 
         Raises:
             StoreError: The store cannot be used, or `adopt` does not exist.
         """
+        key = tags[RUN_TAG]
         if adopt is not None:
             with translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
                 adopted = self.client.get_run(adopt).data.tags
-            if adopted.get(RUN_TAG, tags[RUN_TAG]) == tags[RUN_TAG]:
+            if adopted.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
                 return adopt
-        if in_doubt and (run_id := self.find_run(tags[RUN_TAG], experiment_id)) is not None:
+        if keyed and (run_id := self._only_run(key, experiment_id)) is not None:
+            return self._join(run_id, tags, placeholder=placeholder)
+        if in_doubt and (run_id := self.find_run(key, experiment_id)) is not None:
             return run_id
+        marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
         with translated("create a run"), without_retries():
-            run = self.client.create_run(experiment_id, start_time, dict(tags), name)
-        self._created.add(run.info.run_id)
-        return str(run.info.run_id)
+            run = self.client.create_run(experiment_id, start_time, marked, name)
+        run_id = str(run.info.run_id)
+        self._created.add(run_id)
+        only = self._only_run(key, experiment_id) if keyed else None
+        if only is not None and only != run_id:
+            return self._join(only, tags, placeholder=placeholder)
+        return run_id
+
+    def _join(self, run_id: str, tags: Mapping[str, str], *, placeholder: bool) -> str:
+        """Use another process's run with our key, unless ours is only its placeholder."""
+        if not placeholder:
+            self.reopen(run_id, tags)
+            with translated(f"continue the run {run_id}"):
+                if PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags:
+                    self.client.delete_tag(run_id, PLACEHOLDER_TAG)
+        return run_id
+
+    def _only_run(self, key: str, experiment_id: str) -> str | None:
+        """Return the id of the run with `key`; of several, delete all but one.
+
+        Processes that created one each at the same time keep the same, not a placeholder if
+        possible.
+        """
+        with translated("search runs"):
+            query = f"tags.`{RUN_TAG}` = '{key}'"
+            runs = sorted(
+                self.client.search_runs([experiment_id], query),
+                key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.run_id),
+            )
+            for run in runs[1:]:
+                self.client.delete_run(run.info.run_id)
+        return str(runs[0].info.run_id) if runs else None
 
     def find_run(self, key: str, experiment_id: str | None = None) -> str | None:
         """Return the id of the run tracked under `key`; None if there is none.
