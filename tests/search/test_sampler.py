@@ -27,7 +27,6 @@ from tracker.errors import ArgumentError
 from tracker.search.sampler import (
     PRUNERS,
     SAMPLERS,
-    directions,
     pruner,
     sampler,
     suggestion_seed,
@@ -346,7 +345,7 @@ def test_an_unknown_sampler_is_one_sentence(name: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         sampler(name, 0, 0)
     assert str(caught.value) == (
-        f"sampler={name!r} is not known; allowed: grid, tpe, random, gp, cmaes, qmc."
+        f"sampler={name!r} is unknown; allowed: grid, tpe, random, gp, cmaes, qmc."
     )
 
 
@@ -375,30 +374,4 @@ def test_a_pruner_has_a_name(name: str, steps: int | None) -> None:
 def test_an_unknown_pruner_is_one_sentence() -> None:
     with pytest.raises(ArgumentError) as caught:
         pruner("asha", 10)
-    assert str(caught.value) == "pruner='asha' is not known; allowed: none, median, hyperband."
-
-
-@pytest.mark.parametrize(
-    ("given_", "taken"),
-    [
-        ("minimize", ["minimize"]),
-        (["maximize"], ["maximize"]),
-        (("minimize", "maximize"), ["minimize", "maximize"]),
-    ],
-)
-def test_directions_are_one_or_several(given_: Any, taken: list[str]) -> None:
-    assert directions(given_) == taken
-
-
-@pytest.mark.parametrize(
-    ("given_", "sentence"),
-    [
-        ("up", "direction='up' is not allowed; it must be minimize or maximize."),
-        (["minimize", 1], "direction=1 is not allowed; it must be minimize or maximize."),
-        ([], "direction is empty; it must be minimize, maximize or a list of them."),
-    ],
-)
-def test_another_direction_is_one_sentence(given_: Any, sentence: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        directions(given_)
-    assert str(caught.value) == sentence
+    assert str(caught.value) == "pruner='asha' is unknown; allowed: none, median, hyperband."

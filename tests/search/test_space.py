@@ -87,9 +87,9 @@ def refused(space: Any) -> str:
         ([0.1, math.nan], "finite"),
         ([math.inf], "finite"),
         ([1, -math.inf], "finite"),
-        ([[1], [2]], "numbers, texts, True, False and None"),
-        ([{"a": 1}], "numbers, texts, True, False and None"),
-        ([1j], "numbers, texts, True, False and None"),
+        ([[1], [2]], "numbers, strings, True, False and None"),
+        ([{"a": 1}], "numbers, strings, True, False and None"),
+        ([1j], "numbers, strings, True, False and None"),
         (CategoricalDistribution((0.1, math.nan)), "finite"),
         (FloatDistribution(0.0, math.inf), "finite"),
         (FloatDistribution(math.nan, 1.0), "finite"),
@@ -106,7 +106,7 @@ def test_a_domain_that_cannot_be_is_one_sentence_that_names_it(domain: Any, allo
 
 @pytest.mark.parametrize("twice", [[1, 2, 1], [1, 1.0], [True, 1], [0.0, -0.0], ["a", "b", "a"]])
 def test_a_value_is_not_there_twice_and_one_is_true(twice: list[Any]) -> None:
-    assert refused({"lr": twice}) == f"space['lr'] has the value {twice[-1]!r} twice."
+    assert refused({"lr": twice}) == f"space['lr'] contains {twice[-1]!r} twice."
     assert "twice" in refused({"lr": CategoricalDistribution(twice)})
 
 
@@ -237,14 +237,18 @@ def test_a_range_with_a_step_has_its_values(domain: BaseDistribution, values: li
     ids=str,
 )
 def test_a_range_without_a_step_has_no_grid(domain: BaseDistribution) -> None:
-    with pytest.raises(ArgumentError, match=r"^space\['lr'\]=.* a grid needs a list or a step\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^space\['lr'\]=.* is continuous; a grid needs a list or a step\.$"
+    ):
         grid([{"width": [16], "lr": domain}])
 
 
 def test_a_grid_that_is_too_large_is_refused_before_it_is_made() -> None:
     largest = {"a": IntDistribution(1, LARGEST_GRID)}
     assert len(grid([largest])) == LARGEST_GRID
-    with pytest.raises(ArgumentError, match=r"^The grid has 1,000,000,000 points; .* 100,000\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^The grid has 1,000,000,000 points; at most 100,000 are allowed\.$"
+    ):
         grid([dict.fromkeys("abc", IntDistribution(1, 1000))])
 
 

@@ -628,7 +628,7 @@ def test_a_warm_start_from_nowhere_makes_nothing(workdir: Path, tracking_uri: st
     make().run()
     again = make()
     again.warm_start_from_study("study", "journal:///./studies.journal")
-    with pytest.raises(ArgumentError, match="study='study' cannot begin with its own trials"):
+    with pytest.raises(ArgumentError, match="study='study' cannot start with its own trials"):
         again.run(resume=True)
     assert not (workdir / "none.db").exists()
 
@@ -665,7 +665,7 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
     secret = database.replace("postgres@", "postgres:hunter2@")
     study = make(storage=secret)
     study.run()
-    with pytest.raises(ArgumentError, match="exists in storage") as raised:
+    with pytest.raises(ArgumentError, match="already exists in storage") as raised:
         study.run()
     storage = Storage(database)
     (stored,) = storage.optuna.get_all_studies()
@@ -678,23 +678,25 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "annealing"}, "sampler='annealing' is not known; allowed: grid, tpe"),
-        ({"sampler": "tpe"}, "trials is missing; sampler='tpe' never ends"),
+        ({"sampler": "annealing"}, "sampler='annealing' is unknown; allowed: grid, tpe"),
+        ({"sampler": "tpe"}, "trials is required: sampler='tpe' has no natural end"),
         ({"sampler": "tpe", "trials": 0}, "trials=0 is not allowed; it must be at least 1"),
         ({"sampler": "grid"}, "sampler='grid' needs a space"),
         ({"sampler": "grid", "space": {"lr": []}}, r"space\['lr'\] is empty"),
-        ({"sampler": "grid", "space": {"lr": [1, 1]}}, r"space\['lr'\] has the value 1 twice"),
+        ({"sampler": "grid", "space": {"lr": [1, 1]}}, r"space\['lr'\] contains 1 twice"),
         (
             {"sampler": "grid", "space": {"lr": FloatDistribution(0, 1)}},
-            "a grid needs a list or a step",
+            "is continuous; a grid needs a list or a step",
         ),
-        ({"pruner": "luck"}, "pruner='luck' is not known; allowed: none, median, hyperband"),
+        ({"pruner": "luck"}, "pruner='luck' is unknown; allowed: none, median, hyperband"),
         ({"direction": "up"}, "direction='up' is not allowed; it must be minimize or maximize"),
-        ({"metric": ["a", "b"]}, "must name as many as"),
+        ({"direction": ["minimize", 1]}, "direction=1 is not allowed"),
+        ({"direction": []}, "direction is empty; it must be minimize, maximize or a list"),
+        ({"metric": ["a", "b"]}, "must have one name for each of"),
         ({"metric": "loss?"}, r"metric name 'loss\?' is not allowed"),
         (
             {"direction": ["minimize"] * 2, "metric": ["a", "a"]},
-            r"metric=\['a', 'a'\] has the same name twice",
+            r"metric=\['a', 'a'\] contains a name twice",
         ),
         ({"sampler": "grid", "space": {"x:?": [1]}}, r"space name 'x:\?' is not allowed"),
         (
@@ -702,19 +704,22 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
             "one objective",
         ),
         ({"retries": -1}, "retries=-1 is not allowed"),
-        ({"storage": "mysql://x/y"}, "storage='mysql://x/y' is not known; allowed are journal"),
-        ({"storage": "sqlite://"}, "names no file"),
+        ({"storage": "mysql://x/y"}, "storage='mysql://x/y' is not supported; allowed are journal"),
+        ({"storage": "sqlite://"}, "does not name a file"),
         ({"models": "some"}, "models='some' is not allowed; it must be best, all or none"),
-        ({"alias": "best"}, "alias='best' needs the name to register under"),
+        ({"alias": "best"}, "alias='best' needs register=NAME"),
         ({"register": "a/b"}, "register='a/b' is not allowed; it must be a name without / : and '"),
-        ({"register": "a", "alias": "latest"}, "alias='latest' is not allowed; it must be letters"),
+        (
+            {"register": "a", "alias": "latest"},
+            "alias='latest' is not allowed; it must consist of letters",
+        ),
         ({"register": "a", "alias": "v7"}, "alias='v7' is not allowed"),
         ({"register": "a", "models": "none"}, "register='a' needs one best model; models='none'"),
         (
             {"register": "a", "direction": ["minimize"] * 2, "metric": ["a", "b"]},
-            "register='a' needs one best model; there are several",
+            "register='a' needs one best model; it has several",
         ),
-        ({"grace_seconds": 0}, "grace_seconds=0 must be above 0"),
+        ({"grace_seconds": 0}, "grace_seconds=0 is not allowed; it must be > 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_makes_nothing(
@@ -731,14 +736,14 @@ def test_a_worker_s_number_and_objective_are_checked(workdir: Path, tracking_uri
     before = sorted(workdir.iterdir())
     with pytest.raises(ArgumentError, match="workers=0 is not allowed; it must be at least 1"):
         make().run(workers=0)
-    with pytest.raises(ArgumentError, match="it must be a function at the top of a module"):
+    with pytest.raises(ArgumentError, match="it must be a function at the top level of a module"):
         make(lambda trial: 1.0).run(workers=2)
     assert sorted(workdir.iterdir()) == before
 
 
 def test_a_study_that_exists_is_gone_on_with_only_when_asked(tracking_uri: str) -> None:
     make().run()
-    with pytest.raises(ArgumentError, match="study='study' exists in storage"):
+    with pytest.raises(ArgumentError, match="study='study' already exists in storage"):
         make().run()
 
 
@@ -751,7 +756,10 @@ def test_a_study_that_exists_is_gone_on_with_only_when_asked(tracking_uri: str) 
         ({"seed": 5}, "has seed=0, not 5"),
         ({"sampler": "random", "trials": 5}, "has sampler='grid', not 'random'"),
         ({"direction": "maximize"}, "has directions="),
-        ({"fixed": {"data": "mnist"}}, "has data='digits', not 'mnist'; it goes on as it was"),
+        (
+            {"fixed": {"data": "mnist"}},
+            "has data='digits', not 'mnist'; resume it with the stored value",
+        ),
         ({"fixed": {}}, "has data='digits', not .not given."),
     ],
 )
@@ -781,7 +789,7 @@ def test_what_the_space_gave_is_not_suggested_from_another_range(tracking_uri: s
         return trial.suggest_float("x", 0.0, 0.2) + trial.suggest_float("x", 0.0, 0.05)
 
     study = Study("study", narrower, space={"x": [0.1]}, sampler="grid")
-    with pytest.raises(ArgumentError, match=r"'x' is 0\.1 already, which is not of Float"):
+    with pytest.raises(ArgumentError, match=r"'x' is already 0\.1, which is not in Float"):
         study.run()
 
 

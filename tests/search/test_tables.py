@@ -11,7 +11,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.search.record import Record
-from tracker.search.session import is_best
 from tracker.search.tables import best
 
 
