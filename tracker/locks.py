@@ -1,71 +1,63 @@
-"""Locks that the kernel releases when their holder dies."""
+"""A lock between processes that the kernel releases when its holder dies, however it dies."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
-_FIRST_PAUSE = 0.0005
-_LONGEST_PAUSE = 0.05
+from filelock import FileLock, Timeout
+
+from tracker.errors import StoreError
 
 
-class KernelLock:
-    """An exclusive lock on a file, between processes and between instances in one process."""
+class Lock:
+    """An exclusive lock on a file, held until it is released or its holder dies.
+
+    All threads that share a `Lock` share its hold; to exclude other threads, give each its own.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Prepare a lock; `take` creates a missing file, and never changes its content."""
+        """Create a lock that is not held; the file is created when it is first taken."""
         self.path = path
-        self._descriptor: int | None = None
+        # Never a soft lock, which would outlive its holder.
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
 
-    def take(self, timeout: float | None = 0.0) -> bool:
-        """Take the lock.
-
-        Args:
-            timeout: How long to wait for another holder, in seconds; None for ever.
-
-        Returns:
-            Whether the lock is held now.
+    def take(self, timeout: float = 0) -> bool:
+        """Take the lock, or return False if another holds it for `timeout` seconds.
 
         Raises:
-            OSError: The file cannot be opened for writing.
+            StoreError: The folder of the lock does not exist or cannot be written.
         """
-        if self._descriptor is not None:
-            return True
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        until = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE
+        if not self.path.parent.is_dir():  # filelock would create it
+            raise StoreError(f"{self.path.parent} is not a folder.")
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._descriptor, descriptor = descriptor, -1
-                    return True
-                except BlockingIOError:
-                    if until is not None and time.monotonic() >= until:
-                        return False
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+            self._lock.acquire(timeout=timeout)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise StoreError(f"{self.path.parent} cannot be written: {error.strerror}.") from error
+        return True
 
     def release(self) -> None:
-        """Release the lock, if it is held; it can be taken again."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Release the lock; it may be taken again."""
+        self._lock.release()
 
-    def __enter__(self) -> KernelLock:
-        self.take(timeout=None)
-        return self
+    @contextmanager
+    def hold(self, timeout: float = 0) -> Iterator[bool]:
+        """Hold the lock during a block; yield whether it could be taken within `timeout` seconds.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+        Raises:
+            StoreError: The folder of the lock does not exist or cannot be written.
+        """
+        taken = self.take(timeout)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self.release()
+
+    def touch(self) -> None:
+        """Set the file's time to now, as a sign of life for hosts that cannot see the lock."""
+        os.utime(self.path)

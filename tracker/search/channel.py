@@ -32,8 +32,6 @@ class Task:
     """The key of its run."""
     params: Mapping[str, Any]
     """The values suggested so far: all of the declared space."""
-    queued: bool = False
-    """Whether it was enqueued, so that the mirror may have created its run."""
     reported: Mapping[int, float] = field(default_factory=dict)
     """What earlier attempts at the slot reported, by step."""
 

@@ -78,7 +78,7 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record
         ArgumentError: It exists and `resume` is False, or its stored settings differ. Nothing has
             changed then.
     """
-    with storage.translated(), storage.lock():
+    with storage.lock():
         try:
             study_id = storage.optuna.get_study_id_from_name(config.name)
         except KeyError:

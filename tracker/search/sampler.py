@@ -169,7 +169,7 @@ class QuasiRandomSampler(optuna.samplers.RandomSampler):
     """
 
     def __init__(self, seed: int, slot: int) -> None:
-        super().__init__(seed)
+        super().__init__(suggestion_seed(seed, slot))
         self._seed, self._slot = seed, slot
 
     def sample_independent(

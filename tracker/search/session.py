@@ -103,7 +103,7 @@ class Search:
                 self._optuna.set_trial_user_attr(queued._trial_id, SEARCH, self.id)
                 if not self._optuna.set_trial_state_values(queued._trial_id, TrialState.RUNNING):
                     return "wait"
-                return self._start(queued._trial_id, slot, queued=True)
+                return self._start(queued._trial_id, slot)
             if slot is None and (slot := self.plan.next_slot()) is None:
                 return "done" if self.plan.is_finished else "wait"
             trial_id = self._optuna.create_new_trial(self.record.study_id, self._new_trial(slot))
@@ -151,7 +151,7 @@ class Search:
         pending = trials[self.plan.first_open :]
         return next((trial for trial in pending if trial.state == TrialState.WAITING), None)
 
-    def _start(self, trial_id: int, slot: int, *, queued: bool = False) -> Task | Answer:
+    def _start(self, trial_id: int, slot: int) -> Task | Answer:
         record, history = self.record, self.plan.slot(slot)
         sampler = samplers.sampler(
             record.sampler,
@@ -177,7 +177,6 @@ class Search:
             seed=samplers.training_seed(record.seed, slot),
             key=f"{record.key}-{trial.number}",
             params=params,
-            queued=queued,
             reported=history.reported,
         )
         self._running[task.number] = _Running(task, trial)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -30,7 +31,7 @@ from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from tracker.errors import ArgumentError, StoreError
-from tracker.locks import KernelLock
+from tracker.locks import Lock
 from tracker.redaction import public_uri
 
 DEFAULT = "journal:///studies.journal"
@@ -98,7 +99,7 @@ class Storage:
         """
         self.url, self.kind, self._file = parse(url)
         self._connection: Any = None
-        self._locks: dict[str, KernelLock | _AdvisoryLock] = {}
+        self._locks: dict[str, _FileLock | _AdvisoryLock] = {}
         self._is_owner = False
         if not make and self._file is not None and not self._file.exists():
             raise StoreError(f"storage={self.url!r} does not exist.")
@@ -176,16 +177,16 @@ class Storage:
         finally:
             lock.release()
 
-    def _lock(self, name: str) -> KernelLock | _AdvisoryLock:
+    def _lock(self, name: str) -> _FileLock | _AdvisoryLock:
         if name not in self._locks:
             if self._file is None:
-                self._locks[name] = _AdvisoryLock(self._connected, name)
+                self._locks[name] = _AdvisoryLock(self._connect, name)
             else:
                 suffix = f".{name}.lock" if name else ".lock"
-                self._locks[name] = KernelLock(Path(f"{self._file}{suffix}"))
+                self._locks[name] = _FileLock(Path(f"{self._file}{suffix}"))
         return self._locks[name]
 
-    def _connected(self) -> Any:
+    def _connect(self) -> Any:
         import psycopg
 
         if self._connection is None or self._connection.closed:
@@ -248,14 +249,6 @@ class Storage:
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Turn the storage's errors into StoreError."""
-        try:
-            yield
-        except (OSError, SQLAlchemyError, StorageInternalError) as error:
-            raise self._error("cannot be written", error) from error
-
 
 def _is_permanent(error: BaseException) -> bool:
     """Whether this process is not allowed to write to the storage."""
@@ -265,24 +258,28 @@ def _is_permanent(error: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class _AdvisoryLock:
-    """A lock of a PostgreSQL database, with the methods of `KernelLock`."""
+class _FileLock(Lock):
+    """A lock beside the storage's file; OSError, as for an outage, if it cannot be taken."""
 
-    def __init__(self, connected: Callable[[], Any], name: str) -> None:
+    def take(self, timeout: float = 0) -> bool:
+        try:
+            return super().take(timeout)
+        except StoreError as error:
+            raise error.__cause__ or FileNotFoundError(str(error)) from error
+
+
+class _AdvisoryLock:
+    """A lock of a PostgreSQL database, with the methods of `Lock`."""
+
+    def __init__(self, connect: Callable[[], Any], name: str) -> None:
         digest = hashlib.sha256(f"tracker{name}".encode()).digest()
         self._number = int.from_bytes(digest[:8], "big", signed=True)
-        self._connected = connected
+        self._connect = connect
         self._connection: Any = None
 
-    def take(self, timeout: float) -> bool:
-        self._connection = self._connected()
-        until, pause = time.monotonic() + timeout, 0.001
-        while not self._query("SELECT pg_try_advisory_lock(%s)"):
-            if time.monotonic() > until:
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-        return True
+    def take(self, timeout: float = 0) -> bool:
+        self._connection = self._connect()
+        return _polled(lambda: self._query("SELECT pg_try_advisory_lock(%s)"), timeout)
 
     def release(self) -> None:
         try:
@@ -300,27 +297,53 @@ class _AdvisoryLock:
 
 
 class _JournalLock(BaseJournalFileLock):
-    """Locks a journal file by the kernel; Optuna's own locks outlive their holder by 30 s."""
+    """Locks a journal by the kernel; Optuna's own locks outlive their holder by 30 s.
+
+    The file itself is locked, since version 0.1.0 does that; `Lock` would truncate it.
+    """
 
     def __init__(self, file: str) -> None:
-        self._file = Path(file)
-        self._lock = KernelLock(self._file)
+        self._file = file
+        self._descriptor: int | None = None
 
     def acquire(self) -> bool:
         """Take the lock, and cut off what a dead process has half written.
 
         It does not wait forever for a suspended holder: an append is whole even without the lock.
         """
-        if self._lock.take(timeout=LOCK_SECONDS):
-            try:
-                _cut_half_line(self._file)
-            except BaseException:
-                self._lock.release()
-                raise
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if _polled(lambda: _flock(descriptor), LOCK_SECONDS):
+                _cut_half_line(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
         return True
 
     def release(self) -> None:
-        self._lock.release()
+        """Release the lock."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _polled(take: Callable[[], bool], timeout: float) -> bool:
+    until, pause = time.monotonic() + timeout, 0.0005
+    while not take():
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return True
 
 
 def _check_content(path: Path, kind: str) -> None:
@@ -333,17 +356,16 @@ def _check_content(path: Path, kind: str) -> None:
             raise ValueError(f"it is not a {kind} file of Optuna.")
 
 
-def _cut_half_line(path: Path) -> None:
-    with path.open("r+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end == 0 or os.pread(file.fileno(), 1, end - 1) == b"\n":
-            return
-        newline = -1
-        while end > 0 and newline < 0:
-            start = max(0, end - (1 << 20))
-            newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
-            end = start + newline + 1
-        file.truncate(end)
+def _cut_half_line(descriptor: int) -> None:
+    end = os.fstat(descriptor).st_size
+    if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
+        return
+    newline = -1
+    while end > 0 and newline < 0:
+        start = max(0, end - (1 << 20))
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        end = start + newline + 1
+    os.ftruncate(descriptor, end)
 
 
 @contextmanager

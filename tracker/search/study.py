@@ -26,7 +26,6 @@ from tracker.delivery.base import delivery, mode_of
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
-from tracker.run import DIRECTORY
 from tracker.search import warm_start
 from tracker.search.channel import Ended
 from tracker.search.config import StudyConfig
@@ -45,6 +44,7 @@ from tracker.search.storage import Storage
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
 from tracker.store.uri import check, resolve
+from tracker.validation import DIRECTORY
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,9 @@ class Study:
         storage = Storage(self._storage_url)
         try:
             storage.own()
-            record = open_study(storage, config, resume=resume)
+            record = storage.patiently(
+                lambda: open_study(storage, config, resume=resume), patience=0.0
+            )
             for trials in imported:
                 warm_start.add(storage, record, trials)
             self._run(Search(storage, record, grace=self._grace), workers)

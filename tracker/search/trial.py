@@ -26,7 +26,7 @@ from tracker.delivery.base import Delivery
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.grid import run_name
 from tracker.manager import RunManager
-from tracker.run import Run, RunKey
+from tracker.run import Run
 from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
 from tracker.search.executors.base import TrialSpec
 from tracker.search.plan import SLOT
@@ -58,16 +58,15 @@ class TrialRun(Run):
                 "optuna.state": "RUNNING",
                 "tracker.slot": str(task.slot),
             },
-            None if spec.is_replay else RunKey(record.key),
             key=task.key,
+            parent_key=None if spec.is_replay else record.key,
             environment=spec.environment,
-            queued=task.queued,
         )
         self._folder = spec.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
         self._log_pending_model: Callable[[], bool] | None = None
-        self.earlier = _load_earlier(self._folder)
-        for row in self.earlier.rows if self.earlier else []:
+        self.resume_state = _load_resume_state(self._folder)
+        for row in self.resume_state.rows if self.resume_state else []:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self.log_metrics(metrics, row["epoch"])
             self.log_epoch(row)
@@ -113,7 +112,7 @@ class TrialRun(Run):
         shutil.rmtree(self._folder / f"{step:08d}", ignore_errors=True)
 
 
-def _load_earlier(folder: Path) -> ResumeState | None:
+def _load_resume_state(folder: Path) -> ResumeState | None:
     """Load what an earlier attempt at the trial has left, up to its last whole checkpoint."""
     checkpoints: dict[int, Checkpoint] = {}
     for path in folder.glob("*"):
@@ -238,7 +237,7 @@ class Trial:
         reason = self._channel.prune(self.number)
         if reason is None:
             return False
-        self.run.log_tags({"tracker.pruned": reason})
+        self.run.set_tags({"tracker.pruned": reason})
         return True
 
     def set_user_attr(self, name: str, value: Any) -> None:
@@ -291,8 +290,8 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
     error: BaseException | None = None
     values: list[float] | None = None
     try:
-        if run.earlier is not None and run.earlier.checkpoint is not None:
-            trial.restore(task.reported, run.earlier.checkpoint.epoch)
+        if run.resume_state is not None and run.resume_state.checkpoint is not None:
+            trial.restore(task.reported, run.resume_state.checkpoint.epoch)
         set_seed(task.seed)
         values = _checked(spec.objective(trial), len(metrics))
     except BaseException as raised:  # noqa: BLE001 - raised again below if it concerns the study
@@ -306,7 +305,7 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
         run.log_metrics(objectives(metrics, ended.values or ()))
         if models == "all" or (models == "best" and verdict.best):
             run.log_pending_model()
-    run.log_tags({"optuna.state": ended.state})
+    run.set_tags({"optuna.state": ended.state})
     run.end(Outcome(ended.status, ended.reason), wait=False)
     if not verdict.retry:
         shutil.rmtree(trial.folder, ignore_errors=True)
