@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import shutil
@@ -65,6 +66,7 @@ class JournalWriter:
         self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
         self._warned = False
         self._unread = False
+        self._nonfinite: set[tuple[str, str]] = set()  # run and metric, already warned about
         self._closed = False
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
@@ -172,11 +174,20 @@ class JournalWriter:
                     for point, value in zip(several, values, strict=True)
                     if value is not None
                 ]
+                self._warn_nonfinite(run, read)
                 rows.append((run, several[0].time, Metrics.kind, encode(Metrics(read))))
                 self._count_unread(len(several) - len(read), problem)
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows
+
+    def _warn_nonfinite(self, run: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+        """Warn about NaN and infinity once per name: here, as values on a device are read here."""
+        for name, value, step, _ in points:
+            if not math.isfinite(value) and (run, name) not in self._nonfinite:
+                self._nonfinite.add((run, name))
+                stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
+                logger.warning("%s is %s at step %d%s.", name, value, step, stored)
 
     def _count_unread(self, values: int, problem: str | None) -> None:
         if values and not self._unread:
