@@ -403,7 +403,8 @@ class Run:
         `example` is a batch of inputs; without one there are no shapes and there is no graph.
         The network, its buffers and every random generator stay as they are.
         """
-        from tracker.capture.layers import graph_svg, layer_table, trace
+        from tracker.capture.layers import graph_svg, layer_table
+        from tracker.capture.trace import trace
 
         traced = None
         if example is not None:

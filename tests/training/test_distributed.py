@@ -27,6 +27,8 @@ from tracker import Epoch, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
+pytestmark = pytest.mark.timeout(700)  # the ranks start slowly on a busy machine
+
 ROOT = Path(__file__).parents[2]
 RUN_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 
@@ -70,6 +72,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from shared import classifier, points
+from tests.helpers import train_epoch
 from tracker import RunManager, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
@@ -80,7 +83,7 @@ if backend != "gloo":
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
 who = [(rank(), world_size(), is_main())]
-dist.init_process_group(backend, timeout=timedelta(seconds=120))
+dist.init_process_group(backend, timeout=timedelta(seconds=600))
 who.append((rank(), world_size(), is_main()))
 me, ranks = rank(), world_size()
 
@@ -139,15 +142,7 @@ def tracked():
         run.run_id
         for _ in range(2):
             manager.begin_epoch()
-            for batch in loader:
-                inputs, labels = batch
-                preds = network(inputs)
-                loss = F.cross_entropy(preds, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                manager.track_loss(loss, batch)
-                manager.track_num_correct(preds, labels)
+            train_epoch(network, loader, optimizer, manager)
             manager.end_epoch({"lr_now": 0.5})
         for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
             manager.log_epoch(epoch)
@@ -198,7 +193,7 @@ def torchrun(folder: Path, *arguments: str, processes: int = 2) -> list[dict[str
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # a kill would leave the ranks behind
         output, _ = process.communicate(timeout=60)
