@@ -276,9 +276,12 @@ def test_a_model_with_two_inputs_is_refused_in_one_sentence(tmp_path: Path) -> N
         ("RUN --to pt2 --output .", "output='.' is a folder; it must be a file."),
         (
             "RUN --to pt2 --tracking-uri sqlite:///no.db",
-            "no.db' does not exist, and so has not",
+            "no.db' does not exist, so it does not have",
         ),
-        ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has not the model"),
+        (
+            "RUN --to pt2 --tracking-uri file:none",
+            "none' does not exist, so it does not have",
+        ),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
         ("RUN --to aoti", "format='aoti' needs the C++ compiler '/no/compiler'."),
     ],

@@ -161,7 +161,7 @@ def test_a_journal_without_its_progress_asks_for_the_store_and_sends_nothing_twi
     said(capsys)
 
     assert main(["sync", str(folder)]) == 2
-    assert one_sentence("\n".join(said(capsys)[-1:])).endswith("give --tracking-uri.")
+    assert one_sentence("\n".join(said(capsys)[-1:])).endswith("add --tracking-uri URI.")
     assert main(["sync", str(folder), "--tracking-uri", "recorder:"]) == 0
 
     assert recorder.calls[:19] == delivered

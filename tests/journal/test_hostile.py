@@ -82,9 +82,9 @@ def test_a_folder_without_journals_is_refused(tmp_path: Path, capsys: Output) ->
         assert main([command, "empty"]) == 2
         assert said(capsys) == ["tracker: empty is not a journal of this program."]
         assert main([command, "notes.txt"]) == 2
-        assert said(capsys) == ["tracker: path='notes.txt' is not a folder."]
+        assert said(capsys) == ["tracker: notes.txt is not a folder."]
         assert main([command, "nowhere"]) == 2
-        assert said(capsys) == ["tracker: path='nowhere' is not a folder."]
+        assert said(capsys) == ["tracker: nowhere is not a folder."]
     assert list((tmp_path / "empty").iterdir()) == []
 
 
