@@ -171,14 +171,14 @@ def begin(
                     return loop.validate()
 
             passes = run_epochs(
-                lambda number: manager.watch(loop.train(number), len(loader)),
+                lambda number: manager.progress(loop.train(number), len(loader)),
                 validate=validate,
                 **numbers,
             )
         else:
             passes = fit(
                 network,
-                manager.watch(loader),
+                manager.progress(loader),
                 optimizer,
                 recipe.loss,
                 device=device,
@@ -214,7 +214,7 @@ def begin(
 
 def _check_same_epochs(manager: RunManager, epochs: int) -> None:
     """Raise ArgumentError if a run with a schedule is resumed for another number of epochs."""
-    before = manager.earlier_params.get("epochs", str(epochs))
+    before = manager.resumed_params.get("epochs", str(epochs))
     if before != str(epochs):
         raise ArgumentError(
             f"epochs={epochs} differs from the run to resume, whose learning rate schedule ends "
