@@ -166,7 +166,7 @@ def test_the_file_store_takes_all_that_a_run_logs(
         parent.log_metrics({"loss": 0.5}, 2)
         parent.log_artifact(tmp_path / "artifact.txt", "folder")
         parent.log_text("a text", "text.txt")
-        parent.log_image("image", torch.rand(3, 4, 4), step=1)
+        parent.log_image(torch.rand(3, 4, 4), "image", step=1)
         parent.log_model(torch.nn.Linear(2, 1), torch.rand(2, 2))
         with start_run(parent=parent, tracking_uri=uri) as child:
             child.flush()
