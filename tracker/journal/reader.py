@@ -83,7 +83,10 @@ class Journal:
 
     def _read_integer(self, query: str, *values: Any) -> int:
         (number,) = self._read_one(query, *values)
-        return int(number)
+        try:
+            return int(number)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"The journal {self.folder} cannot be used: {error}.") from error
 
     def _change(self, query: str, *values: Any) -> None:
         with self._lock, self._translated(), self._db:
@@ -95,8 +98,8 @@ class Journal:
         """Return the first `limit` entries that are not marked delivered, in order."""
         rows = self._read(
             "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records"
-            " WHERE seq > (SELECT delivered FROM progress) ORDER BY seq LIMIT ?",
-            limit,
+            " WHERE seq > ? ORDER BY seq LIMIT ?",
+            *(self.delivered, limit),
         )
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 

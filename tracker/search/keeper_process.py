@@ -24,8 +24,8 @@ from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
 from tracker.search.leases import BEATS, Leases, active_searches
 from tracker.search.mirror import LATE_SECONDS, Mirror
 from tracker.search.plan import SEARCH
+from tracker.search.reap import reap
 from tracker.search.record import load
-from tracker.search.session import reap
 from tracker.search.storage import Storage
 from tracker.store.client import MlflowStore
 

@@ -24,8 +24,6 @@ from tracker.search.leases import PREFIX, Leases, searches
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
 from tracker.search.record import Record
 from tracker.search.report.page import study_page
-from tracker.search.session import budget
-from tracker.search.space import grid, identity
 from tracker.search.storage import Storage
 from tracker.search.tables import INTERMEDIATE, best, objectives, rows, saved
 from tracker.store.client import MlflowStore
@@ -413,12 +411,9 @@ def status_of_study(
     record: Record, trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]
 ) -> tuple[str, str | None]:
     """The status of a study that nobody works on, and the reason unless it is FINISHED."""
-    points = grid(record.spaces) if record.sampler == "grid" else None
-    total = budget(record, points)
-    slots = {identity(p): n for n, p in enumerate(points)} if points is not None else None
-    plan = Plan(record.retries, slots)
+    plan = Plan.of(record)
     plan.observe(trials)
-    if plan.finished(total) == total:
+    if plan.is_finished:
         return "FINISHED", None
     ends = [attrs[f"{PREFIX}{search}"] for search in searches(attrs)]
     ends = [end for end in ends if end is not None]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.search.best import best_trials
 from tracker.search.plan import ENDED, SLOT, SOURCE
 from tracker.search.record import Record
-from tracker.search.session import feasible
 
 _TAKEN = ("trial", "slot", "state", "steps", "started", "seconds", "source", "reason")
 
@@ -63,16 +62,7 @@ def best(record: Record, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
     None breaks a constraint. Empty where none is complete.
     """
-    done = [t for t in trials if t.state == TrialState.COMPLETE and feasible(t)]
-    signs = [-1.0 if direction == "maximize" else 1.0 for direction in record.directions]
-    losses = np.array([t.values for t in done], dtype=float).reshape(len(done), len(signs)) * signs
-    # In this order none is worse than, or the equal of, one that comes after it.
-    left = np.lexsort(([t.number for t in done], *losses.T[::-1]))
-    front = []
-    while len(left):
-        front.append(first := left[0])
-        left = left[(losses[left] < losses[first]).any(axis=1)]
-    return [done[place] for place in sorted(front, key=lambda place: done[place].number)]
+    return best_trials(trials, record.directions)
 
 
 def saved(record: Record, trials: Iterable[FrozenTrial]) -> tuple[int, int] | None:

@@ -14,8 +14,8 @@ from tracker.redaction import MASK
 from tracker.search.keeper_config import SETTLE_SECONDS
 from tracker.search.leases import PREFIX, Leases, active_searches, grace_of, was_here
 from tracker.search.plan import SEARCH
+from tracker.search.reap import reap
 from tracker.search.record import Record, load
-from tracker.search.session import reap
 from tracker.search.storage import Storage
 
 _LOOK_SECONDS = 0.5
