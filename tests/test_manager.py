@@ -518,7 +518,7 @@ def test_the_error_about_a_deleted_experiment_says_how_to_restore_it(
     store.client.delete_experiment(gone)
     with (
         RunManager(experiment="gone") as manager,
-        pytest.raises(StoreError, match=f"was deleted; restore it .* --experiment-id {gone}"),
+        pytest.raises(StoreError, match=f"is deleted; restore it .* --experiment-id {gone}"),
     ):
         manager.begin_run({}, network, loader)
     assert list(Path(".tracker").iterdir()) == []

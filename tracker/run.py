@@ -23,7 +23,7 @@ from tracker.capture.histograms import network_histograms
 from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
-from tracker.delivery.base import Delivery, delivery, mode_of
+from tracker.delivery.base import Delivery, mode_of, open_delivery
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal import records
 from tracker.journal.recorder import Recorder
@@ -82,11 +82,12 @@ def start_run(
         ArgumentError: An argument is not allowed; nothing has begun.
         StoreError: The store cannot be used; nothing has begun.
     """
-    route = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
+    mode = mode_of(inline=inline, offline=offline)
+    delivery = open_delivery(Path(directory), tracking_uri, mode)
     try:
-        return Run(route, params, experiment, name, tags, parent, owns_delivery=True)
+        return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C must not leave a journal open either
-        route.close()
+        delivery.close()
         raise
 
 
