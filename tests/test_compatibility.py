@@ -1,4 +1,4 @@
-"""What 0.1.0 left behind is still read: a journal, a checkpoint, and a study with its journal.
+"""Files of version 0.1.0 can still be read: a journal, a checkpoint, and a study with its journal.
 
 The archives in `tests/data` were written by commit 44da99a, on another host, by processes that were
 killed or interrupted.

@@ -1,4 +1,4 @@
-"""RunManager: the tutorial's loop, and what of it arrives in MLflow."""
+"""RunManager: what arrives in MLflow from the tutorial's loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def get_num_correct(preds: torch.Tensor, labels: torch.Tensor) -> int:
 # -- the tutorial ------------------------------------------------------------------------------
 
 
-def test_get_runs_gives_every_combination_with_the_first_name_slowest() -> None:
+def test_get_runs_returns_every_combination_with_the_first_name_slowest() -> None:
     runs = RunBuilder.get_runs(OrderedDict(lr=[0.01, 0.001], batch_size=[100, 1000]))
     assert [tuple(run) for run in runs] == [(0.01, 100), (0.01, 1000), (0.001, 100), (0.001, 1000)]
     assert runs[0].lr == 0.01
@@ -47,13 +47,13 @@ def test_get_runs_gives_every_combination_with_the_first_name_slowest() -> None:
     assert str(runs[0]) == "Run(lr=0.01, batch_size=100)"
 
 
-def test_get_runs_refuses_a_name_that_no_named_tuple_has() -> None:
+def test_get_runs_refuses_a_name_that_is_not_a_python_name() -> None:
     with pytest.raises(ArgumentError, match="params has a name that is not allowed"):
         RunBuilder.get_runs({"batch size": [1]})
 
 
 @pytest.mark.parametrize("value", [0.01, "adam"])
-def test_get_runs_refuses_a_value_that_is_no_list(value: Any) -> None:
+def test_get_runs_refuses_a_value_that_is_not_a_list(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"params\['x'\]=.* must be a list of values"):
         RunBuilder.get_runs({"x": value})
 
@@ -96,7 +96,7 @@ def tutorial(train_set: Any, epochs: int, manager: RunManager | None) -> tuple[A
     return network, rows
 
 
-def test_the_tutorial_loop_logs_what_a_hand_computation_finds(
+def test_the_tutorial_loop_logs_the_same_loss_and_accuracy_as_a_hand_computation(
     train_set: Any, store: Store, tmp_path: Path
 ) -> None:
     manager = RunManager(model=False)
@@ -127,7 +127,9 @@ def test_the_tutorial_loop_logs_what_a_hand_computation_finds(
     assert json.loads(Path("results.json").read_text()) == manager.run_data
 
 
-def test_weights_are_bit_equal_with_and_without_tracking(train_set: Any, store: Store) -> None:
+def test_tracking_does_not_change_the_trained_weights_by_a_bit(
+    train_set: Any, store: Store
+) -> None:
     plain, _ = tutorial(train_set, 1, None)
     with RunManager(model=False, batch_loss=True) as manager:
         tracked, _ = tutorial(train_set, 1, manager)
@@ -135,7 +137,7 @@ def test_weights_are_bit_equal_with_and_without_tracking(train_set: Any, store: 
         assert torch.equal(parameter, tracked.state_dict()[name]), name
 
 
-def test_a_run_holds_all_that_is_worth_looking_at(
+def test_a_run_has_params_metrics_tags_pictures_histograms_data_set_and_model(
     store: Store, network: FashionCNN, loader: Any, tmp_path: Path
 ) -> None:
     manager = RunManager(batch_loss=True)
@@ -186,17 +188,19 @@ def test_a_run_holds_all_that_is_worth_looking_at(
     assert store.client.get_logged_model(output.model_id).status == "READY"
 
 
-def test_git_tells_the_commit_and_whether_the_tree_was_dirty(
+def test_a_run_has_the_git_commit_and_whether_the_tree_is_dirty(
     manager: RunManager, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({}, network, loader)
     tags = store.run().data.tags
-    if "mlflow.source.git.commit" in tags:  # not in an unpacked archive
+    if "mlflow.source.git.commit" in tags:  # an unpacked archive has none
         assert len(tags["mlflow.source.git.commit"]) == 40
         assert tags["tracker.git.dirty"] in ("true", "false")
 
 
-def test_its_own_experiment_and_tags(store: Store, network: FashionCNN, loader: Any) -> None:
+def test_an_experiment_and_tags_can_be_given(
+    store: Store, network: FashionCNN, loader: Any
+) -> None:
     with RunManager(experiment="grid", tags={"team": "vision"}, model=False) as manager:
         manager.begin_run({}, network, loader)
         manager.end_run()
@@ -204,7 +208,7 @@ def test_its_own_experiment_and_tags(store: Store, network: FashionCNN, loader: 
     assert run.data.tags["team"] == "vision"
 
 
-def test_the_environment_names_the_experiment(
+def test_the_experiment_is_read_from_the_environment(
     store: Store, network: FashionCNN, loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
@@ -214,7 +218,7 @@ def test_the_environment_names_the_experiment(
     assert len(store.runs("from the environment")) == 1
 
 
-def test_run_id_lets_own_calls_of_mlflow_join_the_run(
+def test_mlflow_s_own_functions_can_log_to_the_run_by_its_id(
     manager: RunManager, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     run = manager.begin_run({}, network, loader)
@@ -225,7 +229,7 @@ def test_run_id_lets_own_calls_of_mlflow_join_the_run(
     assert run.run_id == store.run().info.run_id
 
 
-# -- the tutorial's mistakes -------------------------------------------------------------------
+# -- mistakes in the tutorial's own manager ----------------------------------------------------
 
 
 def track(manager: RunManager, loader: Any, with_batch: bool = True) -> tuple[float, float]:
@@ -256,7 +260,7 @@ def track(manager: RunManager, loader: Any, with_batch: bool = True) -> tuple[fl
     ],
     ids=["a smaller last batch", "drop_last", "a sampler"],
 )
-def test_metrics_are_those_of_the_samples_that_were_seen(
+def test_metrics_are_means_over_the_samples_that_were_trained_on(
     manager: RunManager,
     store: Store,
     network: FashionCNN,
@@ -271,9 +275,7 @@ def test_metrics_are_those_of_the_samples_that_were_seen(
     assert metrics["accuracy"] == pytest.approx(accuracy, abs=1e-12)
 
 
-def test_a_parameter_without_a_gradient_is_no_error(
-    manager: RunManager, store: Store, loader: Any
-) -> None:
+def test_a_frozen_parameter_is_not_an_error(manager: RunManager, store: Store, loader: Any) -> None:
     network = FashionCNN()
     network.conv1.requires_grad_(False)
     manager.begin_run({}, network, loader)
@@ -285,7 +287,7 @@ def test_a_parameter_without_a_gradient_is_no_error(
 
 
 class Noisy(Pictures):
-    """A data set whose samples draw from every generator there is."""
+    """A data set whose samples draw from every random generator."""
 
     def __getitem__(self, index: int) -> Any:
         import random
@@ -333,7 +335,7 @@ class Stream(IterableDataset[Any]):
         yield from Pictures(50)
 
 
-def test_a_stream_loses_nothing_to_the_sample(
+def test_the_sample_pictures_do_not_consume_a_stream(
     manager: RunManager, store: Store, network: FashionCNN
 ) -> None:
     loader = DataLoader(Stream(), batch_size=20)
@@ -344,7 +346,7 @@ def test_a_stream_loses_nothing_to_the_sample(
 
 
 @pytest.mark.cuda
-def test_a_network_on_cuda_with_a_loader_on_the_cpu(
+def test_a_network_on_a_gpu_with_a_loader_on_the_cpu_is_tracked_without_waiting(
     manager: RunManager, store: Store, loader: Any
 ) -> None:
     network = FashionCNN().cuda()
@@ -391,7 +393,7 @@ def test_fit_under_a_manager_logs_each_epoch_and_the_validation(
 # -- statuses ----------------------------------------------------------------------------------
 
 
-def test_an_exception_in_the_block_is_failed_with_its_reason(
+def test_an_exception_in_the_with_block_ends_the_run_as_failed_with_the_reason(
     store: Store, network: FashionCNN, loader: Any
 ) -> None:
     def broken() -> None:
@@ -409,7 +411,9 @@ def test_an_exception_in_the_block_is_failed_with_its_reason(
     assert run.data.params["epochs"] == "0"
 
 
-def test_ctrl_c_in_the_block_is_killed(store: Store, network: FashionCNN, loader: Any) -> None:
+def test_ctrl_c_in_the_with_block_ends_the_run_as_killed(
+    store: Store, network: FashionCNN, loader: Any
+) -> None:
     def interrupted() -> None:
         with RunManager(model=False) as manager:
             manager.begin_run({}, network, loader)
@@ -420,20 +424,20 @@ def test_ctrl_c_in_the_block_is_killed(store: Store, network: FashionCNN, loader
     assert store.run().info.status == "KILLED"
 
 
-def test_a_run_left_for_the_next_is_failed_and_says_where(
+def test_a_run_that_is_open_when_the_next_begins_fails_and_says_where(
     manager: RunManager, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({"n": 1}, network, loader)
     manager.begin_epoch()
     manager.begin_run({"n": 2}, network, loader)
     manager.end_run()
-    left, second = store.runs()
-    assert (left.info.status, second.info.status) == ("FAILED", "FINISHED")
-    assert "within epoch 1" in left.data.tags["tracker.failure"]
-    assert "end_run() was never called" in left.data.tags["tracker.failure"]
+    abandoned, second = store.runs()
+    assert (abandoned.info.status, second.info.status) == ("FAILED", "FINISHED")
+    assert "within epoch 1" in abandoned.data.tags["tracker.failure"]
+    assert "end_run() was never called" in abandoned.data.tags["tracker.failure"]
 
 
-def test_end_run_within_an_epoch_is_not_finished(
+def test_end_run_within_an_epoch_ends_the_run_as_failed(
     manager: RunManager, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({}, network, loader)
@@ -442,7 +446,7 @@ def test_end_run_within_an_epoch_is_not_finished(
     assert store.run().info.status == "FAILED"
 
 
-def test_a_manager_that_is_dropped_closes_its_run(
+def test_a_manager_that_is_garbage_collected_closes_its_run(
     tracking_uri: str, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     manager = RunManager(model=False)
@@ -455,7 +459,7 @@ def test_a_manager_that_is_dropped_closes_its_run(
 # -- bad input ---------------------------------------------------------------------------------
 
 
-def test_verbs_out_of_order_say_which_comes_first(
+def test_a_method_called_out_of_order_names_the_one_to_call_first(
     manager: RunManager, network: FashionCNN, loader: Any
 ) -> None:
     with pytest.raises(CallOrderError, match=r"begin_epoch\(\) was called without a run; call beg"):
@@ -476,7 +480,7 @@ def test_verbs_out_of_order_say_which_comes_first(
     manager.end_run()
 
 
-def test_labels_of_the_wrong_shape_are_not_compared_each_with_each(
+def test_labels_of_the_wrong_shape_are_refused(
     manager: RunManager, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({}, network, loader)
@@ -493,7 +497,7 @@ def test_labels_of_the_wrong_shape_are_not_compared_each_with_each(
         (3, "run=3 has no hyperparameters"),
     ],
 )
-def test_a_bad_hyperparameter_leaves_nothing_behind(
+def test_a_hyperparameter_that_is_refused_leaves_no_run_and_no_journal(
     manager: RunManager,
     store: Store,
     network: FashionCNN,
@@ -507,7 +511,7 @@ def test_a_bad_hyperparameter_leaves_nothing_behind(
     assert not Path(".tracker").exists() or list(Path(".tracker").iterdir()) == []
 
 
-def test_a_deleted_experiment_is_named_with_its_remedy(
+def test_the_error_about_a_deleted_experiment_says_how_to_restore_it(
     store: Store, network: FashionCNN, loader: Any
 ) -> None:
     gone = store.client.create_experiment("gone")
@@ -529,7 +533,7 @@ def nan_epoch(manager: RunManager, network: nn.Module, loader: Any) -> None:
     manager.end_run()
 
 
-def test_a_loss_that_is_not_finite_is_recorded_and_warned_of_once(
+def test_a_loss_that_is_not_finite_is_recorded_with_one_warning(
     manager: RunManager,
     store: Store,
     network: FashionCNN,
@@ -549,7 +553,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_warned_of_once(
     assert np.isinf(back[2])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_if_asked_to(
+def test_stop_on_nonfinite_ends_the_run_at_the_first_nan(
     store: Store, network: FashionCNN, loader: Any
 ) -> None:
     with (
@@ -560,7 +564,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_if_asked_to(
     assert store.run().info.status == "FAILED"
 
 
-def test_metrics_that_are_refused_leave_the_epoch_open(
+def test_an_epoch_stays_open_if_its_metrics_are_refused(
     manager: RunManager, store: Store, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({}, network, loader)
@@ -572,7 +576,7 @@ def test_metrics_that_are_refused_leave_the_epoch_open(
     assert store.history(store.run(), "loss") == [(1, 0.5)]
 
 
-def test_a_hyperparameter_named_like_a_metric_is_told_apart(
+def test_a_hyperparameter_with_the_name_of_a_metric_has_its_own_column(
     manager: RunManager, network: FashionCNN, loader: Any
 ) -> None:
     manager.begin_run({"loss": "mse"}, network, loader)
@@ -583,7 +587,7 @@ def test_a_hyperparameter_named_like_a_metric_is_told_apart(
     assert manager.run_data[0]["param loss"] == "mse"
 
 
-def test_a_data_set_with_keys_of_its_own_costs_the_sample_only(
+def test_a_data_set_that_is_not_indexed_by_numbers_only_lacks_sample_pictures(
     manager: RunManager, store: Store, network: FashionCNN, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Keyed(Pictures):
@@ -597,6 +601,6 @@ def test_a_data_set_with_keys_of_its_own_costs_the_sample_only(
     assert "no sample pictures" in caplog.text
 
 
-def test_save_into_a_folder_that_is_not_there(manager: RunManager) -> None:
+def test_saving_to_a_folder_that_does_not_exist_is_an_error(manager: RunManager) -> None:
     with pytest.raises(ArgumentError, match="name='nowhere/results' cannot be written"):
         manager.save("nowhere/results")

@@ -1,7 +1,8 @@
-"""The project's own promises: what it installs, imports, ships and exports."""
+"""What the project installs, ships and exports."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def pins() -> dict[str, str]:
     return found
 
 
-def test_conda_installs_the_project_s_dependencies_at_the_tested_versions(
+def test_conda_installs_the_dependencies_at_the_tested_versions(
     project: dict[str, Any], pins: dict[str, str]
 ) -> None:
     conda = yaml.safe_load((ROOT / "conda.yaml").read_text())
@@ -48,7 +49,7 @@ def test_conda_installs_the_project_s_dependencies_at_the_tested_versions(
     assert pip["pip"] == [f"{one.name}{pins[one.name]}" for one in dependencies]
 
 
-def test_every_requirement_is_pinned_with_hashes_and_no_registry_is_named() -> None:
+def test_requirements_are_pinned_with_hashes_and_name_no_registry() -> None:
     text = (ROOT / "requirements.txt").read_text()
     for block in re.split(r"\n(?=\S)", text.strip()):
         if not block.startswith("#"):
@@ -58,7 +59,9 @@ def test_every_requirement_is_pinned_with_hashes_and_no_registry_is_named() -> N
     assert "--index" not in text
 
 
-def test_only_tracker_is_in_the_wheel(tmp_path: Path, project: dict[str, Any]) -> None:
+def test_the_wheel_contains_the_package_tracker_and_nothing_else(
+    tmp_path: Path, project: dict[str, Any]
+) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=ROOT,
@@ -80,7 +83,7 @@ def test_only_tracker_is_in_the_wheel(tmp_path: Path, project: dict[str, Any]) -
     assert inside == tracked
 
 
-def test_the_public_surface_is_what_it_says() -> None:
+def test_every_public_name_exists_and_has_a_docstring() -> None:
     assert tracker.__all__ == sorted(tracker.__all__)
     for name in tracker.__all__:
         assert hasattr(tracker, name)
@@ -88,7 +91,20 @@ def test_the_public_surface_is_what_it_says() -> None:
             assert getattr(tracker, name).__doc__, name
 
 
-def test_the_console_script_tells_its_version() -> None:
+def test_type_checkers_see_the_same_public_names_as_python() -> None:
+    tree = ast.parse((ROOT / "tracker/__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    declared = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == {name: f"tracker.{module}" for name, module in tracker._MODULES.items()}
+    assert {*declared, "__version__"} == set(tracker.__all__)
+
+
+def test_the_console_script_prints_its_version() -> None:
     script = Path(sys.executable).with_name("tracker")
     shown = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == tracker.__version__

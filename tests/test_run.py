@@ -1,4 +1,4 @@
-"""Run: tracking for those who start fresh, without a classifier or a manager."""
+"""`start_run`: a run without a manager."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
 
 from tests.helpers import Store
 from tracker import ArgumentError, CallOrderError, StoreError, start_run
+from tracker.journal.records import Point, now
 
 
-def test_everything_logged_arrives(store: Store, tmp_path: Path) -> None:
+def test_everything_that_is_logged_arrives_in_mlflow(store: Store, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a note")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "loss.csv").write_text("step,loss\n")
@@ -54,9 +54,7 @@ def test_everything_logged_arrives(store: Store, tmp_path: Path) -> None:
     assert store.text(found, "texts/notes.txt", tmp_path) == "a note"
 
 
-def test_times_are_those_of_the_calls_not_of_the_delivery(store: Store) -> None:
-    from tracker.journal.records import now
-
+def test_metrics_have_the_time_of_the_call_not_of_the_delivery(store: Store) -> None:
     with start_run() as run:
         before = now()
         run.log_metrics({"loss": 1.0})
@@ -68,7 +66,7 @@ def test_times_are_those_of_the_calls_not_of_the_delivery(store: Store) -> None:
     assert found.info.end_time >= after
 
 
-def test_a_run_is_visible_while_it_lasts(store: Store) -> None:
+def test_a_run_can_be_read_in_mlflow_while_it_is_open(store: Store) -> None:
     with start_run() as run:
         run.log_metrics({"loss": 1.0})
         assert run.status is None
@@ -79,7 +77,7 @@ def test_a_run_is_visible_while_it_lasts(store: Store) -> None:
     assert run.status == "FINISHED"
 
 
-def test_nothing_is_left_of_the_journal(store: Store, workdir: Path) -> None:
+def test_the_journal_is_removed_when_the_run_is_delivered(store: Store, workdir: Path) -> None:
     with start_run() as run:
         run.log_text("x", "x.txt")
         assert len(list((workdir / ".tracker").iterdir())) == 1
@@ -97,7 +95,7 @@ def test_nothing_is_left_of_the_journal(store: Store, workdir: Path) -> None:
     ],
     ids=str,
 )
-def test_the_block_sets_the_status_from_what_happened(
+def test_the_with_block_sets_the_final_status(
     store: Store, error: BaseException, status: str
 ) -> None:
     def body() -> None:
@@ -111,20 +109,20 @@ def test_the_block_sets_the_status_from_what_happened(
     assert ("tracker.failure" in found.data.tags) == (status != "FINISHED")
 
 
-def test_a_run_that_has_ended_takes_nothing_more(store: Store) -> None:
+def test_logging_to_a_run_that_has_ended_is_an_error(store: Store) -> None:
     with start_run() as run:
         pass
     with pytest.raises(CallOrderError, match=r"the run has ended \(FINISHED\)"):
         run.log_metrics({"loss": 1.0})
 
 
-# -- what MLflow refuses -------------------------------------------------------------------------
+# -- names and values that MLflow refuses --------------------------------------------------------
 
 NAMES = ["", "a*b", "a//b", "../up", "/abs", "a/", ".", "x" * 251, "tab\t"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_mlflow_refuses_is_refused_at_once(store: Store, name: str) -> None:
+def test_a_name_that_mlflow_refuses_raises_in_the_call(store: Store, name: str) -> None:
     with start_run() as run:
         for log in (run.log_params, run.log_metrics, run.set_tags):
             with pytest.raises(ArgumentError, match=r"name .* is not allowed"):
@@ -133,14 +131,14 @@ def test_a_name_that_mlflow_refuses_is_refused_at_once(store: Store, name: str) 
 
 
 @pytest.mark.parametrize("name", ["loss", "a/b", "val loss", "f1: macro", "x.y-z_0", "größe"])
-def test_a_name_that_mlflow_takes_is_taken(store: Store, name: str) -> None:
+def test_a_name_that_mlflow_accepts_is_accepted(store: Store, name: str) -> None:
     with start_run(params={name: 1}) as run:
         run.log_metrics({name: 1.0})
     assert store.run().data.metrics == {name: 1.0}
     assert store.run().data.params == {name: "1"}
 
 
-def test_values_that_mlflow_would_cut_or_change_are_refused(store: Store) -> None:
+def test_a_value_that_mlflow_would_cut_or_change_is_refused(store: Store) -> None:
     with start_run(params={"lr": 0.1, "text": "x" * 6000}) as run:
         with pytest.raises(ArgumentError, match=r"has 6,001 characters; MLflow keeps 6,000"):
             run.log_params({"long": "x" * 6001})
@@ -162,23 +160,23 @@ def test_values_that_mlflow_would_cut_or_change_are_refused(store: Store) -> Non
 
 
 @pytest.mark.parametrize("step", [1.5, None, "3", 2**63])
-def test_a_step_is_a_whole_number(store: Store, step: Any) -> None:
+def test_a_step_that_is_not_an_integer_is_refused(store: Store, step: Any) -> None:
     with start_run() as run, pytest.raises(ArgumentError, match=r"step=.* 64-bit integer"):
         run.log_metrics({"loss": 1.0}, step)
 
 
 @pytest.mark.parametrize("name", ["", "a/", "./a.txt", "a//b.txt", "/a.txt", "..", "a/../b"])
-def test_an_artifact_has_a_plain_path(store: Store, name: str) -> None:
+def test_an_artifact_path_that_is_not_plain_is_refused(store: Store, name: str) -> None:
     with start_run() as run, pytest.raises(ArgumentError, match="plain relative path"):
         run.log_text("x", name)
 
 
-def test_a_record_that_the_store_refuses_costs_no_other(
+def test_a_record_that_the_store_refuses_does_not_affect_others(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_run() as run:
         run.log_text("x", "a")
-        run.log_text("x", "a/b")  # no store has a file and a folder of one name
+        run.log_text("x", "a/b")  # a file and a folder cannot have the same name
         run.log_metrics({"loss": 1.0})
     lost = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery.inline"]
     assert len(lost) == 1
@@ -187,7 +185,7 @@ def test_a_record_that_the_store_refuses_costs_no_other(
     assert store.run().data.metrics == {"loss": 1.0}
 
 
-def test_nan_and_infinity_are_recorded_and_warned_of_once_a_name(
+def test_nan_and_infinity_are_recorded_with_one_warning_per_name(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "tracker"), start_run() as run:
@@ -203,7 +201,37 @@ def test_nan_and_infinity_are_recorded_and_warned_of_once_a_name(
     assert store.history(store.run(), "b")[0][1] < -1e308
 
 
-def test_more_metrics_and_params_than_a_request_holds(store: Store) -> None:
+def test_a_value_that_is_read_late_is_warned_about_too(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "tracker"), start_run() as run:
+        run.log_points([Point("late", torch.tensor(math.nan), step, now()) for step in range(3)])
+    assert [record.getMessage() for record in caplog.records] == ["late is nan at step 0."]
+    assert len(store.history(store.run(), "late")) == 3
+
+
+def test_a_metric_has_the_value_of_the_call_even_if_its_tensor_changes(store: Store) -> None:
+    value = torch.tensor(1.0, requires_grad=True)
+    with start_run() as run:
+        run.log_metrics({"loss": value, "count": 3, "rate": np.float32(0.5)})
+        value.data.fill_(2.0)
+    assert store.run().data.metrics == {"loss": 1.0, "count": 3.0, "rate": 0.5}
+
+
+@pytest.mark.cuda
+def test_a_metric_on_a_gpu_is_copied_and_read_late_without_waiting(store: Store) -> None:
+    value = torch.ones(1, device="cuda")
+    with start_run() as run:
+        torch.cuda.set_sync_debug_mode("error")
+        run.log_metrics({"loss": value})
+        value.fill_(2.0)
+        torch.cuda.set_sync_debug_mode("default")
+        with pytest.raises(ArgumentError, match="it must be one number"):
+            run.log_metrics({"loss": torch.rand(2, device="cuda")})
+    assert store.run().data.metrics == {"loss": 1.0}
+
+
+def test_more_metrics_and_params_than_fit_in_one_request_arrive(store: Store) -> None:
     with start_run(params={f"p{i}": i for i in range(150)}) as run:
         for step in range(1500):
             run.log_metrics({"x": step, "y": -step}, step)
@@ -213,10 +241,10 @@ def test_more_metrics_and_params_than_a_request_holds(store: Store) -> None:
     assert store.history(found, "y") == [(step, float(-step)) for step in range(1500)]
 
 
-# -- joining a run that `mlflow run` made ----------------------------------------------------------
+# -- MLflow projects ------------------------------------------------------------------------------
 
 
-def test_it_adopts_the_run_that_mlflow_run_made(
+def test_the_run_that_mlflow_run_created_is_adopted(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = store.client.create_run("0", tags={"mlflow.source.type": "PROJECT"}, run_name="made")
@@ -233,12 +261,12 @@ def test_it_adopts_the_run_that_mlflow_run_made(
     assert found.data.tags["tracker.param.device"] == "cpu"
     assert "tracker.param.lr" not in found.data.tags
 
-    with start_run():  # a second run of the same process is one of its own
+    with start_run():  # a second run of the same process is a new one
         pass
     assert len(store.runs()) == 2
 
 
-def test_a_run_id_in_the_environment_that_is_not_in_the_store(
+def test_a_run_id_in_the_environment_that_the_store_does_not_have_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
@@ -251,7 +279,7 @@ def test_a_run_id_in_the_environment_that_is_not_in_the_store(
 
 
 class Unexportable(nn.Module):
-    """Its forward depends on the data, which no graph can follow."""
+    """Branches on its data, which a graph cannot express."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +289,7 @@ class Unexportable(nn.Module):
         return self.linear(x) if x.sum().item() > 0 else self.linear(-x)
 
 
-def test_a_network_that_cannot_be_exported_leaves_its_weights_and_says_why(
+def test_the_weights_of_a_network_that_cannot_be_exported_are_logged_with_a_warning(
     store: Store, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     network = Unexportable()
@@ -275,7 +303,7 @@ def test_a_network_that_cannot_be_exported_leaves_its_weights_and_says_why(
 
 
 class KeepsActivations(nn.Module):
-    """Its forward keeps a tensor that cannot be copied."""
+    """Stores a tensor that cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +314,7 @@ class KeepsActivations(nn.Module):
         return self.features * 2
 
 
-def test_a_network_that_keeps_its_activations_is_exported(store: Store) -> None:
+def test_a_network_that_stores_its_activations_is_exported(store: Store) -> None:
     network = KeepsActivations()
     network(torch.rand(3, 4)).sum().backward()
     with start_run() as run:
@@ -294,7 +322,7 @@ def test_a_network_that_keeps_its_activations_is_exported(store: Store) -> None:
     assert store.run().info.status == "FINISHED"
 
 
-def test_a_lazy_network_is_described_without_being_materialised(store: Store) -> None:
+def test_a_lazy_network_is_described_without_materialising_it(store: Store) -> None:
     network = nn.Sequential(nn.LazyLinear(3), nn.ReLU())
     with start_run() as run:
         run.log_network(network, torch.rand(2, 5))
@@ -303,7 +331,7 @@ def test_a_lazy_network_is_described_without_being_materialised(store: Store) ->
     assert "network/layers.csv" in store.artifacts(store.run())
 
 
-def test_a_data_set_is_an_input_with_a_context(store: Store) -> None:
+def test_a_data_set_is_recorded_as_an_input_with_its_context(store: Store) -> None:
     from torch.utils.data import TensorDataset
 
     with start_run() as run:
@@ -314,12 +342,14 @@ def test_a_data_set_is_an_input_with_a_context(store: Store) -> None:
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "validation")]
 
 
-def test_a_picture_survives_the_way_to_the_store(store: Store, tmp_path: Path) -> None:
+def test_a_logged_picture_has_the_same_pixels_in_mlflow(store: Store, tmp_path: Path) -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     with start_run() as run:
         run.log_image(pixels, "picture.png")
-    path = MlflowClient(store.uri).download_artifacts(
-        store.run().info.run_id, "picture.png", str(tmp_path)
-    )
-    with Image.open(path) as found:
-        assert (np.asarray(found) == pixels).all()
+        run.log_image("old_order.png", pixels)
+        with pytest.raises(ArgumentError, match="key is a ndarray; it must be text"):
+            run.log_image(pixels, pixels)
+    for name in ("picture.png", "old_order.png"):
+        path = store.client.download_artifacts(store.run().info.run_id, name, str(tmp_path))
+        with Image.open(path) as picture:
+            assert (np.asarray(picture) == pixels).all()

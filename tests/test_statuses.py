@@ -1,4 +1,4 @@
-"""True statuses, of real programs that end in every way."""
+"""The final status of runs of real programs that end in different ways."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import Store
 
 BEGIN = """
 import os, signal, sys, threading
-# A test run in the background inherits that Ctrl-C is ignored.
+# A process in the background ignores Ctrl-C by default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,7 +32,7 @@ manager.end_epoch()
 
 
 def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, int]:
-    """The run that a program leaves, and its exit code."""
+    """Run a program; return its run and exit code."""
     program = tmp_path / "program.py"
     program.write_text(BEGIN + ending)
     process = subprocess.run(
@@ -71,7 +71,7 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
     ],
     ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT", "a fork"],
 )
-def test_the_status_is_what_happened(
+def test_the_status_follows_from_how_the_program_ends(
     store: Store, tmp_path: Path, ending: str, status: str, reason: str | None
 ) -> None:
     run, _ = run_program(store, ending, tmp_path)
@@ -82,14 +82,16 @@ def test_the_status_is_what_happened(
     assert "epochs.csv" in store.artifacts(run)
 
 
-def test_a_run_of_start_run_that_was_never_ended(store: Store, tmp_path: Path) -> None:
+def test_a_run_that_is_never_ended_has_the_uncaught_exception_as_its_reason(
+    store: Store, tmp_path: Path
+) -> None:
     program = "from tracker import start_run\nrun = start_run()\nraise RuntimeError('lost')"
     subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=120)
     assert store.run().info.status == "FAILED"
     assert store.run().data.tags["tracker.failure"].startswith("RuntimeError: lost")
 
 
-def test_sigterm_kills_a_training_of_studies(store: Store, tmp_path: Path) -> None:
+def test_sigterm_ends_a_training_as_killed(store: Store, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "studies.train", "--dataset", "digits", "--epochs", "1000"],
@@ -103,7 +105,7 @@ def test_sigterm_kills_a_training_of_studies(store: Store, tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
-    while list((tmp_path / ".tracker").iterdir()):  # its uploader goes on until all is delivered
+    while list((tmp_path / ".tracker").iterdir()):  # the uploader continues until all is delivered
         time.sleep(0.1)
     assert store.run().info.status == "KILLED"
     assert "was stopped by SIGTERM" in store.run().data.tags["tracker.failure"]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tracker.training.rng import set_seed as set_seed
 
 # Imported on first use: the uploader and the command line do not need torch, which takes seconds
-# and half a gigabyte to import. Type checkers read the imports above.
+# and half a gigabyte to import. Type checkers use the imports above; a test compares both.
 _NAMES = {
     "capture.model": "Predictor",
     "errors": "ArgumentError CallOrderError NonFiniteLossError StoreError TrackerError",

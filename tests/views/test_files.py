@@ -1,4 +1,4 @@
-"""Tables are read back as they were, and a reader never sees half a file."""
+"""Tables can be read back unchanged, and a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_json(rows: Rows, **options: Any) -> pd.DataFrame:
 
 
 def numbers_of(frame: pd.DataFrame) -> Rows:
-    """The rows of a table, without what is NaN in it."""
+    """Return the rows of a table without NaN values."""
     return [
         {name: value for name, value in row.items() if not math.isnan(value)}
         for row in frame.to_dict("records")
@@ -56,7 +56,7 @@ def numbers_of(frame: pd.DataFrame) -> Rows:
 @example([{"loss": math.nan}, {"loss": math.inf}, {"loss": -math.inf}, {"loss": -0.0}])
 @example([{"loss": math.nan}])
 @patient
-def test_numbers_come_back(read: Callable[[Rows], pd.DataFrame], rows: Rows) -> None:
+def test_numbers_can_be_read_back(read: Callable[[Rows], pd.DataFrame], rows: Rows) -> None:
     frame = read(rows)
 
     assert list(frame.columns) == list(dict.fromkeys(key for row in rows for key in row))
@@ -74,7 +74,7 @@ def test_numbers_come_back(read: Callable[[Rows], pd.DataFrame], rows: Rows) -> 
 @example([{"name": "one\rtwo", "note": "x"}, {"name": "three", "note": "y"}])
 @example([{"name": 'a "quoted", b', "note": "line\nbreak"}])
 @patient
-def test_text_comes_back_from_csv(rows: Rows) -> None:
+def test_text_can_be_read_back_from_csv(rows: Rows) -> None:
     frame = read_csv(rows, dtype=str, keep_default_na=False)
 
     assert frame.to_dict("records") == rows
@@ -82,13 +82,13 @@ def test_text_comes_back_from_csv(rows: Rows) -> None:
 
 @given(TEXTS)
 @patient
-def test_text_comes_back_from_json(rows: Rows) -> None:
+def test_text_can_be_read_back_from_json(rows: Rows) -> None:
     frame = read_json(rows, dtype=False)
 
     assert frame.to_dict("records") == rows
 
 
-def test_rows_of_runs_with_other_params_share_one_table() -> None:
+def test_rows_with_different_columns_share_one_table() -> None:
     rows = [{"run": 1, "lr": 0.1}, {"run": 2, "momentum": 0.9}, {"run": 3, "lr": 0.2, "seed": 4}]
 
     assert list(csv.reader(csv_text(rows).splitlines())) == [
@@ -99,7 +99,7 @@ def test_rows_of_runs_with_other_params_share_one_table() -> None:
     ]
 
 
-def test_a_run_that_diverged_can_be_read() -> None:
+def test_nan_and_infinity_can_be_read_back() -> None:
     rows = [
         {"epoch": 1, "loss": 0.5, "val_loss": 0.25},
         {"epoch": 2, "loss": math.inf, "val_loss": -math.inf},
@@ -113,7 +113,7 @@ def test_a_run_that_diverged_can_be_read() -> None:
         assert frame.iloc[2, 1:].isna().all()
 
 
-def test_a_table_without_rows_is_read_as_one() -> None:
+def test_a_table_without_rows_can_be_read_back() -> None:
     assert json.loads(json_text([])) == []
     assert csv_text([]).strip() == ""
 
@@ -122,10 +122,10 @@ def test_a_table_without_rows_is_read_as_one() -> None:
 
 
 def strict(text: str) -> Any:
-    """Read JSON as the standard has it, without the NaN that python adds."""
+    """Read standard JSON, without the NaN that Python accepts."""
 
     def refuse(constant: str) -> Any:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -140,7 +140,7 @@ VALUES = st.recursive(
 
 @given(VALUES)
 @patient
-def test_values_come_back_from_json(value: Any) -> None:
+def test_values_can_be_read_back_from_json(value: Any) -> None:
     assert strict(json_text(value)) == value
 
 
@@ -156,22 +156,22 @@ def test_values_come_back_from_json(value: Any) -> None:
     ],
     ids=repr,
 )
-def test_what_is_not_finite_is_a_word_in_json_however_deep(value: Any) -> None:
+def test_nan_and_infinity_are_words_in_json_at_any_depth(value: Any) -> None:
     text = json_text(value)
 
     strict(text)
     assert any(f'"{word}"' in text for word in ("NaN", "Infinity", "-Infinity"))
 
 
-def test_a_list_has_a_line_for_each_item() -> None:
+def test_json_has_one_line_per_item_of_a_list() -> None:
     assert json_text([{"epoch": 1}, {"epoch": 2}]) == '[\n{"epoch": 1},\n{"epoch": 2}\n]\n'
 
 
-def test_json_keeps_letters_as_they_are() -> None:
+def test_json_does_not_escape_letters() -> None:
     assert json_text({"größe": "ü"}) == '{"größe": "ü"}'
 
 
-def test_what_json_does_not_know_is_text() -> None:
+def test_values_that_json_cannot_express_become_text() -> None:
     assert strict(json_text({"path": Path("a/b"), "day": date(2026, 1, 2)})) == {
         "path": "a/b",
         "day": "2026-01-02",
@@ -183,9 +183,7 @@ def test_what_json_does_not_know_is_text() -> None:
 
 @given(st.text())
 @patient
-def test_a_file_holds_the_text_it_was_given(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
+def test_the_file_contains_the_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("folder") / "table.csv"
 
     write_atomically(path, text)
@@ -193,13 +191,13 @@ def test_a_file_holds_the_text_it_was_given(
     assert path.read_bytes().decode("utf-8") == text
 
 
-def test_nothing_else_is_left_in_the_folder(tmp_path: Path) -> None:
+def test_no_temporary_file_is_left_in_the_folder(tmp_path: Path) -> None:
     write_atomically(tmp_path / "table.csv", "a")
 
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
-def test_an_older_file_is_replaced(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old and rather longer")
 
@@ -209,7 +207,7 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_who_reads_the_older_file_reads_it_to_its_end(tmp_path: Path) -> None:
+def test_an_open_reader_of_the_old_file_can_finish_it(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
 
@@ -219,17 +217,17 @@ def test_who_reads_the_older_file_reads_it_to_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["table.csv", "x" * 200 + ".csv", ".hidden", "größe"])
-def test_a_name_is_a_name(tmp_path: Path, name: str) -> None:
+def test_unusual_file_names_work(tmp_path: Path, name: str) -> None:
     write_atomically(Path(name), "relative")
     write_atomically(tmp_path / "absolute", "absolute")
 
     assert (tmp_path / name).read_text() == "relative"
 
 
-UNWRITABLE = "half of it\ud800"  # no UTF-8 for half a surrogate pair
+UNWRITABLE = "half of it\ud800"  # UTF-8 cannot encode half a surrogate pair
 
 
-def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:
+def test_after_a_failure_the_old_file_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
 
@@ -240,14 +238,14 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failure_leaves_no_new_file(tmp_path: Path) -> None:
+def test_after_a_failure_there_is_no_new_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomically(tmp_path / "table.csv", UNWRITABLE)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_the_file_s_place_stays(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_the_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "table.csv").mkdir()
 
     with pytest.raises(OSError, match=r"table\.csv"):
@@ -257,7 +255,7 @@ def test_a_folder_in_the_file_s_place_stays(tmp_path: Path) -> None:
     assert (tmp_path / "table.csv").is_dir()
 
 
-def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "nowhere" / "table.csv", "text")
 
@@ -271,8 +269,8 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
-def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
     write_atomically(tmp_path / "ours", "text")
     (tmp_path / "plain").write_text("text")
 
@@ -280,7 +278,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> No
     assert ours == plain == 0o666 & ~umask
 
 
-def test_readers_see_one_whole_text_or_another(tmp_path: Path) -> None:
+def test_a_concurrent_reader_sees_one_of_the_whole_texts(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     texts = [letter * 300_000 for letter in "abc"]
     write_atomically(path, texts[0])

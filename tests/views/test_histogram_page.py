@@ -1,3 +1,5 @@
+"""The HTML page of a run's histograms."""
+
 from __future__ import annotations
 
 import http.server
@@ -36,7 +38,7 @@ SHAPES = {
 
 
 def binned(values: np.ndarray[Any, Any]) -> Record:
-    """The histogram of `values`, by the format's definition, from the bits of float32."""
+    """Return the histogram of `values`, computed from the bits of float32 as the format defines."""
     bits = values.astype(np.float32).ravel().view(np.uint32).astype(np.int64)
     magnitude, negative = bits & 0x7FFFFFFF, bits >> 31 == 1
     finite, infinite = magnitude < 0x7F800000, magnitude == 0x7F800000
@@ -52,7 +54,7 @@ def binned(values: np.ndarray[Any, Any]) -> Record:
 
 
 def tutorial_run(epochs: int) -> list[Record]:
-    """Weights that spread out and gradients, a third of them zero, that vanish."""
+    """Return records of weights that spread and of gradients, a third of them zero, that vanish."""
     draw = np.random.default_rng(0)
     records = []
     for step in range(epochs):
@@ -79,7 +81,7 @@ def histogram(tensor: str = "w", kind: str = "weight", **fields: Any) -> Record:
 
 
 class Elements(HTMLParser):
-    """The text of a page's elements, by the element's name."""
+    """Text of a page's elements, by element name."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ def embedded(page: str) -> Mapping[str, Any]:
 
 
 def decoded(page: str) -> list[Record]:
-    """The records that a page was made of, as far as it shows them."""
+    """Return the records that a page shows."""
     data = embedded(page)
     records = []
     for step, *cells in data["records"]:
@@ -136,7 +138,7 @@ def by_key(records: Sequence[Record]) -> list[tuple[int, dict[tuple[str, str], R
     ]
 
 
-def test_tutorial_run_of_20_epochs_is_one_small_file() -> None:
+def test_a_run_of_20_epochs_is_one_small_file_without_links() -> None:
     records = tutorial_run(20)
     page = histogram_page(records, "bright-fox-12")
     assert len(page.encode()) < 300_000
@@ -164,7 +166,7 @@ unique_histograms = st.lists(histograms, max_size=4, unique_by=lambda h: (h["ten
 
 
 @given(st.dictionaries(st.integers(0, 10**6), unique_histograms, max_size=4))
-def test_embedded_data_is_exactly_the_input(run: dict[int, list[Record]]) -> None:
+def test_the_page_contains_exactly_the_records(run: dict[int, list[Record]]) -> None:
     records = [record(step, *run[step]) for step in run]
     in_order = sorted(records, key=lambda each: int(each["step"]))
     assert by_key(decoded(histogram_page(records, "run"))) == by_key(in_order)
@@ -173,7 +175,7 @@ def test_embedded_data_is_exactly_the_input(run: dict[int, list[Record]]) -> Non
 @pytest.mark.parametrize(
     "name", ["</script><script>alert(1)</script>", "<!-- <script>", "{{title}}", '"&amp;\\']
 )
-def test_names_stay_text(name: str) -> None:
+def test_html_in_names_is_shown_as_text(name: str) -> None:
     records = [record(0, histogram(name, bins=[1], counts=[1]))]
     page = histogram_page(records, name)
     plain = histogram_page(records, "run")
@@ -187,7 +189,7 @@ def steps_shown(page: str) -> list[int]:
     return [each[0] for each in embedded(page)["records"]]
 
 
-def test_long_run_shows_an_even_selection_and_says_so() -> None:
+def test_a_long_run_is_shown_by_an_even_selection_of_epochs_and_says_so() -> None:
     records = (record(step, histogram(bins=[step], counts=[1])) for step in range(500))
     page = histogram_page(records, "run")
     shown = steps_shown(page)
@@ -196,7 +198,7 @@ def test_long_run_shows_an_even_selection_and_says_so() -> None:
     assert "60 of 500 epochs, evenly spaced" in Elements(page).texts["p"]
 
 
-def test_large_network_shows_fewer_epochs() -> None:
+def test_a_large_network_is_shown_with_fewer_epochs() -> None:
     bins = list(range(-400, 400))
     large = histogram("", bins=bins, counts=[123_456] * len(bins))
     tensors = [{**large, "tensor": f"layer{i}.weight"} for i in range(20)]
@@ -208,7 +210,7 @@ def test_large_network_shows_fewer_epochs() -> None:
     assert f"{len(shown)} of 60 epochs, evenly spaced" in Elements(page).texts["p"]
 
 
-def test_first_nan_is_named_even_if_its_epoch_is_not_shown() -> None:
+def test_the_first_nan_is_named_even_if_its_epoch_is_not_shown() -> None:
     sound = histogram(bins=[0], counts=[1])
     bad = [{"nan": 1}, {"posinf": 1}, {"neginf": 1}]
     for fields in bad:
@@ -221,19 +223,19 @@ def test_first_nan_is_named_even_if_its_epoch_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "words"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs")])
-def test_short_runs(epochs: int, words: str) -> None:
+def test_the_page_says_how_many_epochs_it_shows(epochs: int, words: str) -> None:
     page = histogram_page([record(step, histogram()) for step in range(epochs)], "run")
     assert steps_shown(page) == list(range(epochs))
     assert words in Elements(page).texts["p"]
 
 
-def test_a_selection_has_two_ends() -> None:
+def test_fewer_than_two_epochs_are_refused() -> None:
     with pytest.raises(ArgumentError, match="max_steps=1"):
         histogram_page([], "run", max_steps=1)
 
 
 class Served:
-    """A page on a local server in a sandbox as MLflow's, and the paths asked for there.
+    """A page on a local server in a sandbox like MLflow's, and the paths requested from it.
 
     With the header the page's origin is opaque like that of an iframe with
     sandbox="allow-scripts", but being the top document it can be dumped.
@@ -279,9 +281,7 @@ def served() -> Iterator[Served]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_page_draws_in_a_sandbox_without_asking_for_anything(
-    served: Served, tmp_path: Path
-) -> None:
+def test_the_page_works_in_a_sandbox_without_any_request(served: Served, tmp_path: Path) -> None:
     flags = [
         *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
         *("--disable-background-networking", "--disable-component-update"),

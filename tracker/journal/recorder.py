@@ -212,11 +212,12 @@ class Recorder:
 
 def _number(name: str, value: Any) -> float | Tensor:
     """Convert a metric to a float, or copy it on a device that it would have to wait for."""
-    is_remote = isinstance(value, Tensor) and not value.is_cpu
-    if not is_remote or value.numel() != 1 or value.is_complex():
-        return checked_number(name, value)
-    copy: Tensor = value.detach().reshape(()).clone()  # the loop may change it in place
-    return copy
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if not value.is_cpu and value.numel() == 1 and not value.is_complex():
+            copy: Tensor = value.reshape(()).clone()  # the loop may change it in place
+            return copy
+    return checked_number(name, value)
 
 
 def _is_disk_error(error: OSError) -> bool:
