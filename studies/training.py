@@ -245,7 +245,7 @@ def _predictor(network: nn.Module, task: Task, device: torch.device) -> Predicto
 def _show(run: Run, loop: Loop, epoch: int) -> None:
     for item in loop.show(epoch):
         if isinstance(item, Picture):
-            run.log_image(item.name, item.image, step=epoch)
+            run.log_image(item.image, item.name, step=epoch)
         else:
             run.log_text(item.content, item.path)
 

@@ -475,7 +475,7 @@ def load(network, files):
         (PREDICTOR.replace("upper", "title") + "\n#", None),
         (PREDICTOR.replace("upper", "lower"), "its predictions differ from the expected ones"),
         ("def load(network, files):\n    return files['vocabulary']", "'vocabulary'"),
-        ("this is not Python", "invalid syntax"),
+        ("not a Python module", "invalid syntax"),
         (None, "No such file or directory"),
     ],
     ids=["right", "as right", "wrong", "raises", "not python", "no file"],
