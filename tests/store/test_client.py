@@ -13,13 +13,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.helpers import Store
-from tracker import StoreError, load_trained, start_run
+from tracker import StoreError, start_run
 from tracker.cli import main
 from tracker.store.client import MlflowStore
-from tracker.store.runs import finished_runs, read_run, runs_by_tag_prefix
+from tracker.store.runs import read_run, runs_by_tag_prefix
 from tracker.validation import RUN_TAG
 
 
@@ -152,40 +151,6 @@ def test_processes_can_create_one_sqlite_store_at_the_same_time(tmp_path: Path) 
     ]
     assert [process.wait(timeout=250) for process in started] == [0, 0, 0]
     assert [run.info.status for run in Store(uri).runs()] == ["FINISHED"] * 3
-
-
-def test_the_file_store_takes_all_that_a_run_logs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = (tmp_path / "runs").as_uri()
-    (tmp_path / "artifact.txt").write_text("a file")
-    with start_run(params={"lr": 0.1}, tags={"mood": "fine"}, tracking_uri=uri) as parent:
-        parent.log_metrics({"loss": 1.0}, 1)
-        parent.flush()
-        parent.log_metrics({"loss": 0.5}, 2)
-        parent.log_artifact(tmp_path / "artifact.txt", "folder")
-        parent.log_text("a text", "text.txt")
-        parent.log_image(torch.rand(3, 4, 4), "image", step=1)
-        parent.log_model(torch.nn.Linear(2, 1), torch.rand(2, 2))
-        with start_run(parent=parent, tracking_uri=uri) as child:
-            child.flush()
-    store = Store(uri)
-    run = store.client.get_run(parent.run_id)
-    assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
-    assert run.data.tags["mood"] == "fine"
-    assert store.history(run, "loss") == [(1, 1.0), (2, 0.5)]
-    assert {"folder/artifact.txt", "text.txt"} < store.artifacts(run)
-    assert load_trained(f"runs:/{parent.run_id}/model", uri).program is not None
-    opened = MlflowStore(uri)
-    opened.delete_artifact(run.info.run_id, "text.txt")
-    assert "text.txt" not in store.artifacts(run)
-    assert {each.run_id for each in finished_runs(opened, "Default")} == {
-        parent.run_id,
-        child.run_id,
-    }
-    opened.reopen(run.info.run_id, {})
-    assert read_run(opened, run.info.run_id).status == "RUNNING"
 
 
 def test_runs_are_found_among_more_experiments_than_mlflow_lists_at_a_time(store: Store) -> None:

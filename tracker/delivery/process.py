@@ -171,6 +171,8 @@ class UploaderProcess:
         if self._gone_at is not None or time.monotonic() < self._sample_at:
             return
         if self._metrics is None:
+            from tracker.store.system_metrics import SystemMetrics
+
             self._metrics = SystemMetrics()  # the CPU's first figure is of the time from here
             self._sample_at = time.monotonic() + FIRST_SAMPLE_SECONDS
             return
