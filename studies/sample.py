@@ -26,7 +26,7 @@ from studies.arguments import (
 )
 from studies.training import SPEC
 from tracker import TrackerError, load_trained
-from tracker.cli import OneSentenceParser, positive_float
+from tracker.arguments import OneSentenceParser, positive_float
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

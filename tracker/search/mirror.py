@@ -27,7 +27,8 @@ from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
 from tracker.search.tables import INTERMEDIATE, best, objectives, rows, saved
 from tracker.store.client import MlflowStore
-from tracker.store.runs import PARENT, MirroredRun, StudyRuns
+from tracker.store.runs import RunSnapshot, read_run, runs_by_tag_prefix
+from tracker.validation import RUN_TAG
 from tracker.views.files import csv_text, json_text
 
 STATUSES = {
@@ -38,6 +39,8 @@ STATUSES = {
     TrialState.WAITING: "SCHEDULED",
 }
 """What a trial's state is in MLflow; of one that FAILed its attribute may say KILLED."""
+
+PARENT = "mlflow.parentRunId"
 
 LATE_SECONDS = 30.0
 """For twice this time, the run of a trial that has ended may still be on its way."""
@@ -55,7 +58,7 @@ class Mirror:
     def __init__(self, storage: Storage, record: Record, store: MlflowStore) -> None:
         self._storage = storage
         self._record = record
-        self._runs = StudyRuns(store)
+        self._store = store
         self._leases = Leases(grace=math.inf)
         self.written = 0
         """How many things were missing, and were written."""
@@ -76,18 +79,23 @@ class Mirror:
             "tracker.study": record.name,
         }
         with self._alone():
-            parent, made = self._runs.parent(
-                record.key,
-                experiment=record.experiment or "Default",
-                experiment_id=record.experiment_id,
-                tags=tags,
-                start_time=started or _now(),
-                adopt=adopt,
+            experiment = self._store.experiment_id(
+                record.experiment or "Default", record.experiment_id
             )
+            run_id = self._store.find_run(record.key)
+            if run_id is None:
+                run_id = self._store.begin_run(
+                    experiment_id=experiment,
+                    name=record.name,
+                    start_time=started or _now(),
+                    tags={**tags, RUN_TAG: record.key},
+                    adopt=adopt,
+                )
+                self.written += 1
+            parent = read_run(self._store, run_id)
         self.run_id = parent.run_id
-        self.written += made
         if parent.status != "RUNNING":
-            self._runs.set_status(parent.run_id, "RUNNING", None)
+            self._store.set_status(parent.run_id, "RUNNING")
             self.written += 1
         self._log_params(parent)
         return parent.run_id
@@ -103,7 +111,7 @@ class Mirror:
                 raise StoreError("another process makes the runs of studies there, and is slow.")
             yield
 
-    def _log_params(self, parent: MirroredRun) -> None:
+    def _log_params(self, parent: RunSnapshot) -> None:
         record = self._record
         params = {
             "study": record.name,
@@ -115,7 +123,7 @@ class Mirror:
         }
         missing = {k: str(v) for k, v in params.items() if k not in parent.params}
         if missing:
-            self._runs.log(parent.run_id, params=missing)
+            self._store.log_batch(parent.run_id, params=missing)
             self.written += len(missing)
 
     def refresh(self) -> None:
@@ -127,7 +135,7 @@ class Mirror:
         same = parent.tags.get(_DIGEST) == _digest(rows(self._record, trials))
         if same and parent.tags.get("best.run") != "":  # the run of the best is on its way
             return
-        children = self._runs.children(self._record.key)
+        children = self._children()
         self._delete_models(trials, children)
         self._log_study(parent, trials, children, there=_FILES)
 
@@ -147,7 +155,7 @@ class Mirror:
             parent = self._parent()
             assert parent is not None
         self._log_params(parent)
-        children = self._runs.children(record.key)
+        children = self._children()
         alone = not any(self._leases.lives(search, attrs) for search in searches(attrs))
         for trial in trials:
             key = f"{record.key}-{trial.number}"
@@ -159,16 +167,16 @@ class Mirror:
                 continue  # on its way
             self._complete_trial(parent, trial, key, children)
         self._delete_models(trials, children)
-        self._log_study(parent, trials, children, there=self._runs.artifacts(parent.run_id))
+        self._log_study(parent, trials, children, there=self._store.artifacts(parent.run_id))
         self._settle(parent)
         self._register(trials, children)
 
     def _complete_trial(
         self,
-        parent: MirroredRun,
+        parent: RunSnapshot,
         trial: FrozenTrial,
         key: str,
-        children: dict[str, MirroredRun],
+        children: dict[str, RunSnapshot],
     ) -> None:
         tags, params, metrics = _wanted(self._record, trial)
         tags[PARENT] = parent.run_id
@@ -176,11 +184,16 @@ class Mirror:
             name = f"trial={trial.number}"
             begin = _milliseconds(trial.datetime_start) or _now()
             with self._alone():
-                child = self._runs.find(key)
-                if child is None:
-                    told = {**tags, "mlflow.runName": name}
-                    child = self._runs.create(parent, key, told, begin)
+                run_id = self._store.find_run(key)
+                if run_id is None:
+                    run_id = self._store.begin_run(
+                        experiment_id=parent.experiment_id,
+                        name=name,
+                        start_time=begin,
+                        tags={**tags, "mlflow.runName": name, RUN_TAG: key},
+                    )
                     self.written += 1
+            child = read_run(self._store, run_id)
             children[key] = child
         new_tags = {k: v for k, v in tags.items() if child.tags.get(k) != v}
         reason = trial.user_attrs.get(ENDED, {}).get("reason")
@@ -191,16 +204,21 @@ class Mirror:
         new_params = {k: v for k, v in params.items() if k not in child.params}
         new_metrics = [point for point in metrics if point[0] not in child.metrics]
         if new_tags or new_params or new_metrics:
-            self._runs.log(child.run_id, metrics=new_metrics, params=new_params, tags=new_tags)
+            self._store.log_batch(
+                child.run_id, metrics=new_metrics, params=new_params, tags=new_tags
+            )
             self.written += 1
         status = status_of(trial)
         if child.status != status and not _as_good(trial, child.status):
-            end = _milliseconds(trial.datetime_complete) if trial.state.is_finished() else None
-            self._runs.set_status(child.run_id, status, end)
+            end = _milliseconds(trial.datetime_complete)
+            if trial.state.is_finished() and end is not None:
+                self._store.end_run(child.run_id, status, end)
+            else:
+                self._store.set_status(child.run_id, status)
             self.written += 1
 
     def _delete_models(
-        self, trials: Sequence[FrozenTrial], children: Mapping[str, MirroredRun]
+        self, trials: Sequence[FrozenTrial], children: Mapping[str, RunSnapshot]
     ) -> None:
         """Delete the models that are not the best any more, of runs that are whole."""
         record = self._record
@@ -213,12 +231,12 @@ class Mirror:
             models = [model for model in child.models if model not in self._deleted]
             if child.status == "RUNNING":
                 continue  # its model may be on its way
-            if models and not self._runs.is_registered(child.run_id):
+            if models and not self._store.models.is_registered(child.run_id):
                 for model in models:
-                    self.written += self._runs.delete_model(model)
+                    self.written += self._store.models.delete(model)
                 self._deleted.update(models)
 
-    def _register(self, trials: Sequence[FrozenTrial], children: Mapping[str, MirroredRun]) -> None:
+    def _register(self, trials: Sequence[FrozenTrial], children: Mapping[str, RunSnapshot]) -> None:
         """Register the model of the best; where MLflow refuses that, the rest is there."""
         record = self._record
         good = best(record, trials)
@@ -234,7 +252,7 @@ class Mirror:
         }
         try:
             with self._alone():
-                self.written += self._runs.register(
+                self.written += self._store.models.register(
                     record.register, record.alias, child.models[-1], child.run_id, tags
                 )
         except StoreError as error:
@@ -242,9 +260,9 @@ class Mirror:
 
     def _log_study(
         self,
-        parent: MirroredRun,
+        parent: RunSnapshot,
         trials: Sequence[FrozenTrial],
-        children: Mapping[str, MirroredRun],
+        children: Mapping[str, RunSnapshot],
         *,
         there: Sequence[str],
     ) -> None:
@@ -276,7 +294,7 @@ class Mirror:
         }
         for name in [name for name in _FILES if name not in there]:
             try:
-                self._runs.log_text(parent.run_id, texts[name](), name)
+                self._store.log_text(parent.run_id, texts[name](), name)
             except Exception as error:
                 if isinstance(error, StoreError) and not isinstance(error, RefusedError):
                     raise  # MLflow does not answer
@@ -290,29 +308,32 @@ class Mirror:
             at = _milliseconds(good[0].datetime_complete) or _now()
             metrics = [("best_objective", good[0].values[0], good[0].number, at)]
         if new or metrics:
-            self._runs.log(parent.run_id, metrics=metrics, tags=new)
+            self._store.log_batch(parent.run_id, metrics=metrics, tags=new)
             self.written += 1
 
-    def _settle(self, parent: MirroredRun) -> None:
+    def _settle(self, parent: RunSnapshot) -> None:
         """Give the study's run its status, by how things stand now: somebody may go on with it."""
         trials, attrs = self._trials(), self._attrs()
         if any(self._leases.lives(search, attrs) for search in searches(attrs)):
             return
         status, reason = status_of_study(self._record, trials, attrs)
         if parent.status != status:
-            self._runs.set_status(parent.run_id, status, _now())
+            self._store.end_run(parent.run_id, status, _now())
             self.written += 1
         had = parent.tags.get("tracker.failure")
         if (reason or "") != (had or ""):
-            self._runs.log(parent.run_id, tags={"tracker.failure": reason or ""})
+            self._store.log_batch(parent.run_id, tags={"tracker.failure": reason or ""})
             self.written += 1
 
-    def _parent(self) -> MirroredRun | None:
+    def _parent(self) -> RunSnapshot | None:
         if self.run_id is not None:
-            return self._runs.run(self.run_id)
-        found = self._runs.find(self._record.key)
-        self.run_id = None if found is None else found.run_id
-        return found
+            return read_run(self._store, self.run_id)
+        self.run_id = self._store.find_run(self._record.key)
+        return None if self.run_id is None else read_run(self._store, self.run_id)
+
+    def _children(self) -> dict[str, RunSnapshot]:
+        """The runs of the study's trials by their keys; their parent may be another, or gone."""
+        return runs_by_tag_prefix(self._store, RUN_TAG, f"{self._record.key}-")
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.optuna.get_all_trials(self._record.study_id, deepcopy=False)
@@ -325,7 +346,7 @@ def _digest(table: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json_text(table).encode()).hexdigest()[:16]
 
 
-def _best_tags(good: Sequence[FrozenTrial], runs: Sequence[MirroredRun | None]) -> dict[str, str]:
+def _best_tags(good: Sequence[FrozenTrial], runs: Sequence[RunSnapshot | None]) -> dict[str, str]:
     """The tags of the best trial; of a Pareto front lists, with a place for each trial."""
     if not good:
         return {}
