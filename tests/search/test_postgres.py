@@ -1,3 +1,5 @@
+"""The PostgreSQL server that tests start."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ def server(
     assert not server.folder.exists()
 
 
-def test_server_crashes_and_comes_back_with_what_was_committed(server: PostgresServer) -> None:
+def test_a_crashed_server_comes_back_with_its_committed_data(server: PostgresServer) -> None:
     server.start()
     url = server.database("it's")
     with closing(psycopg.connect(url, autocommit=True)) as client:
@@ -39,7 +41,7 @@ def test_server_crashes_and_comes_back_with_what_was_committed(server: PostgresS
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_stop_leaves_no_process(server: PostgresServer, mode: str) -> None:
+def test_stopping_leaves_no_process(server: PostgresServer, mode: str) -> None:
     server.start()
     with closing(psycopg.connect(server.database(mode))):
         children = psutil.Process(server.pid).children(recursive=True)
@@ -51,7 +53,7 @@ def test_stop_leaves_no_process(server: PostgresServer, mode: str) -> None:
             psycopg.connect(server.url(mode))
 
 
-def test_failing_start_shows_the_log(server: PostgresServer) -> None:
+def test_a_failing_start_shows_the_log(server: PostgresServer) -> None:
     server.start()
     server.stop()
     settings = server.data / "postgresql.auto.conf"
@@ -63,11 +65,11 @@ def test_failing_start_shows_the_log(server: PostgresServer) -> None:
     settings.write_text(before)
 
 
-def test_each_test_has_a_database_of_its_own(postgres: PostgresServer, database: str) -> None:
+def test_each_test_has_its_own_database(postgres: PostgresServer, database: str) -> None:
     with closing(psycopg.connect(database)) as client:
         assert client.execute("SELECT count(*) FROM pg_stat_user_tables").fetchone() == (0,)
     postgres.stop()  # the next test that asks for a database finds it up
 
 
-def test_database_is_there_after_a_test_left_the_server_down(database: str) -> None:
+def test_a_database_is_available_after_a_test_that_stopped_the_server(database: str) -> None:
     psycopg.connect(database).close()
