@@ -2,11 +2,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test check lock bench
+.PHONY: setup run test fast check lock bench
 
 setup: .venv/ready
 
-# pip, as a bare machine has it; the hashes make the environment the one that was tested.
+# The hashes make this the environment that was tested.
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
@@ -19,11 +19,13 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
+fast: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 bench: setup
 	$(BIN)/python -m bench.overhead

@@ -70,7 +70,7 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
         manager = RunManager(**settings)
     else:
         manager = RunManager.resume(given.resume, **settings)
-        _check_same(task, given.seed, manager.earlier_params)
+        _check_same(task, given.seed, manager.resumed_params)
     with manager:
         run, epochs = training.begin(
             manager,

@@ -141,14 +141,14 @@ def begin(
         numbers = {"epochs": epochs, "done": manager.epoch_count}
         if loop is not None:
             passes = run_epochs(
-                lambda number: manager.watch(loop.train(number), len(loader)),
+                lambda number: manager.progress(loop.train(number), len(loader)),
                 validate=loop.validate,
                 **numbers,
             )
         else:
             passes = fit(
                 network,
-                manager.watch(loader),
+                manager.progress(loader),
                 optimizer,
                 recipe.loss,
                 device=device,
@@ -181,7 +181,7 @@ def begin(
 
 def _check_same_epochs(manager: RunManager, epochs: int) -> None:
     """Raise ArgumentError where a run with a schedule goes on to another end."""
-    had = manager.earlier_params.get("epochs", str(epochs))
+    had = manager.resumed_params.get("epochs", str(epochs))
     if had != str(epochs):
         raise ArgumentError(
             f"epochs={epochs} is not what the run began with, {had!r}; its schedule ends there."

@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported, for the programs that tests start too: several of them share few cores.
+# Before torch is imported, and for the programs that tests start: many of them share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from models import FashionCNN, load
-from tests.helpers import Pictures, Store, answers
+from tests.faults import TrackingServer
+from tests.helpers import Pictures, Store
 from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]
-
-CONTRACT = ("tests.test_manager", "tests.test_run", "tests.capture.test_model")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The modules in CONTRACT hold on either file-based store."""
-    if metafunc.module.__name__ in CONTRACT and "tracking_uri" in metafunc.fixturenames:
-        metafunc.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,12 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no CUDA device"))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))  # two cores may be shared with others
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Journals and files with relative names go to the test's own folder, and nobody else's."""
+    """Make the test's own folder the current one, where journals and relative paths lead."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKER_INLINE", "1")
     monkeypatch.delenv("TRACKER_OFFLINE", raising=False)
@@ -57,7 +46,7 @@ def store(tracking_uri: str) -> Store:
 
 @pytest.fixture
 def manager(tracking_uri: str) -> Iterator[RunManager]:
-    """A manager that logs no models: they take most of a second, and have tests of their own."""
+    """A manager that logs no models, which take most of a second."""
     with RunManager(model=False) as manager:
         yield manager
 
@@ -76,14 +65,14 @@ def network() -> FashionCNN:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path | None:
-    """The folder of real data sets, where this machine has one."""
+    """The folder of real data sets, None if this machine has none."""
     folder = os.environ.get("TRACKER_DATA_DIR")
     return Path(folder) if folder else None
 
 
 @pytest.fixture(scope="session")
 def train_set(data_dir: Path | None) -> Any:
-    """Real pictures: Fashion-MNIST through torchvision where it is, else digits."""
+    """Real pictures: Fashion-MNIST through torchvision if it is available, else digits."""
     if data_dir is None:
         return load("digits", "nowhere").train
     import torchvision
@@ -94,31 +83,14 @@ def train_set(data_dir: Path | None) -> Any:
     )
 
 
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A real tracking server on loopback, shared by the session; it takes seconds to start."""
+    with TrackingServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen(
-        [
-            *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
-            *("--host", "127.0.0.1", "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not answers(uri):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+def server(tracking_server: TrackingServer) -> str:
+    """The URI of the session's tracking server: use an experiment that no other test uses."""
+    return tracking_server.uri

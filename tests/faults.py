@@ -1,7 +1,7 @@
-"""A real tracking server on loopback, and a proxy before it that misbehaves as it is told.
+"""A real tracking server on loopback, and a proxy in front of it that misbehaves on request.
 
-Used by `bench.outage` and by the tests of outages. Both are context managers; what they start they
-also end, and nothing but 127.0.0.1 is listened to.
+Used by `bench.outage` and by the tests of outages. Both are context managers that end what they
+start, and listen on 127.0.0.1 only.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ HOST = "127.0.0.1"
 SLOW_SECONDS = 0.5
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.02
-_OF_A_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
+_HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    """Wait until `condition` holds; TimeoutError, which says `what`, if it never does."""
+    """Wait until `condition` holds; raise TimeoutError, naming `what`, if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"after {seconds:.0f} s it is still not so that {what}")
+            raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
         time.sleep(_POLL_SECONDS)
 
 
 def free_port() -> int:
-    """A port that nobody listens to at the moment."""
+    """Return a port that no process listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 class TrackingServer:
-    """`mlflow server` with one worker and its artifacts proxied; it keeps its port and its data."""
+    """`mlflow server` with one worker and proxied artifacts; a restart keeps its port and data."""
 
     def __init__(self, folder: Path, backend: Literal["sqlite", "file"] = "sqlite") -> None:
-        """The server's data and log go to `folder`, which is made if need be."""
+        """Keep the server's data and log in `folder`, which is created if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.uri = f"http://{HOST}:{self.port}"
@@ -69,7 +69,7 @@ class TrackingServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         own = {
             "MLFLOW_ALLOW_FILE_STORE": "true",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -81,7 +81,7 @@ class TrackingServer:
                 stdout=log,
                 stderr=log,
                 env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | own,
-                start_new_session=True,  # its worker is ended with it
+                start_new_session=True,  # so that its worker ends with it
             )
         try:
             wait_until(self._answers, "the server answers", _START_SECONDS)
@@ -99,7 +99,7 @@ class TrackingServer:
             return False
 
     def stop(self) -> None:
-        """End it as an administrator would."""
+        """Stop the server as an administrator would."""
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -107,7 +107,7 @@ class TrackingServer:
         self.kill()
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Stop the server as a power cut would."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -128,28 +128,28 @@ class TrackingServer:
 
 
 class FaultyProxy:
-    """An HTTP proxy on a fixed port whose behaviour may be changed at any moment.
+    """An HTTP proxy on a fixed port whose behaviour can change at any moment.
 
-    pass: every request is answered by the server behind it, or dropped where that is gone.
-    refuse: nobody listens.
-    hang: requests are taken and never answered.
-    error: 503, whatever was asked.
+    pass: the server behind it answers every request; without a server, requests are dropped.
+    refuse: connections are refused.
+    hang: requests are accepted and never answered.
+    error: every request is answered with 503.
     slow: as pass, SLOW_SECONDS later.
-    lose: each request that changes something is carried out, and dropped instead of answered; the
-        same request once more is answered.
+    lose: a request that changes something is carried out, but its answer is dropped; the same
+        request is answered the second time.
 
-    A change also drops what is under way, as the restart of a server does.
+    Changing the behaviour drops the requests in flight, as restarting a server does.
     """
 
     def __init__(self, behind: int | None = None, behaviour: Behaviour = "pass") -> None:
-        """`behind` is the port of the server; None where there is none yet."""
+        """Forward to the port `behind`; None if there is no server yet."""
         self.behind = behind
         self.met: Counter[str] = Counter()
-        """Requests by the behaviour that they met."""
+        """Number of requests by the behaviour that they met."""
         self.answered = 0
-        """Requests that the server's answer was given to."""
+        """Number of requests that got the server's answer."""
         self.lost: list[str] = []
-        """`METHOD path` of those whose answer was lost."""
+        """`METHOD path` of each request whose answer was lost."""
         self._lost: set[bytes] = set()
         self._changes = 0
         self._changed = threading.Condition()
@@ -162,19 +162,19 @@ class FaultyProxy:
 
     @property
     def behaviour(self) -> Behaviour:
-        """What it does with a request."""
+        """What the proxy does with a request."""
         return self._behaviour
 
     def behave(self, behaviour: Behaviour) -> None:
-        """Do so from now on; when this returns, no request is answered in the former way."""
+        """Change the behaviour; once this returns, no request is answered in the former way."""
         with self._changed:
             before, self._behaviour = self._behaviour, behaviour
             self._changes += 1
             self._changed.notify_all()
         if behaviour == "refuse" and before != "refuse":
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
             self._socket.close()
-            self._socket = self._bound(self.port)  # ours, but nobody listens
+            self._socket = self._bound(self.port)  # still bound, but not listening
         elif behaviour != "refuse" and before == "refuse":
             self._socket.listen(128)
             self._start(self._accept, self._socket)
@@ -193,18 +193,18 @@ class FaultyProxy:
         thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # it was closed
+        with suppress(OSError):  # the socket was closed
             while True:
                 connection, address = listener.accept()
                 self._start(self._talk, connection, address)
 
     def _talk(self, connection: socket.socket, address: Any) -> None:
         connection.settimeout(60)
-        with connection, suppress(OSError):  # the client has gone
+        with connection, suppress(OSError):  # the client went away
             _Conversation(connection, address, self)  # type: ignore[arg-type]
 
     def serve(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes | None:
-        """The answer to a request, None to drop it; `deliver` it before anything changes."""
+        """Return the answer to a request, None to drop it."""
         with self._changed:
             how, change = self._behaviour, self._changes
             self.met[how] += 1
@@ -228,7 +228,7 @@ class FaultyProxy:
         return answer
 
     def close(self) -> None:
-        """Listen no more, and drop what is under way."""
+        """Stop listening, and drop the requests in flight."""
         self.behave("refuse")
         self._socket.close()
         for thread in self._threads:
@@ -247,7 +247,7 @@ class FaultyProxy:
 
 
 class _Conversation(http.server.BaseHTTPRequestHandler):
-    """One request, as the proxy answers it."""
+    """Answers one request as the proxy says."""
 
     protocol_version = "HTTP/1.1"
     server: Any
@@ -281,8 +281,8 @@ def _changes_something(method: str, path: str) -> bool:
 def _forward(
     port: int, method: str, path: str, headers: dict[str, str], body: bytes
 ) -> bytes | None:
-    """The answer of the server on `port`, None where it gives none."""
-    passed = {k: v for k, v in headers.items() if k.lower() not in _OF_A_CONNECTION}
+    """Return the answer of the server on `port`, None if it does not answer."""
+    passed = {k: v for k, v in headers.items() if k.lower() not in _HOP_BY_HOP}
     connection = http.client.HTTPConnection(HOST, port, timeout=60)
     try:
         connection.request(method, path, body, passed | {"Connection": "close"})
@@ -293,6 +293,6 @@ def _forward(
     finally:
         connection.close()
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
-    lines += [f"{k}: {v}" for k, v in answer.getheaders() if k.lower() not in _OF_A_CONNECTION]
+    lines += [f"{k}: {v}" for k, v in answer.getheaders() if k.lower() not in _HOP_BY_HOP]
     lines += [f"Content-Length: {len(content)}", "Connection: close", "", ""]
     return "\r\n".join(lines).encode("latin-1") + content

@@ -1,8 +1,7 @@
-"""What several test modules use that is not a fixture."""
+"""Classes and functions that several test modules share; fixtures are in conftest.py."""
 
 from __future__ import annotations
 
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from tracker import RunManager
 
 
 class Store:
-    """What a test reads back from MLflow."""
+    """Reads back from MLflow."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.client = MlflowClient(uri)
 
     def runs(self, experiment: str = "Default") -> list[MlflowRun]:
-        """The runs of an experiment, oldest first; none where there is no such experiment."""
+        """The runs of an experiment, oldest first; empty if it does not exist."""
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
             return []
@@ -35,7 +34,7 @@ class Store:
         )
 
     def run(self) -> MlflowRun:
-        """The only run there is."""
+        """The only run of the default experiment."""
         (run,) = self.runs()
         return run
 
@@ -74,7 +73,7 @@ class Pictures(TensorDataset):
 def train_epoch(
     network: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, manager: RunManager
 ) -> None:
-    """The inside of the tutorial's epoch."""
+    """The body of an epoch in the tutorial."""
     for batch in loader:
         images, labels = batch
         preds = network(images)
@@ -84,11 +83,3 @@ def train_epoch(
         optimizer.step()
         manager.track_loss(loss, batch)
         manager.track_num_correct(preds, labels)
-
-
-def answers(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

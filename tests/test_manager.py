@@ -374,7 +374,7 @@ def test_fit_under_a_manager_logs_each_epoch_and_the_validation(
     with RunManager(model=False, batch_loss=True) as manager:
         manager.begin_run({"lr": 0.1}, network, loader)
         for epoch in fit(
-            network, manager.watch(loader), optimizer, F.cross_entropy,
+            network, manager.progress(loader), optimizer, F.cross_entropy,
             epochs=2, val_loader=loader, accuracy=True,
         ):  # fmt: skip
             manager.log_epoch(epoch)

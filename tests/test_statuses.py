@@ -50,12 +50,12 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
         (
             "pass",
             "FAILED",
-            "The run was left when the program ended",
+            "The run was abandoned when the program ended",
         ),
         (
             "manager.close()",
             "FAILED",
-            "The run was left when the manager was closed: ",
+            "The run was abandoned when the manager was closed: ",
         ),
         (
             "try:\n    raise ValueError('caught')\nexcept ValueError:\n    manager.end_run()",

@@ -1,12 +1,12 @@
-"""What can go wrong, and whose fault it is.
+"""The errors that this library raises on purpose.
 
-TrackerError             anything this library raises on purpose
-├── ArgumentError        an argument's value is not allowed (also a ValueError)
-├── CallOrderError       a method was called before the one it needs (also a RuntimeError)
+TrackerError             base of all of them
+├── ArgumentError        an argument has a value that is not allowed (also a ValueError)
+├── CallOrderError       a method was called before one that it needs (also a RuntimeError)
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
-│   └── RefusedError     the store answered, and will never take what it was given
-├── DeployError          a model cannot be written in a format, or computes something else there
-└── NonFiniteLossError   the loss became NaN or infinite and the user asked to stop
+│   └── RefusedError     the store answered, and will never accept the request
+├── DeployError          a model cannot be written in a format, or computes something else in it
+└── NonFiniteLossError   the loss became NaN or infinite and `stop_on_nonfinite` is set
 
 Every message is one sentence that names the argument, its value and what is allowed.
 """
@@ -21,7 +21,7 @@ class ArgumentError(TrackerError, ValueError):
 
 
 class CallOrderError(TrackerError, RuntimeError):
-    """A method was called out of order, `end_epoch()` before `begin_epoch()` for one."""
+    """A method was called out of order, such as `end_epoch()` before `begin_epoch()`."""
 
 
 class StoreError(TrackerError):
@@ -29,8 +29,8 @@ class StoreError(TrackerError):
 
 
 class RefusedError(StoreError):
-    """The store takes requests, but not this one, however often it is tried."""
+    """The store refuses a request, and would refuse it again."""
 
 
 class NonFiniteLossError(TrackerError, ArithmeticError):
-    """The loss of an epoch is NaN or infinite, and `stop_on_nonfinite` was set."""
+    """The loss of an epoch is NaN or infinite, and `stop_on_nonfinite` is set."""

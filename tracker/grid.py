@@ -1,4 +1,4 @@
-"""RunBuilder: the runs of a grid, and what a run's hyperparameters are."""
+"""The runs of a grid of hyperparameters."""
 
 from __future__ import annotations
 
@@ -9,34 +9,42 @@ from typing import Any
 
 from tracker.errors import ArgumentError
 
-_LONGEST_NAME = 80  # of a run whose name is made of its hyperparameters
+_MAX_NAME = 80  # characters of a run name that is made of hyperparameters
 
 
 class RunBuilder:
-    """Makes the runs of a grid."""
+    """Builds the runs of a grid."""
 
     @staticmethod
     def get_runs(params: Mapping[str, Iterable[Any]]) -> list[Any]:
-        """Every combination of the values in `params`, as `Run` named tuples, first name slowest.
+        """Return every combination of the values in `params` as a named tuple `Run`.
 
-        Raises ArgumentError for a name that cannot be a field of one, or a value that is no list.
+        Args:
+            params: A list of values for each hyperparameter; the first one varies slowest.
+
+        Raises:
+            ArgumentError: A name is not a Python name, or a value is not a list.
         """
-        for name, several in params.items():
-            if isinstance(several, str) or not isinstance(several, Iterable):
-                raise ArgumentError(f"params[{name!r}]={several!r} must be a list of values.")
-        values = {name: list(several) for name, several in params.items()}
+        for name, values in params.items():
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise ArgumentError(f"params[{name!r}]={values!r} must be a list of values.")
+        grid = {name: list(values) for name, values in params.items()}
         try:
-            kind: Any = namedtuple("Run", values)  # type: ignore[misc]
+            run_type: Any = namedtuple("Run", grid)  # type: ignore[misc]
         except ValueError as error:
             raise ArgumentError(
                 f"params has a name that is not allowed ({error}); allowed are Python names "
-                "that do not begin with an underscore."
+                "without an underscore at the start."
             ) from error
-        return [kind(*combination) for combination in product(*values.values())]
+        return [run_type(*combination) for combination in product(*grid.values())]
 
 
 def hyperparameters(run: Any) -> dict[str, Any]:
-    """The hyperparameters in `run`, a named tuple or a mapping; ArgumentError for anything else."""
+    """Return the hyperparameters in `run`, a mapping or named tuple.
+
+    Raises:
+        ArgumentError: `run` is neither.
+    """
     if isinstance(run, Mapping):
         return dict(run)
     if hasattr(run, "_asdict"):
@@ -48,6 +56,6 @@ def hyperparameters(run: Any) -> dict[str, Any]:
 
 
 def run_name(params: Mapping[str, Any]) -> str | None:
-    """The hyperparameters, where they make a readable name; else MLflow finds one."""
+    """Return the hyperparameters as a run name; None if that is empty or too long to read."""
     name = " ".join(f"{key}={value}" for key, value in params.items())
-    return name if 0 < len(name) <= _LONGEST_NAME else None
+    return name if 0 < len(name) <= _MAX_NAME else None

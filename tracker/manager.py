@@ -1,52 +1,39 @@
-"""RunManager: the verbs of the tutorial, on MLflow.
-
-manager = RunManager()
-for run in RunBuilder.get_runs(params):
-    manager.begin_run(run, network, loader)
-    for epoch in range(5):
-        manager.begin_epoch()
-        for batch in loader:
-            ...
-            manager.track_loss(loss, batch)
-            manager.track_num_correct(preds, labels)
-        manager.end_epoch()
-    manager.end_run()
-manager.save("results")
-"""
+"""RunManager: the verbs of the tutorial, on MLflow; the README shows a loop that uses them."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tracker.capture.dataset import dataset_name, inputs_of, sample_batch
+from tracker.capture.dataset import inputs_of, sample_batch
+from tracker.capture.facts import training_facts
 from tracker.capture.images import image_grid
-from tracker.delivery.base import Delivery, NoDelivery, delivery, mode_of
+from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.grid import hyperparameters, run_name
-from tracker.run import DIRECTORY, Run
+from tracker.run import Run
+from tracker.session import Session
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState, load_resume_state
-from tracker.training.checkpoint import Checkpoint, Keep
-from tracker.training.device import describe_device, device_of, unwrap
+from tracker.training.checkpoint import Checkpoint, Keep, Retention
+from tracker.training.device import describe_device, device_of
 from tracker.training.distributed import is_main
+from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter, batch_size
-from tracker.training.rng import RandomStates
-from tracker.validation import checked_name, checked_number
-from tracker.views.files import csv_text, json_text, write_atomically
-from tracker.views.table import View, live_view
+from tracker.validation import DIRECTORY, checked_name, checked_number
+from tracker.views.base import Progress, Views, length_of
+from tracker.views.files import ResultTable
+from tracker.views.table import live_views
 from tracker.views.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -56,7 +43,10 @@ _SAMPLES = 64  # pictures in the sample grid
 
 
 class RunManager:
-    """Tracks one run after the other, each an MLflow run, tied together by a tag."""
+    """Tracks one run after another as MLflow runs with a common tag `tracker.session`.
+
+    A method that is called out of order raises CallOrderError, and changes nothing.
+    """
 
     def __init__(
         self,
@@ -76,350 +66,305 @@ class RunManager:
         inline: bool | None = None,
         offline: bool | None = None,
     ) -> None:
-        """Nothing is opened before the first run begins.
+        """Configure the runs; nothing is opened before the first one begins.
 
-        experiment: by default MLFLOW_EXPERIMENT_NAME, else `Default`.
-        tracking_uri: by default the one that MLflow itself would use.
-        tags: for every run.
-        directory: holds the journal while a run lasts.
-        batch_loss: log each batch's loss as the metric `batch_loss`, by global step from 1.
-        histograms: log those of all weights and gradients, each epoch.
-        model: log the trained network at the end of a run.
-        checkpoints: which of those that `save_checkpoint` saves are kept.
-        tensorboard: also write event files below this folder.
-        stop_on_nonfinite: raise NonFiniteLossError when an epoch's loss is NaN or infinite.
-        parent: the run that every run is a child of, or its id.
-        run: an open run to log to, instead of one of its own; whoever started it ends it.
-        inline: deliver from this thread, at each epoch's and run's end, not by a second process;
-            by default as TRACKER_INLINE says.
-        offline: keep the runs in their journal until `tracker sync`; by default as
-            TRACKER_OFFLINE says.
+        Args:
+            experiment: Name of the experiment; default MLFLOW_EXPERIMENT_NAME, then `Default`.
+            tracking_uri: Where runs are delivered; default the one that MLflow would use.
+            tags: Tags of every run.
+            directory: Holds the journal while a run lasts.
+            batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
+            histograms: Log the histograms of all weights and gradients in each epoch.
+            model: Log the trained network at the end of a run.
+            checkpoints: Which checkpoints of `save_checkpoint` to keep.
+            tensorboard: Also write event files below this folder.
+            stop_on_nonfinite: Raise NonFiniteLossError if an epoch's loss is NaN or infinite.
+            parent: Parent of every run, or its id.
+            run: Log to this open run, which the caller ends, instead of to new ones.
+            inline: Deliver from this thread when an epoch or a run ends, not from a second
+                process; default TRACKER_INLINE.
+            offline: Keep runs on disk until `tracker sync`; default TRACKER_OFFLINE.
+
+        Raises:
+            ArgumentError: Two arguments exclude each other, or TensorBoard is not installed.
         """
-        self._mode = mode_of(inline=inline, offline=offline)
-        self._parent = parent
-        self._keep = checkpoints
-        self._experiment = experiment
-        self._tracking_uri = tracking_uri
+        self._session = Session(
+            experiment=experiment,
+            tracking_uri=tracking_uri,
+            directory=Path(directory),
+            mode=mode_of(inline=inline, offline=offline),
+            parent=parent,
+            joined=run,
+        )
+        # Not atexit: running a notebook's cell again drops this manager with its run still open.
+        self._finalizer = weakref.finalize(
+            self, self._session.close, "when the program ended or dropped its manager"
+        )
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
-        self._directory = Path(directory)
+        self._keep = checkpoints
         self._batch_loss = batch_loss
         self._histograms = histograms
         self._model = model
         self._stop_on_nonfinite = stop_on_nonfinite
-        self._given = run
-        view = live_view() if run is None else None
-        self._views: list[View] = [] if view is None else [view]
+        self._results = ResultTable()
+        shown = live_views(self._results.rows) if run is None else []
         if tensorboard is not None:
-            self._views.append(TensorBoard(tensorboard))
-        self._open = _Open()
-        # Not atexit: a notebook's cell run again drops this manager with its run still open.
-        self._finalizer = weakref.finalize(
-            self, _Open.abandon, self._open, "when the program ended, or dropped its manager"
-        )
+            shown.append(TensorBoard(tensorboard))
+        self._views = Views(self._results, *shown)
         self._example: Tensor | None = None
-        self._meter = EpochMeter()  # of the epoch that goes on, or of the last one
-        self._in_epoch = False
+        self._epoch: OpenEpoch | None = None
+        self._meter = EpochMeter()  # of the current epoch, or of the last one
         self._steps = 0
-        self._main = True
-        self._counts_epochs = True
-        self._epoch_states: RandomStates | None = None
+        self._is_main = True
         self._metrics: dict[str, float] = {}  # of the last epoch
-        self._kept: dict[int, Mapping[str, float]] = {}  # checkpoints by step
-        self._earlier = run.earlier if run is not None else None
-        self._run_started = self._epoch_started = 0.0
+        self._retention = Retention(checkpoints)
+        self._resume_state = run.resume_state if run is not None else None
+        self._run_started = 0.0
 
         self.network: nn.Module | None = None
         """The network of the run."""
         self.loader: Any = None
         """The loader of the run."""
         self.run_params: Any = None
-        """The hyperparameters of the run, as they were given to `begin_run`."""
+        """The hyperparameters of the run, as given to `begin_run`."""
         self.run_count = 0
-        """Runs begun."""
+        """Number of runs begun."""
         self.epoch_count = 0
-        """Epochs begun in this run."""
-        self.run_data: list[dict[str, Any]] = []
-        """A row for each epoch of each run: what `save` writes."""
-
-        self.checkpoint: Checkpoint | None = self._earlier.checkpoint if self._earlier else None
-        """The checkpoint of the run that is continued; None where there is none."""
+        """Number of epochs begun in this run."""
+        self.run_data: list[dict[str, Any]] = self._results.rows
+        """The table that `save` writes: a row for each epoch of each run."""
+        self.checkpoint: Checkpoint | None = getattr(self._resume_state, "checkpoint", None)
+        """The checkpoint from which the run is resumed, or None."""
 
     @classmethod
     def resume(cls, run_id: str, **settings: Any) -> RunManager:
-        """A manager whose next `begin_run` continues the MLflow run `run_id`.
+        """Return a manager whose next `begin_run` continues an MLflow run.
 
-        `checkpoint` is then the run's last one, for `checkpoint.restore(…)`, and after `begin_run`
-        `epoch_count` is the number of epochs that are complete. Steps that the run has logged are
-        not logged again; hyperparameters that differ go to the tags `tracker.param.NAME`.
-        `settings` are those of `RunManager()`. Raises StoreError where there is no such run, or it
-        still goes on.
+        Its `checkpoint` is the last one of the run, for `checkpoint.restore(…)`; after `begin_run`,
+        `epoch_count` is the number of complete epochs. Steps that the run has logged are not logged
+        again; hyperparameters that differ become the tags `tracker.param.NAME`.
+
+        Args:
+            run_id: MLflow's id of the run.
+            settings: Arguments of `RunManager()`.
+
+        Raises:
+            StoreError: The run does not exist, or its process may still be running.
         """
         manager = cls(**settings)
-        settle_run(run_id, manager._tracking_uri, manager._directory)
-        manager._earlier = load_resume_state(run_id, manager._tracking_uri)
-        manager.checkpoint = manager._earlier.checkpoint
+        session = manager._session
+        settle_run(run_id, session.tracking_uri, session.directory)
+        manager._resume_state = load_resume_state(run_id, session.tracking_uri)
+        manager.checkpoint = manager._resume_state.checkpoint
         return manager
 
-    # -- runs ------------------------------------------------------------------------------
-
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> Run:
-        """Begin a run with the hyperparameters in `run`: a named tuple or a mapping.
+        """Begin a run, and log its hyperparameters, data set, sample pictures and network.
 
-        Logs them, the data set, a grid of sample pictures, the network's layers and graph. The
-        loader's order, all random generators and the network's buffers stay as they are. A run
-        that was not ended before is closed with the status that it truly has.
+        The loader's order, all random generators and the network's buffers do not change. A run
+        that is still open is closed with the status of an abandoned one.
 
-        Raises ArgumentError or StoreError, with nothing half-made, where a hyperparameter is not
-        allowed or the store does not open.
+        Args:
+            run: Hyperparameters, as a named tuple or a mapping.
+            network: The network to train.
+            loader: Yields the batches.
+
+        Raises:
+            ArgumentError: A hyperparameter is not allowed; nothing has begun.
+            StoreError: The store cannot be opened; nothing has begun.
         """
         params = hyperparameters(run)
-        if self._open.run is not None:
-            self._end(
-                self._open.run.abandoned_outcome("when the next run began", self._epoch_left())
-            )
-        told = {
-            "model": type(unwrap(network)).__name__,
-            "dataset": dataset_name(getattr(loader, "dataset", loader)),
-            "device": str(device_of(network)),
-            "seed": torch.initial_seed(),
-        }
-        if isinstance(size := getattr(loader, "batch_size", None), int):
-            told["batch_size"] = size
+        self._abandon("when the next run began")
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
-        earlier, self._earlier = self._earlier, None
-        self._main = is_main()
-        if self._given is not None:
-            began = self._join(self._given, told | params, tags)
-        else:
-            began = self._begin(told | params, run_name(params), tags, earlier)
+        resume_state, self._resume_state = self._resume_state, None
+        self._is_main = is_main()
+        if not self._is_main:
+            self._views = Views(self._results)
+        name = tags.get("mlflow.runName") or run_name(params)
+        facts = training_facts(network, loader)
+        tracked = self._session.begin(facts | params, name, tags, resume_state)
         self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
-        self._counts_epochs = "epochs" not in params
-        self._meter, self._in_epoch = EpochMeter(loader), False
-        self._metrics, self._kept = {}, {}
+        self._epoch, self._meter = None, EpochMeter(loader)
+        self._metrics, self._retention = {}, Retention(self._keep)
         self._run_started = time.perf_counter()
         self._example = inputs_of(sample_batch(loader, _SAMPLES), _SAMPLES)
-        if earlier is not None:
-            self._continue(earlier)
-        if self._main:
-            self._describe(began, new=earlier is None or self._given is not None)
-        for view in self._views:
-            view.begin_run(self.run_count, params, network, self._example)
-        began.deliver()
-        return began
+        if self._is_main:
+            is_new = resume_state is None or self._session.joined is not None
+            self._describe(tracked, network, loader, is_new=is_new)
+        self._views.begin_run(self.run_count, params, network, self._example)
+        if resume_state is not None:
+            self._continue(resume_state)
+        tracked.deliver()
+        return tracked
 
-    def _begin(
-        self,
-        params: Mapping[str, Any],
-        name: str | None,
-        tags: Mapping[str, str],
-        earlier: ResumeState | None,
-    ) -> Run:
-        """Begin a run of our own."""
-        way = self._open.delivery or self._new_delivery()
-        try:
-            name = tags.get("mlflow.runName") or name
-            began = Run(*(way, params, self._experiment, name, tags, self._parent), resume=earlier)
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            if self._open.delivery is None:
-                way.close()
-            raise
-        self._open.delivery, self._open.run = way, began
-        return began
-
-    def _join(self, given: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
-        """Log to the run that somebody else has begun, and ends."""
-        if self.run_count:
-            raise CallOrderError("begin_run() was called twice; this manager logs to one run.")
-        given.log_params(params)
-        given.log_tags(tags)
-        self._open.run, self._open.owns = given, False
-        return given
-
-    def _new_delivery(self) -> Delivery:
-        if not self._main:  # under torchrun rank 0 alone writes
-            self._views = []
-            return NoDelivery()
-        return delivery(self._directory, self._tracking_uri, self._mode)
-
-    def _continue(self, earlier: ResumeState) -> None:
-        """Count on from where the run that is continued was."""
-        if earlier.checkpoint is not None:
-            self.epoch_count, self._steps = earlier.checkpoint.epoch, earlier.checkpoint.step
-            self._metrics = dict(earlier.checkpoint.metrics)
-        self._kept = dict(earlier.kept)
-        params = hyperparameters(self.run_params)
-        for row in earlier.rows:
+    def _continue(self, state: ResumeState) -> None:
+        """Continue counting from the checkpoint of the run that is resumed."""
+        if state.checkpoint is not None:
+            self.epoch_count, self._steps = state.checkpoint.epoch, state.checkpoint.step
+            self._metrics = dict(state.checkpoint.metrics)
+        self._retention = Retention(self._keep, state.kept)
+        for row in state.rows:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
-            self.run_data.append(_row(self.run_count, row["epoch"], metrics, params))
+            self._results.end_epoch(row["epoch"], metrics, None)
             self._run_started = time.perf_counter() - metrics.get("run_duration", 0.0)
 
-    def _describe(self, run: Run, *, new: bool) -> None:
-        """Log what the run works on and with."""
-        if (dataset := getattr(self.loader, "dataset", None)) is not None:
+    def _describe(self, run: Run, network: nn.Module, loader: Any, *, is_new: bool) -> None:
+        """Log the data set and, for a new run, the sample pictures and the network."""
+        if (dataset := getattr(loader, "dataset", None)) is not None:
             run.log_dataset(dataset)
-        if not new:
+        if not is_new:
             return
         if self._example is not None and (grid := image_grid(self._example)) is not None:
-            run.log_image("samples.png", grid)
-        assert self.network is not None
-        run.log_network(self.network, self._example)
+            run.log_image(grid, "samples.png")
+        run.log_network(network, self._example)
 
     def end_run(
         self, model_files: Mapping[str, str] | None = None, predictor: Predictor | None = None
     ) -> None:
         """End the run as FINISHED, and log the trained model.
 
-        `model_files` and `predictor` travel with the model, as `Run.log_model` says.
-        Raises CallOrderError where no run has begun.
+        Args:
+            model_files: Texts by name that are logged with the model; see `Run.log_model`.
+            predictor: Makes predictions from raw inputs; see `Run.log_model`.
         """
-        self._current("end_run")
         self._end(outcome(None), files=model_files, predictor=predictor)
 
-    def _end(self, ended: Outcome, **travels: Any) -> None:
-        run = self._current("end_run")
-        if left := self._epoch_left():
-            ended = Outcome("FAILED", f"The run ended {left}.") if ended.reason is None else ended
-        if self._counts_epochs:
-            run.log_params({"epochs": self.epoch_count - self._in_epoch})
-        model = self._model and self._main and ended.status == "FINISHED"
-        if model and self.network is not None:
-            run.log_model(self.network, self._example, step=self.epoch_count, **travels)
-        if self._open.owns:
-            run.end(ended)
-        for view in self._views:
-            view.end_run(ended.status)
-        self._open.run, self._in_epoch = None, False
+    def _end(self, ended: Outcome, **model_extras: Any) -> None:
+        run = self._session.current("end_run")
+        if self._epoch is not None and ended.reason is None:
+            ended = Outcome("FAILED", f"The run ended within epoch {self.epoch_count}.")
+        if "epochs" not in hyperparameters(self.run_params or {}):
+            run.log_params({"epochs": self.epoch_count - (self._epoch is not None)})
+        has_model = self._model and self._is_main and ended.status == "FINISHED"
+        if has_model and self.network is not None:
+            run.log_model(self.network, self._example, step=self.epoch_count, **model_extras)
+        self._session.end(ended)
+        self._views.end_run(ended.status)
+        self._epoch = None
 
-    def _epoch_left(self) -> str | None:
-        return f"within epoch {self.epoch_count}" if self._in_epoch else None
-
-    def _current(self, verb: str) -> Run:
-        if self._open.run is None:
-            raise CallOrderError(f"{verb}() was called without a run; call begin_run() first.")
-        return self._open.run
+    def _abandon(self, when: str) -> None:
+        """End a run that is still open as abandoned."""
+        if (run := self._session.run) is not None:
+            where = f"within epoch {self.epoch_count}, {when}" if self._epoch else when
+            self._end(run.abandoned_outcome(where))
 
     def close(self) -> None:
-        """Deliver what is left. A run that is still open is closed as one that was never ended."""
-        if self._open.run is not None and not self._open.forked:
-            self._end(
-                self._open.run.abandoned_outcome("when the manager was closed", self._epoch_left())
-            )
+        """Deliver the rest; a run that is still open ends with the status of an abandoned one."""
+        if not self._session.is_forked:
+            self._abandon("when the manager was closed")
         self._finalizer()
 
     def __enter__(self) -> RunManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._open.run is not None and not self._open.forked:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._session.run is not None and not self._session.is_forked:
             self._end(outcome(error))
         self.close()
 
-    # -- epochs ----------------------------------------------------------------------------
-
     def begin_epoch(self) -> None:
-        """Begin an epoch. Raises CallOrderError outside a run or within an epoch."""
-        self._current("begin_epoch")
-        if self._in_epoch:
+        """Begin an epoch."""
+        self._session.current("begin_epoch")
+        if self._epoch is not None:
             raise CallOrderError(
                 f"begin_epoch() was called within epoch {self.epoch_count}; call end_epoch() first."
             )
-        self._in_epoch = True
         self.epoch_count += 1
-        if (checkpoint := self._cut_off()) is not None:
-            self._meter = EpochMeter.of(checkpoint.extra, self.loader)
-            self._epoch_states = checkpoint.epoch_start
-        else:
-            self._meter = EpochMeter(self.loader)
-            self._epoch_states = RandomStates.capture(self.loader)
-        self._epoch_started = time.perf_counter()
-        for view in self._views:
-            view.begin_epoch(self.epoch_count, _length(self.loader))
+        self._epoch = OpenEpoch(self.loader, self._mid_epoch_checkpoint())
+        self._meter = self._epoch.meter
+        self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
     def track_loss(self, loss: Tensor | float, batch: Any = None) -> None:
-        """Add the mean loss of a batch; nothing waits for the device.
+        """Add the loss of a batch without waiting for the device.
 
-        With `batch`, or its number of samples, the loss is weighted by that. Without it by the
-        labels tracked for the batch, else by what the loader makes of its length.
-        Raises CallOrderError outside an epoch.
+        Args:
+            loss: Mean loss of the batch: a number or a tensor that holds one.
+            batch: The batch or its number of samples, the weight of its loss. Default: the labels
+                tracked for the batch, else what the loader says.
+
+        Raises:
+            ArgumentError: The loss is not one number, or the batch has no size.
         """
         size = None if batch is None else batch_size(batch)
-        scalar = self._in("track_loss").add_loss(loss, size)
+        scalar = self._current_epoch("track_loss").meter.add_loss(loss, size)
         self._steps += 1
-        if self._batch_loss and self._open.run is not None:
-            self._open.run.log_later("batch_loss", scalar, self._steps)
-        for view in self._views:
-            view.batch()
+        if self._batch_loss and self._session.run is not None:
+            self._session.run.log_series("batch_loss", (scalar,), self._steps)
+        self._views.batch()
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Add the right predictions of a batch: scores (N, classes, …), class numbers (N, …).
+        """Add the number of correct predictions of a batch without waiting for the device.
 
-        Raises CallOrderError outside an epoch.
+        Args:
+            preds: Scores, shape (N, classes, …).
+            labels: Class numbers, shape (N, …).
+
+        Raises:
+            ArgumentError: The shapes do not fit.
         """
-        self._in("track_num_correct").add_correct(preds, labels)
+        self._current_epoch("track_num_correct").meter.add_correct(preds, labels)
 
-    def _in(self, verb: str) -> EpochMeter:
-        if not self._in_epoch:
+    def _current_epoch(self, verb: str) -> OpenEpoch:
+        if self._epoch is None:
             raise CallOrderError(f"{verb}() was called outside an epoch; call begin_epoch() first.")
-        return self._meter
+        return self._epoch
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> None:
-        """End the epoch: log its loss, accuracy, duration and histograms.
+        """End the epoch, and log its loss, accuracy, duration and histograms.
 
-        `metrics` are more of them, of a validation for one: `{"val_loss": 0.4}`.
-        Raises CallOrderError outside an epoch, and NonFiniteLossError if that was asked for.
+        Args:
+            metrics: More metrics to log, such as `{"val_loss": 0.4}`.
+
+        Raises:
+            ArgumentError: A metric is not allowed; the epoch has not ended.
+            NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
         """
-        found = self._in("end_epoch").compute()  # waits for the device and the other ranks
-        found |= {
-            checked_name(name, "metric"): checked_number(name, value)
-            for name, value in (metrics or {}).items()
-        }
-        found["epoch_duration"] = time.perf_counter() - self._epoch_started
-        self._in_epoch = False
-        self._log(found)
+        epoch = self._current_epoch("end_epoch")
+        epoch_metrics = epoch.meter.compute()  # waits for the device and for the other ranks
+        for name, value in (metrics or {}).items():
+            epoch_metrics[checked_name(name, "metric")] = checked_number(name, value)
+        epoch_metrics["epoch_duration"] = epoch.seconds
+        self._epoch = None
+        self._log_metrics(epoch_metrics)
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Log an epoch of `fit`, as `begin_epoch` … `end_epoch` do for a loop of one's own.
+        """Log an epoch of `fit`, as `begin_epoch` … `end_epoch` do for your own loop.
 
-        Raises CallOrderError outside a run or within an epoch, and NonFiniteLossError if that was
-        asked for.
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
         """
-        run = self._current("log_epoch")
-        if self._in_epoch:
+        run = self._session.current("log_epoch")
+        if self._epoch is not None:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
-        if self._batch_loss and len(epoch.batch_losses):
+        if self._batch_loss:
             run.log_series("batch_loss", epoch.batch_losses, self._steps + 1, epoch.batch_times)
         self._steps += len(epoch.batch_losses)
-        self._log(epoch.metrics)
+        self._log_metrics(epoch.metrics)
 
-    def watch(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
-        """`loader`, with the progress of each pass over it shown; for `fit`.
+    def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
+        """Return `loader` with the progress of each pass over it shown, for `fit`.
 
-        `length` is how many items it has, for one that does not say.
+        Args:
+            loader: Yields the batches.
+            length: Number of batches, if the loader does not have a length.
         """
-        return _Watched(loader, self._views, self, length or _length(loader))
+        return Progress(loader, self._views, lambda: self.epoch_count + 1, length)
 
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        run = self._current("end_epoch")
+    def _log_metrics(self, metrics: Mapping[str, float]) -> None:
+        run = self._session.current("end_epoch")
         epoch = self.epoch_count
         metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
         self._metrics = metrics
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch, **metrics})
-        recorded = None
-        if self._histograms and self._main and self.network is not None:
-            recorded = run.log_histograms(self.network, epoch)
-        self.run_data.append(_row(self.run_count, epoch, metrics, hyperparameters(self.run_params)))
+        histograms = None
+        if self._histograms and self._is_main and self.network is not None:
+            histograms = run.log_histograms(self.network, epoch)
         run.deliver()
-        for view in self._views:
-            view.end_epoch(self.run_data, metrics, recorded)
+        self._views.end_epoch(epoch, metrics, histograms)
         loss = metrics.get("loss", 0.0)
         if self._stop_on_nonfinite and not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")
@@ -431,149 +376,85 @@ class RunManager:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Save all that `resume` needs to go on from here, as an artifact of the run.
+        """Log all states that `resume` needs, and delete superseded checkpoints.
 
-        That is the states of the network, of what is given, and of all random generators, between
-        two epochs or after a batch's `track_loss`. Those that are not to be kept are deleted.
-        Raises CallOrderError outside a run, and ArgumentError for a state that is not made of
-        tensors, numbers and texts.
+        Call it between two epochs, or after `track_loss` of a batch. The network and all random
+        generators are included.
+
+        Args:
+            optimizer: Optimizer to include.
+            scheduler: Learning rate scheduler to include.
+            scaler: Gradient scaler to include.
+
+        Raises:
+            ArgumentError: A state holds more than tensors, numbers and text.
         """
-        run = self._current("save_checkpoint")
-        if not self._main or self.network is None:
+        run = self._session.current("save_checkpoint")
+        if not self._is_main or self.network is None:
             return
-        saved = run.log_checkpoint(
+        is_saved = run.log_checkpoint(
             self._steps,
             network=self.network,
             optimizer=optimizer,
             scheduler=scheduler,
             scaler=scaler,
             loader=self.loader,
-            epoch=self.epoch_count - self._in_epoch,
-            position=len(self._meter) if self._in_epoch else 0,
-            epoch_start=self._epoch_states if self._in_epoch else None,
+            epoch=self.epoch_count - (self._epoch is not None),
             metrics=self._metrics,
-            extra=self._meter.state() if self._in_epoch else None,
+            **({} if self._epoch is None else self._epoch.checkpoint_fields()),
         )
-        if not saved:  # the disk is full: the ones that there are stay
-            return
-        self._kept[self._steps] = self._metrics
-        for step in self._keep.superseded(self._kept):
-            run.delete_checkpoint(step)
-            del self._kept[step]
+        if is_saved:  # on a full disk, the older ones must stay
+            for step in self._retention.add(self._steps, self._metrics):
+                run.delete_checkpoint(step)
 
     def rest_of_epoch(self) -> Iterable[Any]:
-        """The batches of the first epoch of a run that is continued from the middle of one.
-
-        Those that it was trained on are left out, their losses counted; later it is the loader.
-        """
-        checkpoint = self._cut_off()
+        """Return the batches of an epoch, without those trained on before the run was resumed."""
+        checkpoint = self._mid_epoch_checkpoint()
         return self.loader if checkpoint is None else checkpoint.remaining(self.loader)
 
-    def _cut_off(self) -> Checkpoint | None:
-        """The checkpoint that was made in the middle of the epoch that goes on, if one was."""
-        made = self.checkpoint
-        return made if made and made.position and self._steps == made.step else None
+    def _mid_epoch_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint that the current epoch continues in its middle, if any."""
+        saved = self.checkpoint
+        return saved if saved and saved.position and self._steps == saved.step else None
 
     @property
-    def earlier_params(self) -> Mapping[str, str]:
-        """The params of the run that the next `begin_run` continues; none where there is none."""
-        return {} if self._earlier is None else self._earlier.params
+    def resumed_params(self) -> Mapping[str, str]:
+        """Params of the run that the next `begin_run` continues; empty if it begins a new one."""
+        return {} if self._resume_state is None else self._resume_state.params
 
     @property
     def run(self) -> Run:
-        """The run that goes on. Raises CallOrderError where there is none."""
-        return self._current("run")
+        """The current run; raises CallOrderError if there is none."""
+        return self._session.current("run")
 
     @property
     def step(self) -> int:
-        """Steps done in this run: calls of `track_loss`."""
+        """Number of steps in this run: calls of `track_loss`."""
         return self._steps
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run that goes on, for calls of your own."""
-        return self._open.run.run_id if self._open.run is not None else None
+        """MLflow's id of the current run, to use with MLflow's own functions."""
+        return self._session.run.run_id if self._session.run is not None else None
 
     @property
     def epoch_loss(self) -> float:
-        """The sum over this epoch's samples of their loss, of this rank. Waits for the device."""
+        """Sum of this epoch's losses over the samples of this rank; waits for the device."""
         return self._meter.loss_sum
 
     @property
     def epoch_num_correct(self) -> int:
-        """How many predictions of this epoch were right, on this rank. Waits for the device."""
+        """Number of correct predictions in this epoch on this rank; waits for the device."""
         return self._meter.correct
 
     def save(self, name: str | Path) -> None:
-        """Write `run_data` to `name.csv` and `name.json`, each as a whole or not at all.
+        """Write `run_data` to `name.csv` and `name.json`.
 
-        Raises ArgumentError where the folder does not exist or cannot be written.
+        Raises:
+            ArgumentError: The folder does not exist or cannot be written to.
         """
         try:
             if is_main():
-                write_atomically(Path(f"{name}.csv"), csv_text(self.run_data))
-                write_atomically(Path(f"{name}.json"), json_text(self.run_data))
+                self._results.save(name)
         except OSError as error:
             raise ArgumentError(f"name={str(name)!r} cannot be written: {error}.") from error
-
-
-class _Open:
-    """What of a manager must be closed: apart from it, so that it can be dropped."""
-
-    def __init__(self) -> None:
-        self._pid = os.getpid()
-        self.delivery: Delivery | None = None
-        self.run: Run | None = None
-        self.owns = True
-
-    @property
-    def forked(self) -> bool:
-        """Whether this is a fork, which has nothing to say about its parent's run."""
-        return os.getpid() != self._pid
-
-    def abandon(self, where: str) -> None:
-        """Close a run that was never ended, and the journal."""
-        if self.forked:
-            return
-        if self.run is not None and self.owns:
-            self.run.end(self.run.abandoned_outcome(where))
-        self.run = None
-        if self.delivery is not None:
-            self.delivery.close()
-            self.delivery = None
-
-
-class _Watched:
-    """A loader that shows how far it is."""
-
-    def __init__(
-        self, loader: Iterable[Any], views: list[View], manager: RunManager, length: int | None
-    ) -> None:
-        self._loader, self._views, self._manager, self._length = loader, views, manager, length
-
-    def __iter__(self) -> Iterator[Any]:
-        for view in self._views:
-            view.begin_epoch(self._manager.epoch_count + 1, self._length)
-        for batch in self._loader:
-            yield batch
-            for view in self._views:
-                view.batch()
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
-def _row(
-    run: int, epoch: int, metrics: Mapping[str, float], params: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A row of the tutorial's table: its columns, the hyperparameters, then other metrics."""
-    first = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
-    durations = {f"{name} duration": metrics[f"{name}_duration"] for name in ("epoch", "run")}
-    row = {"run": run, "epoch": epoch, **first, **durations}
-    row |= {f"param {key}" if key in row else key: value for key, value in params.items()}
-    known = (*first, "epoch_duration", "run_duration")
-    return row | {key: value for key, value in metrics.items() if key not in known}

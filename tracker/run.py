@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,15 @@ from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
 from tracker.delivery.base import Delivery, delivery, mode_of
 from tracker.errors import ArgumentError, CallOrderError, StoreError
-from tracker.journal.records import Kind, Point, now
+from tracker.journal import records
+from tracker.journal.records import Point, Record, now
 from tracker.redaction import is_secret_name, public_uri, public_values
 from tracker.statuses import Outcome, Status, abandoned, outcome
 from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
 from tracker.validation import (
+    DIRECTORY,
     checked_model_name,
     checked_name,
     checked_number,
@@ -51,18 +54,9 @@ if TYPE_CHECKING:
 
     from tracker.capture.model import Predictor
 
-DIRECTORY = ".tracker"
-"""Where journals lie by default, below the current directory."""
-
 _DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 logger = logging.getLogger(__name__)
-
-
-class RunKey(NamedTuple):
-    """A run that another process tracks, whose id in MLflow nobody here knows."""
-
-    key: str
 
 
 def start_run(
@@ -108,18 +102,18 @@ class Run:
         experiment: str | None = None,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
-        parent: Run | RunKey | str | None = None,
+        parent: Run | str | None = None,
         *,
         resume: ResumeState | None = None,
         owns_delivery: bool = False,
         key: str | None = None,
+        parent_key: str | None = None,
         environment: Mapping[str, str] | None = None,
-        queued: bool = False,
     ) -> None:
         """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
 
-        `resume` is an earlier run that goes on as this one. `key` finds the run again in MLflow,
-        where it may be `queued` under it; one that is given is not the run of MLFLOW_RUN_ID.
+        `resume` is an earlier run that goes on as this one. Under a `key` of the caller's, another
+        process may have created the run: it is looked up first, and is not that of MLFLOW_RUN_ID.
         `environment` are the tags of `environment_tags`, where they are known.
         """
         self._delivery = delivery
@@ -134,8 +128,8 @@ class Run:
         self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum, of those logged
         self._warned: set[str] = set()
         self._status: Status | None = None
-        self.earlier: ResumeState | None = resume
-        """What a training that is continued had come to."""
+        self.resume_state: ResumeState | None = resume
+        """The state of the earlier run that this one continues."""
         self._delivered_id: str | None = None  # once it has ended
         self._raised_before = _last_uncaught()
         checked = checked_params(params or {})
@@ -150,29 +144,29 @@ class Run:
                     f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must "
                     "be in the store of its children."
                 )
-            above: dict[str, str] | None = {"key": parent._key}
-        elif isinstance(parent, RunKey):
-            above = {"key": parent.key}
+            above: records.Parent | None = {"key": parent._key}
+        elif parent_key is not None:
+            above = {"key": parent_key}
         else:
             above = None if parent is None else {"run_id": parent}
         self._append(
-            "begin",
-            experiment=experiment or "Default",
-            experiment_id=by_id,
-            name=name,
-            tags=self._without_secrets(tags, "tag"),
-            parent=above,
-            adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
-            keyed=key is not None,
-            queued=queued,
-            resume=resume.run_id if resume else None,
-            samples=resume.samples if resume else 0,
+            records.Begin(
+                experiment=experiment or "Default",
+                experiment_id=by_id,
+                name=name,
+                tags=self._without_secrets(tags, "tag"),
+                parent=above,
+                adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
+                keyed=key is not None,
+                resume=resume.run_id if resume else None,
+                samples=resume.samples if resume else 0,
+            )
         )
         if resume:
             for row in resume.rows:
                 self.log_epoch(row)
-            for record in resume.histograms:
-                self._append("histograms", **record, there=True)
+            for one in resume.histograms:
+                self._append(records.Histograms(one["step"], one["histograms"], there=True))
         self._log_params(checked)
         delivery.hold(self._key, self.abandon)
 
@@ -190,9 +184,9 @@ class Run:
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
 
-    def _append(self, kind: Kind, **body: Any) -> None:
+    def _append(self, record: Record) -> None:
         self._check_open()
-        self._journal.append(self._key, kind, body)
+        self._journal.append(self._key, record)
 
     @property
     def run_id(self) -> str | None:
@@ -229,7 +223,7 @@ class Run:
         for name, value in checked.items():
             if self._resumed.pop(name, value) != value:  # a value that was changed to go on with
                 self._params[name] = value
-                self._append("tags", tags={f"tracker.param.{name}": value})
+                self._append(records.Tags({f"tracker.param.{name}": value}))
             elif (had := self._params.get(name, value)) != value:
                 raise ArgumentError(
                     f"param {name!r} is {had!r} and cannot become {value!r}: "
@@ -237,7 +231,7 @@ class Run:
                 )
         if new := {k: v for k, v in checked.items() if k not in self._params}:
             self._params |= new
-            self._append("params", params=new)
+            self._append(records.Params(new))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log numbers, or tensors that hold one, at `step`, under the time of this call.
@@ -253,29 +247,35 @@ class Run:
             ]
         )
 
-    def log_series(self, name: str, values: Any, first_step: int, times: list[int]) -> None:
-        """Log one metric at consecutive steps, each with its own time in milliseconds."""
+    def log_series(
+        self,
+        name: str,
+        values: Sequence[Any] | npt.NDArray[np.float64],
+        first_step: int,
+        times: Sequence[int] | None = None,
+    ) -> None:
+        """Log one metric at consecutive steps.
+
+        Args:
+            name: Name of the metric.
+            values: Numbers, or scalar tensors that do not change: they are read later.
+            first_step: Step of the first value.
+            times: Time of each value in milliseconds since 1970; default now.
+        """
         checked_name(name, "metric")
+        if times is None:
+            times = [now()] * len(values)
         self._append_points(
             [
-                Point(name, float(value), first_step + offset, at)
-                for offset, (value, at) in enumerate(zip(values, times, strict=True))
+                Point(name, value if isinstance(value, Tensor) else float(value), step, at)
+                for step, (value, at) in enumerate(zip(values, times, strict=True), first_step)
             ]
         )
-
-    def log_later(self, name: str, value: Tensor | float, step: int) -> None:
-        """Log a number that may not be computed yet, a scalar that nobody will change.
-
-        It is read when the journal is written: this call does not wait for the device.
-        """
-        if step > self._last_steps.get(name, step - 1):
-            self._check_open()
-            self._journal.append_points(self._key, (Point(name, value, step, now()),))
 
     def _append_points(self, points: Sequence[Point]) -> None:
         self._check_open()
         for name, value, step, _ in points:
-            if not math.isfinite(value):
+            if not isinstance(value, Tensor) and not math.isfinite(value):
                 self._warn_nonfinite(name, value, step)
         if self._last_steps:  # what the run that is continued has logged already
             points = [p for p in points if p.step > self._last_steps.get(p.name, p.step - 1)]
@@ -288,15 +288,22 @@ class Run:
         stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
         logger.warning("%s is %s at step %d%s.", name, value, step, stored)
 
-    def log_tags(self, tags: Mapping[str, Any]) -> None:
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag may be set again.
 
         Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
         """
-        self._append("tags", tags=self._without_secrets(checked_tags(tags), "tag"))
+        self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
+
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags: the old name of `set_tags`."""
+        self.set_tags(tags)
 
     def log_image(
-        self, name: str, image: Tensor | npt.NDArray[Any] | Image, step: int | None = None
+        self,
+        image: Tensor | npt.NDArray[Any] | Image | str,
+        key: str | Tensor | npt.NDArray[Any] | Image,
+        step: int | None = None,
     ) -> None:
         """Log a picture: by step under `name`, as MLflow's UI shows it, or as the file `name`.
 
@@ -304,6 +311,9 @@ class Run:
         with 1, 3 or 4 channels (C, H, W) as torch has them, or (H, W, C).
         Raises ArgumentError for any other shape, or a name that MLflow refuses.
         """
+        if isinstance(image, str):
+            image, key = key, image
+        name = str(key)
         picture = to_pil(image)
         if step is None:
             folder, file = posixpath.split(checked_path(name, "name"))
@@ -323,7 +333,7 @@ class Run:
         for path, content in mlflow_image_files(name, picture, step, now()):
             folder, file = posixpath.split(path)
             self._log_file(file, content.save, folder)
-        self.log_tags({"mlflow.loggedImages": True})
+        self.set_tags({"mlflow.loggedImages": True})
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Log a file, or a folder with all it holds, into `folder` of the run's artifacts.
@@ -353,7 +363,8 @@ class Run:
         name: str,
         write: Callable[[Path], object],
         folder: str | None,
-        **more: Any,
+        *,
+        passing: bool = False,
     ) -> Path | None:
         """Log what `write` writes to the path it is given; None where the disk took nothing."""
         self._check_open()
@@ -368,7 +379,7 @@ class Run:
                 raise
             self._journal.lose(name, error)
             return None
-        self._append("file", staged=self._relative(staged), folder=folder or None, **more)
+        self._append(records.File(self._relative(staged), folder or None, passing))
         return staged
 
     def _relative(self, staged: Path) -> str:
@@ -384,7 +395,7 @@ class Run:
             "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
             "profile": json_text(described.profile),
         }
-        self._append("dataset", dataset=fields, context=context)
+        self._append(records.Dataset(fields, context))
 
     def log_network(self, network: nn.Module, example: Tensor | None) -> None:
         """Log the network: `network/layers.csv` with shapes and counts, `network/graph.svg`.
@@ -437,12 +448,12 @@ class Run:
         `tracker.load_histograms` reads them back; the artifact `histograms.html` shows them.
         """
         record = network_histograms(network, step, self._frozen)
-        self._append("histograms", **record)
+        self._append(records.Histograms(**record))
         return record
 
     def log_epoch(self, row: Mapping[str, Any]) -> None:
         """Add a row to the table `epochs.csv` and `epochs.json`."""
-        self._append("epoch", row=dict(row))
+        self._append(records.Epoch(dict(row)))
 
     def log_model(
         self,
@@ -480,7 +491,7 @@ class Run:
             except OSError as error:  # without room for temporary files it cannot even be tried
                 problem = str(error)
         if problem is None:
-            self._append("model", staged=self._relative(folder), name=name, step=step)
+            self._append(records.Model(self._relative(folder), name, step))
             return True
         shutil.rmtree(folder.parent, ignore_errors=True)
         weights = io.BytesIO()
@@ -515,7 +526,7 @@ class Run:
         """Delete the checkpoint of a step, delivered or not."""
         if (staged := self._checkpoints.pop(step, None)) is not None:
             shutil.rmtree(staged.parent, ignore_errors=True)
-        self._append("delete", path=f"{CHECKPOINTS}/{step:08d}")
+        self._append(records.Delete(f"{CHECKPOINTS}/{step:08d}"))
 
     def deliver(self) -> None:
         """An epoch has ended: a moment for delivering in-line. With an uploader, nothing."""
@@ -538,8 +549,8 @@ class Run:
         if self._status is not None or os.getpid() != self._pid:
             return  # a fork has nothing to say about its parent's run
         if ended.reason:
-            self.log_tags({"tracker.failure": ended.reason})
-        self._append("end", status=ended.status)
+            self.set_tags({"tracker.failure": ended.reason})
+        self._append(records.End(ended.status))
         self._status = ended.status  # from here on it has, even if somebody tires of waiting
         try:
             self._delivery.release(self._key, wait=wait)
@@ -548,11 +559,11 @@ class Run:
             if self._owns_delivery:
                 self._delivery.close()
 
-    def abandoned_outcome(self, when: str, where: str | None = None) -> Outcome:
-        """What the run comes to if it was left, at `when`, and its end never called."""
+    def abandoned_outcome(self, where: str) -> Outcome:
+        """Return the outcome of a run that is abandoned `where`."""
         error = _last_uncaught()
         known = error if error is not self._raised_before else None
-        return abandoned(known, f"{where}, {when}" if where else when)
+        return abandoned(known, where)
 
     def abandon(self) -> None:
         """Close the run at the program's end, if nothing else has."""

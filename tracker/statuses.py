@@ -1,11 +1,11 @@
-"""How a run ended: the one place that decides it.
+"""How a run ended; nothing else decides its final status.
 
-| what happened                        | status   | `tracker.failure` tag                     |
-|--------------------------------------|----------|-------------------------------------------|
-| `end_run()`, or the block's own end  | FINISHED |                                           |
-| an exception                         | FAILED   | the exception and the end of its traceback |
-| Ctrl-C, SIGTERM                      | KILLED   | the same                                  |
-| never ended                          | FAILED   | where it was left                         |
+| event                            | status   | tag `tracker.failure`                     |
+|----------------------------------|----------|-------------------------------------------|
+| `end_run()`, end of the block    | FINISHED |                                           |
+| an exception                     | FAILED   | the exception and the end of its traceback |
+| Ctrl-C, SIGTERM                  | KILLED   | the same                                  |
+| abandoned: never ended           | FAILED   | where it was abandoned                    |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(error: BaseException | None) -> Outcome:
-    """What the exception that ended a run makes of it; None is a normal end."""
+    """Return the outcome of a run that `error` ended; None means that it ended normally."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return Outcome("FINISHED")
     lines = traceback.format_exception(error)
@@ -40,11 +40,14 @@ def outcome(error: BaseException | None) -> Outcome:
 
 
 def abandoned(error: BaseException | None, where: str) -> Outcome:
-    """What a run comes to whose `end_run()` was not called.
+    """Return the outcome of a run whose `end_run()` was never called.
 
-    `error` is the exception that nobody caught since the run began, if any. Without one we do not
-    know that the training was complete, so it is not FINISHED: only `end_run()` says that.
+    Without an exception it is FAILED too, as nothing says that the training was complete.
+
+    Args:
+        error: The exception that was not caught since the run began, if any.
+        where: Completes the sentence "The run was abandoned …".
     """
     if error is not None:
         return outcome(error)
-    return Outcome("FAILED", f"The run was left {where}: end_run() was never called.")
+    return Outcome("FAILED", f"The run was abandoned {where}: end_run() was never called.")

@@ -1,6 +1,6 @@
-"""What MLflow takes, and otherwise refuses late, cuts or changes in silence.
+"""Checks of names and values that MLflow would refuse late, or cut or change silently.
 
-Every function raises ArgumentError for what is not allowed.
+Every function returns the checked value, and raises ArgumentError if it is not allowed.
 """
 
 from __future__ import annotations
@@ -9,96 +9,94 @@ import operator
 import posixpath
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from tracker.errors import ArgumentError
 
+DIRECTORY = ".tracker"
+"""Default directory of the journals, relative to the current directory."""
 RUN_TAG = "tracker.run"
-"""The tag of an MLflow run that holds the key of the run here, by which it is found again."""
+"""Tag of an MLflow run that holds the key of the run, by which it is looked up."""
 
 _NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
 _MAX_PARAM = 6_000  # characters that MLflow keeps
 _MAX_TAG = 8_000
 
 
-@lru_cache(maxsize=10_000)  # a metric's name comes again every step
+@lru_cache(maxsize=10_000)  # the same metric names come back in every step
 def checked_name(name: str, what: str) -> str:
-    """`name`, if MLflow takes it for a metric, param or tag: `what` says which."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or posixpath.normpath(name) != name:
+    """Check the name of a metric, param or tag, as `what` calls it."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not _is_plain(name):
         raise ArgumentError(
-            f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, "
-            "_ - . : / and spaces, and as a path it must be plain (no //, no .., no / at an end)."
+            f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, spaces "
+            "and _ - . : /, without //, .., or a / at either end."
         )
-    if name.startswith(("/", "..")) or name == ".":
-        raise ArgumentError(f"{what} name {name!r} is not allowed: it would leave its folder.")
     return name
 
 
 def checked_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Params as MLflow stores them: as text."""
-    return {
-        checked_name(name, "param"): _checked_text(name, value, "param", _MAX_PARAM)
-        for name, value in params.items()
-    }
+    """Check params and convert their values to text, as MLflow stores them."""
+    return _checked_texts(params, "param", _MAX_PARAM)
 
 
 def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Tags as MLflow stores them: as text."""
-    return {
-        checked_name(name, "tag"): _checked_text(name, value, "tag", _MAX_TAG)
-        for name, value in tags.items()
-    }
+    """Check tags and convert their values to text, as MLflow stores them."""
+    return _checked_texts(tags, "tag", _MAX_TAG)
+
+
+def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str, str]:
+    texts = {checked_name(name, what): str(value) for name, value in pairs.items()}
+    for name, text in texts.items():
+        if len(text) > limit:
+            raise ArgumentError(
+                f"{what} {name!r} has {len(text):,} characters; MLflow keeps {limit:,}, so log it "
+                "with log_text() instead."
+            )
+        _checked_encoding(text, what)
+    return texts
 
 
 def checked_step(step: Any) -> int:
-    """The step of a metric: a whole number of 64 bits."""
-    try:
-        number = operator.index(step)
-        if -(2**63) <= number < 2**63:
+    """Check the step of a metric: a 64-bit integer."""
+    with suppress(TypeError):
+        if -(2**63) <= (number := operator.index(step)) < 2**63:
             return number
-    except TypeError:
-        pass
-    raise ArgumentError(f"step={step!r} is not allowed; it must be a whole number of 64 bits.")
+    raise ArgumentError(f"step={step!r} is not allowed; it must be a 64-bit integer.")
 
 
 def checked_path(path: str, what: str) -> str:
-    """The path of an artifact: plain, relative, and within the run's artifacts."""
-    if not path or posixpath.normpath(path) != path or path.startswith(("/", "..")) or path == ".":
+    """Check the path of an artifact, the argument `what`: plain, relative, inside the run."""
+    if not _is_plain(path):
         raise ArgumentError(
-            f"{what}={path!r} is not allowed or leaves the run's artifacts; it must be a plain "
-            "relative path such as folder/file.txt."
+            f"{what}={path!r} is not allowed; it must be a plain relative path inside the run's "
+            "artifacts, such as folder/file.txt."
         )
-    return _encodable(path, what)
+    return _checked_encoding(path, what)
+
+
+def _is_plain(path: str) -> bool:
+    return posixpath.normpath(path) == path and path != "." and not path.startswith(("/", ".."))
 
 
 def checked_model_name(name: str) -> str:
-    """The name of a logged model."""
+    """Check the name of a logged model."""
     if not name or any(sign in name for sign in "/:.%\"'"):  # mlflow.utils.validation, 3.17
-        raise ArgumentError(f"name={name!r} is not allowed; a model's has none of / : . % \" '.")
-    return _encodable(name, "name")
+        raise ArgumentError(f"name={name!r} is not allowed; it must not contain / : . % \" '.")
+    return _checked_encoding(name, "name")
 
 
-def _encodable(text: str, what: str) -> str:
+def _checked_encoding(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"{what} {text!r} is no text: {error.reason}.") from error
+        raise ArgumentError(f"{what} {text!r} is not valid text: {error.reason}.") from error
     return text
 
 
-def _checked_text(name: str, value: Any, what: str, longest: int) -> str:
-    text = str(value)
-    if len(text) > longest:
-        raise ArgumentError(
-            f"{what} {name!r} has {len(text):,} characters; MLflow keeps {longest:,}. "
-            "Log it with log_text() instead."
-        )
-    return _encodable(text, what)
-
-
 def checked_number(name: str, value: Any) -> float:
-    """The value of the metric `name` as a number; waits for the device of a tensor."""
+    """Convert the value of the metric `name` to a float; waits for a tensor's device."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError

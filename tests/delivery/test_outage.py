@@ -1,4 +1,4 @@
-"""Servers that go, hang, fail, lose their answers or were never there: training does not care."""
+"""Servers that go away, hang, fail, lose their answers or never existed do not affect training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tracker.cli import main
 from tracker.delivery.background import WARN_SECONDS
 from tracker.journal.reader import Journal
 
-# It answers each line that it is told with one of JSON. It lists who connects to anything: nobody.
+# Answers each line of its input with one of JSON, which also lists every socket it connected.
 TRAINER = """
 import sys
 connected = []
@@ -122,53 +122,53 @@ class Trainer:
         return answer["said"]
 
     def steps(self, number: int) -> None:
-        """Train so many steps; returns when they are done."""
+        """Train `number` steps."""
         self.done = [tuple(each) for each in self._tell("steps", number)]
 
     def notes(self, number: int) -> None:
-        """Set so many tags, a record each."""
+        """Set `number` tags, one record each."""
         self._tell("notes", number)
 
     def end(self) -> None:
-        """End the run; returns when `end_run` has."""
+        """End the run."""
         self._tell("end")
 
     def leave(self) -> int:
-        """Have the program end; returns its exit code."""
+        """Let the program end; returns its exit code."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._process.wait()
 
     @property
     def warnings(self) -> list[str]:
-        """What the user was told."""
+        """The warnings that the user saw."""
         lines = self._log.read_text().splitlines()
         return [line for line in lines if line.startswith("WARNING:tracker")]
 
     @property
     def journals(self) -> list[Path]:
-        """The journals that there are."""
+        """The program's journals."""
         return sorted((self.folder / ".tracker").glob("[!.]*"))
 
     @property
     def journal(self) -> Journal:
-        """The only journal, to be closed."""
+        """The only journal; the caller closes it."""
         (folder,) = self.journals
         return Journal(folder)
 
     def wait_for_delivery(self) -> None:
-        """Wait until all is delivered that was logged."""
+        """Wait until everything logged so far is delivered."""
         assert self._tell("flush", 120)
 
     def wait_for_problem(self, lasting: float = 0.0) -> str:
-        """Wait until the uploader has met a fault, for so many seconds; returns what it says."""
+        """Wait until delivery has failed for `lasting` seconds; returns the problem."""
         with closing(self.journal) as journal:
 
-            def met() -> bool:
+            def has_lasted() -> bool:
                 problem = journal.problem
                 return problem is not None and time.time() > problem.since + lasting
 
-            wait_until(met, "the uploader has met the fault")
+            wait_until(has_lasted, "the uploader has met the fault")
             problem = journal.problem
             assert problem is not None
             return problem.text
@@ -187,7 +187,7 @@ class Trainer:
 
 
 def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
-    """The command `tracker`, started, with Ctrl-C as in a terminal: a job of a shell ignores it."""
+    """Start the command `tracker` with Ctrl-C as in a terminal; shells ignore it for their jobs."""
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from tracker.cli import main; sys.exit(main())"
@@ -197,18 +197,18 @@ def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, **streams)
 
 
-def assert_told_once(trainer: Trainer) -> None:
-    """One warning for all outages, and a line at the end if, and only if, something is left."""
+def assert_warned_once(trainer: Trainer) -> None:
+    """Check for one warning about all outages, and a line at the end only if something is left."""
     outages = [line for line in trainer.warnings if "Training goes on" in line]
     assert len(outages) <= 1
-    left = [f"are not delivered; deliver them: tracker sync {j}" for j in trainer.journals]
+    leftovers = [f"are not delivered; deliver them: tracker sync {j}" for j in trainer.journals]
     rest = [line for line in trainer.warnings if line not in outages]
-    assert len(rest) == len(left)
-    assert all(command in line for line, command in zip(rest, left, strict=True))
+    assert len(rest) == len(leftovers)
+    assert all(command in line for line, command in zip(rest, leftovers, strict=True))
 
 
 def deliver_rest(proxy: FaultyProxy, trainer: Trainer) -> None:
-    """Sync what the training could not wait for."""
+    """Sync what the end of the training did not wait for."""
     proxy.behave("pass")
     for journal in trainer.journals:
         sync = tracker("sync", journal)
@@ -218,7 +218,7 @@ def deliver_rest(proxy: FaultyProxy, trainer: Trainer) -> None:
 
 
 def assert_all_arrived(server: TrackingServer, experiment: str, trainer: Trainer) -> MlflowRun:
-    """Each point of the training is in its only run, once, and nothing else."""
+    """Check that each point of the training is stored once, in its only run."""
     store = Store(server.uri)
     (run,) = store.runs(experiment)
     for name in ("loss_now", "batch_loss"):
@@ -238,12 +238,6 @@ def assert_all_arrived(server: TrackingServer, experiment: str, trainer: Trainer
     return run
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    with TrackingServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
 @pytest.fixture
 def proxy() -> Iterator[FaultyProxy]:
     with FaultyProxy() as proxy:
@@ -254,7 +248,7 @@ def proxy() -> Iterator[FaultyProxy]:
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Answers with the body that it was given."""
+    """Answers with the request's body."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -272,7 +266,7 @@ def ask(uri: str, body: bytes, path: str = "/x") -> bytes:
         return bytes(answer.read())
 
 
-def test_the_proxy_does_as_it_is_told(proxy: FaultyProxy) -> None:
+def test_the_proxy_behaves_as_set(proxy: FaultyProxy) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as behind:
         thread = threading.Thread(target=behind.serve_forever)
         thread.start()
@@ -291,7 +285,7 @@ def test_the_proxy_does_as_it_is_told(proxy: FaultyProxy) -> None:
             assert proxy.lost == ["POST /x"]
             proxy.behave("slow")
             assert ask(proxy.uri, b"5") == b"5"
-            for _ in range(2):  # it can be had back on the same port
+            for _ in range(2):  # it comes back on the same port
                 proxy.behave("refuse")
                 with pytest.raises(urllib.error.URLError, match="refused"):
                     ask(proxy.uri, b"6")
@@ -318,7 +312,7 @@ def test_the_proxy_does_as_it_is_told(proxy: FaultyProxy) -> None:
 # -- without a server ------------------------------------------------------------------------------
 
 
-def test_status_and_sync_of_a_server_that_is_not_there(
+def test_status_and_sync_without_the_server(
     proxy: FaultyProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status"]) == 0
@@ -354,10 +348,10 @@ def test_status_and_sync_of_a_server_that_is_not_there(
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_through_every_fault(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+def test_training_continues_through_every_fault(
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     proxy.behave("lose")
     with Trainer(tmp_path, proxy.uri, "faults", MLFLOW_HTTP_REQUEST_TIMEOUT="2") as trainer:
         trainer.steps(50)
@@ -366,21 +360,21 @@ def test_a_training_goes_on_through_every_fault(
         assert any(path.endswith("/runs/log-batch") for path in proxy.lost)
         for fault in ("refuse", "hang", "error", "killed"):
             if fault == "killed":
-                server.kill()
+                tracking_server.kill()
                 proxy.behave("pass")  # drops what is under way
             else:
                 proxy.behave(fault)
             answered = proxy.answered
             trainer.steps(50)
-            # The first outage is told of, and no other one as long.
+            # Only the first outage is reported, even if a later one lasts as long.
             lasting = {"refuse": 0, "hang": WARN_SECONDS + 2}.get(fault, 0)
             assert trainer.wait_for_problem(lasting)
             if fault == "refuse":
-                wait_until(lambda: trainer.warnings, "the user is told")
+                wait_until(lambda: trainer.warnings, "the user is warned")
             trainer.steps(50)
             assert proxy.answered == answered
             if fault == "killed":
-                server.start()
+                tracking_server.start()
             proxy.behave("pass")
             trainer.wait_for_delivery()
         proxy.behave("slow")
@@ -390,42 +384,42 @@ def test_a_training_goes_on_through_every_fault(
         trainer.steps(50)
         trainer.end()
         assert trainer.leave() == 0
-    assert_told_once(trainer)
+    assert_warned_once(trainer)
     warning = trainer.warnings[0]
     assert "records wait in the journal" in warning
     assert "tracker sync" in warning
     deliver_rest(proxy, trainer)
     assert any(path.endswith("/logged-models") for path in proxy.lost)
-    assert_all_arrived(server, "faults", trainer)
+    assert_all_arrived(tracking_server, "faults", trainer)
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_ten_times(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+def test_a_server_that_is_killed_again_and_again_loses_nothing(
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     with Trainer(tmp_path, proxy.uri, "killed") as trainer:
-        for _ in range(10):
-            trainer.steps(20)  # some are on their way when it dies
-            server.kill()
+        for _ in range(3):
+            trainer.steps(20)  # some are being sent when it dies
+            tracking_server.kill()
             trainer.steps(20)
-            server.start()
+            tracking_server.start()
         trainer.steps(20)
         trainer.end()
         assert trainer.leave() == 0
-    assert_told_once(trainer)
+    assert_warned_once(trainer)
     deliver_rest(proxy, trainer)
-    assert_all_arrived(server, "killed", trainer)
+    assert_all_arrived(tracking_server, "killed", trainer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "hang", "hang later"])
-def test_without_a_server_the_program_ends_and_sync_delivers(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path, fault: str
+def test_a_program_ends_without_its_server_and_sync_delivers(
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path, fault: str
 ) -> None:
     experiment = f"without: {fault}"
     if fault == "hang later":
-        proxy.behind = server.port
+        proxy.behind = tracking_server.port
     else:
         proxy.behave(fault)
     with Trainer(tmp_path, proxy.uri, experiment) as trainer:
@@ -455,8 +449,8 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
     assert goes_to == f"  goes to {proxy.uri}"
     assert len(problem) <= 1
 
-    proxy.behind = server.port
-    proxy.behave("slow")  # so that it can be stopped on its way
+    proxy.behind = tracking_server.port
+    proxy.behave("slow")  # so that it can be stopped in the middle
     sync = tracker("sync", journal)
     wait_until(lambda: proxy.met["slow"] > 20, "it has begun to deliver", 60 + 20 * SLOW_SECONDS)
     sync.send_signal(signal.SIGINT)
@@ -475,7 +469,7 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
         try:
             while some := screen.read(4096):
                 shown += some
-        except OSError:  # how Linux says that the terminal was closed
+        except OSError:  # Linux: the terminal was closed
             pass
     out, _ = sync.communicate()
     assert sync.returncode == 0, shown
@@ -483,15 +477,15 @@ def test_without_a_server_the_program_ends_and_sync_delivers(
     assert re.search(rb"\d+/\d+ .*record", shown)
     assert trainer.journals == []
     assert tracker("status").communicate() == ("Nothing is undelivered.\n", "")
-    run = assert_all_arrived(server, experiment, trainer)
+    run = assert_all_arrived(tracking_server, experiment, trainer)
     assert {f"note.{number}" for number in range(30)} <= set(run.data.tags)
 
 
 @pytest.mark.slow
-def test_sync_through_lost_answers_makes_one_run(
-    server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
+def test_a_sync_with_lost_answers_makes_one_run(
+    tracking_server: TrackingServer, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
-    proxy.behind = server.port
+    proxy.behind = tracking_server.port
     with Trainer(tmp_path, proxy.uri, "synced", TRACKER_OFFLINE="1") as trainer:
         trainer.steps(5)
         trainer.end()
@@ -501,20 +495,20 @@ def test_sync_through_lost_answers_makes_one_run(
     tracker("sync", journal).communicate()
     assert any(path.endswith("/runs/create") for path in proxy.lost)
     deliver_rest(proxy, trainer)
-    assert_all_arrived(server, "synced", trainer)
+    assert_all_arrived(tracking_server, "synced", trainer)
 
 
 @pytest.mark.slow
-def test_a_server_on_a_file_store_keeps_nothing_twice(proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_a_server_on_a_file_store_stores_nothing_twice(proxy: FaultyProxy, tmp_path: Path) -> None:
     with TrackingServer(tmp_path / "server", "file") as server:
         proxy.behind = server.port
         proxy.behave("lose")
         with Trainer(tmp_path / "training", proxy.uri, "files") as trainer:
-            for _ in range(5):
+            for _ in range(3):
                 trainer.steps(20)
                 trainer.wait_for_delivery()
             trainer.end()
             assert trainer.leave() == 0
-        assert sum(path.endswith("/runs/log-batch") for path in proxy.lost) >= 5
+        assert sum(path.endswith("/runs/log-batch") for path in proxy.lost) >= 3
         deliver_rest(proxy, trainer)
         assert_all_arrived(server, "files", trainer)

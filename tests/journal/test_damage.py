@@ -25,21 +25,12 @@ from tracker.cli import main
 from tracker.errors import StoreError
 from tracker.journal.ownership import Writer
 from tracker.journal.reader import DAMAGED, Journal
-from tracker.journal.records import Point
+from tracker.journal.records import Begin, End, Epoch, Params, Point
 from tracker.journal.writer import JournalWriter
 
 PROJECT = Path(tracker.__file__).parents[1]
 
-BEGIN = {
-    "experiment": "Default",
-    "experiment_id": None,
-    "name": None,
-    "tags": {"tracker.run": "a"},
-    "parent": None,
-    "adopt": None,
-    "resume": None,
-    "samples": 0,
-}
+BEGIN = Begin("Default", None, None, {"tracker.run": "a"})
 
 
 class Recorder:
@@ -110,12 +101,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 def left_behind(directory: Path, uri: str, points: int = 40) -> Path:
     """The journal of a process that has ended, a record a point, with nothing delivered."""
     writer = JournalWriter(directory)
-    writer.append("a", "begin", BEGIN)
-    writer.append("a", "params", {"params": {"lr": "0.1"}})
+    writer.append("a", BEGIN)
+    writer.append("a", Params({"lr": "0.1"}))
     for step in range(points):
         writer.append_points("a", [Point("loss", 1.0 / (1 + step), step, 1_000 + step)])
-        writer.append("a", "epoch", {"row": {"step": step, "text": f"epoch-{step:04d}" * 30}})
-    writer.append("a", "end", {"status": "FINISHED"})
+        writer.append("a", Epoch({"step": step, "text": f"epoch-{step:04d}" * 30}))
+    writer.append("a", End("FINISHED"))
     writer.close()
     with closing(Journal(writer.folder)) as journal:
         journal.tracking_uri = uri
@@ -356,7 +347,7 @@ def test_the_log_of_a_killed_process_may_be_cut_off_too(
 ) -> None:
     """What SQLite has not moved into the database yet lies in its log."""
     writer = JournalWriter(neighbours)
-    writer.append("a", "begin", BEGIN)
+    writer.append("a", BEGIN)
     for step in range(40):
         writer.append_points("a", [Point("loss", 0.5, step, 1)])
         assert writer.flush(60)
@@ -584,7 +575,7 @@ def test_a_journal_on_a_full_disk_waits_for_room(
 def hostile(directory: Path, uri: str, *records: tuple[Any, Any, Any, Any]) -> Path:
     """A journal with `records` between a good beginning and a good end."""
     writer = JournalWriter(directory)
-    writer.append("a", "begin", BEGIN)
+    writer.append("a", BEGIN)
     writer.close()
     add(writer.folder, *records)
     add(
@@ -702,7 +693,7 @@ MALFORMED: dict[str, list[Any]] = {
     ],
     "model": [{}, {"staged": "files/x/y", "name": None, "step": 1}],
     "end": [{}, {"status": "DONE"}, {"status": ["FINISHED"]}, {"status": {}}],
-    "begin": [{}, {"tags": {}}, BEGIN | {"tags": {}}, BEGIN | {"parent": {}}],
+    "begin": [{}, {"tags": {}}, vars(BEGIN) | {"tags": {}}, vars(BEGIN) | {"parent": {}}],
     "nonsense": [{}, {"metrics": []}],
     "non\nsense" * 50: [{}],
 }
@@ -814,7 +805,7 @@ run = start_run(tracking_uri=uri, directory=directory, offline=True)
 
 def log(step):
     run.log_metrics({"loss": 0.5}, step)
-    run.log_later("norm", torch.tensor(2.0), step)
+    run.log_metrics({"norm": torch.tensor(2.0)}, step)
     run.log_params({f"p{step}": step})
     run.log_text("text" * 1000, f"{step}/text.txt")
     run.log_image(f"{step}.png", torch.rand(3, 32, 32))

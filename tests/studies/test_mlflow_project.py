@@ -112,7 +112,8 @@ def test_a_server_holds_what_a_file_does(server: str, loader: Any) -> None:
 
 
 def test_train_on_a_server(server: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dataset", "digits", "--epochs", "1", "--tracking-uri", server]) == 0
+    options = ["--dataset", "digits", "--epochs", "1", "--experiment", "trained on a server"]
+    assert main([*options, "--tracking-uri", server]) == 0
     assert server in capsys.readouterr().out
-    (run,) = Store(server).runs()
+    (run,) = Store(server).runs("trained on a server")
     assert run.info.status == "FINISHED"

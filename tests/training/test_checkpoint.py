@@ -36,7 +36,13 @@ from torch.utils.data import (
 )
 
 from tracker import ArgumentError, StoreError, set_seed
-from tracker.training.checkpoint import Checkpoint, Keep, load_checkpoint, save_checkpoint
+from tracker.training.checkpoint import (
+    Checkpoint,
+    Keep,
+    Retention,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tracker.training.rng import RandomStates
 
 patient = settings(deadline=None, max_examples=60)
@@ -944,6 +950,14 @@ def test_nothing_better_than_what_is_kept_goes(
     values = [sign * loss for loss in losses.values() if loss is not None and loss == loss]
     if values:
         assert min(values) in [sign * there[step].get("x", math.nan) for step in kept]
+
+
+def test_each_new_checkpoint_names_the_ones_to_delete_once() -> None:
+    retention = Retention(Keep(last=2, best="loss"), {1: {"loss": 0.5}, 2: {"loss": 2.0}})
+    assert retention.add(3, {"loss": 3.0}) == []
+    assert retention.add(4, {"loss": 4.0}) == [2]
+    assert retention.add(5, {"loss": 0.1}) == [1, 3]
+    assert retention.add(5, {"loss": 0.1}) == []
 
 
 # -- CUDA ------------------------------------------------------------------------------------------

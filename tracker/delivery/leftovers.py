@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tracker.delivery.uploader import Uploader, close_unended, never
 from tracker.errors import StoreError, TrackerError
-from tracker.journal.ownership import Lock, Writer, writer_lives
+from tracker.journal.ownership import Writer, delivery_lock, writer_lives
 from tracker.journal.reader import DAMAGED, DONE, OFFLINE, Journal, is_ours, new_database
 from tracker.redaction import MASK, public_uri
 
@@ -82,9 +82,8 @@ def journal_status(folder: Path) -> JournalStatus:
             return JournalStatus(
                 folder, "in use", problem=f"by a process on {Writer.of(folder).host}"
             )
-        lock = Lock(folder, "delivery")
-        delivering = not lock.take()
-        lock.release()
+        with delivery_lock(folder).hold() as taken:
+            delivering = not taken
         with closing(Journal(folder)) as journal:
             state: State = "left behind"
             if alive or delivering:
@@ -214,13 +213,10 @@ def _is_left(folder: Path, run_id: str) -> bool:
 
 @contextmanager
 def _delivering(folder: Path) -> Iterator[None]:
-    lock = Lock(folder, "delivery")
-    if not lock.take():
-        raise StoreError(f"path={str(folder)!r} is being delivered by another process.")
-    try:
+    with delivery_lock(folder).hold() as taken:
+        if not taken:
+            raise StoreError(f"path={str(folder)!r} is being delivered by another process.")
         yield
-    finally:
-        lock.release()
 
 
 def _repair(folder: Path) -> str | None:

@@ -20,9 +20,9 @@ from tracker.delivery.leftovers import deliver_left_behind
 from tracker.delivery.system_metrics import SystemMetrics
 from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
-from tracker.journal.ownership import Lock, writer_lives
+from tracker.journal.ownership import delivery_lock, writer_lives
 from tracker.journal.reader import Journal
-from tracker.journal.records import now
+from tracker.journal.records import Begin, Metrics, now
 from tracker.redaction import public_uri
 
 if TYPE_CHECKING:
@@ -178,13 +178,13 @@ class UploaderProcess:
         at, sample = now(), self._metrics.sample()
         for run in runs:
             if run not in self._begun:
-                (begin,) = self._journal.bodies(run, "begin")
-                earlier = int(begin["samples"] * SAMPLE_SECONDS * 1_000)
+                (begin,) = self._journal.records(run, Begin)
+                earlier = int(begin.samples * SAMPLE_SECONDS * 1_000)
                 self._begun[run] = self._journal.begin_time(run) - earlier
             # From the clock, not from a count: whoever is started in our place goes on with it.
             step = round((at - self._begun[run]) / (SAMPLE_SECONDS * 1_000))
-            points = [[name, value, step, at] for name, value in sample.items()]
-            self._journal.append(run, "metrics", {"metrics": points}, at)
+            points = [(name, value, step, at) for name, value in sample.items()]
+            self._journal.append(run, Metrics(points), at)
 
     def close(self) -> None:
         """Let go of the GPUs and the journal."""
@@ -209,7 +209,7 @@ def _main() -> int:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     logging.basicConfig(level=logging.WARNING)
     folder = Path(given["folder"])
-    lock = Lock(folder, "delivery")
+    lock = delivery_lock(folder)
     try:
         if not lock.take():
             return 0

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from tracker.journal.records import Signal
+
 if TYPE_CHECKING:
     from tracker.journal.writer import JournalWriter
 
@@ -74,5 +76,5 @@ class ActiveRuns:
 
     def _tell(self, name: str) -> None:
         for run in list(self.runs):
-            self._journal.append(run, "signal", {"signal": name})
+            self._journal.append(run, Signal(name))
         self._journal.flush(timeout=1.0)

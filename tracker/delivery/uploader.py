@@ -1,4 +1,4 @@
-"""From the journal to MLflow: what each record becomes there, in order, once."""
+"""Uploads the records of one journal to MLflow, in order and once each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ import posixpath
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tracker.errors import ArgumentError, RefusedError, StoreError
 from tracker.journal.reader import Journal
-from tracker.journal.records import Kind, Record, validation_error
+from tracker.journal.records import (
+    Begin,
+    Dataset,
+    Delete,
+    End,
+    Entry,
+    Epoch,
+    File,
+    Histograms,
+    Invalid,
+    Metrics,
+    Model,
+    Params,
+    Signal,
+    Tags,
+)
+from tracker.statuses import Status
 from tracker.validation import RUN_TAG, checked_path
 from tracker.views.files import csv_text, json_text
 from tracker.views.histogram_page import histogram_page
@@ -21,21 +37,17 @@ if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
 
 PAGE_SECONDS = 60.0
-"""While a run goes on, its histogram page is drawn anew at most this often …"""
+"""The shortest time between two drawings of an active run's histogram page …"""
 PAGE_SHARE = 0.01
-"""… and takes at most this share of the time."""
-
-LATE_SECONDS = 30.0
-"""A trial's run that begins to be delivered after this may have been made by the mirror."""
+"""… which takes at most this share of the time."""
 
 _CHUNK = 1_000  # records read at a time
-_NOTICES = 100  # of records lost, a run
-_BATCH = ("metrics", "params", "tags")  # what one request takes
-_TOGETHER = 200  # records in a request; one of metrics holds what was logged in 0.2 s
+_MAX_NOTICES = 100  # about lost records, per run
+_MAX_BATCH = 200  # records in a request; one of metrics holds what was logged in 0.2 s
 
 
 def never() -> bool:
-    """Goes on until all is delivered."""
+    """Return False: a `stop` that lets everything be delivered."""
     return False
 
 
@@ -48,26 +60,40 @@ class Uploader:
         store: MlflowStore,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`on_progress` is told how many records were delivered, after each few of them."""
+        """Create an uploader.
+
+        Args:
+            journal: The journal to deliver.
+            store: The store that it is delivered to.
+            on_progress: Called with the number of records of each request that was delivered.
+        """
         self._journal = journal
         self._store = store
         self._on_progress = on_progress
         self._page_due: dict[str, float] = {}
         self._runs_without_begin: set[str] = set()
-        self._parents: dict[str, str] = {}  # found by their keys
-        self._experiments: dict[tuple[str, str | None], str] = {}  # of one drain
+        self._parents: dict[str, str] = {}  # ids by key
+        self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
 
     def drain(self, stop: Callable[[], bool] = never) -> int:
-        """Deliver all that is on disk, unless `stop` says so; returns how many records.
+        """Deliver every record on disk.
 
-        Raises StoreError at the first record that cannot be delivered now. A record that the store
-        will never take is dropped, and a notice left in the journal.
+        A record that the store will never accept is dropped, and a notice is left in the journal.
+
+        Args:
+            stop: Called before each request; True ends the delivery.
+
+        Returns:
+            How many records were delivered.
+
+        Raises:
+            StoreError: A record cannot be delivered now.
         """
         delivered = 0
         self._experiments.clear()
-        while records := self._journal.undelivered(_CHUNK):
-            for group in _groups(records):
+        while entries := self._journal.undelivered(_CHUNK):
+            for group in _groups(entries):
                 if stop():
                     return delivered
                 self._send(group)
@@ -76,207 +102,209 @@ class Uploader:
                     self._on_progress(len(group))
         return delivered
 
-    def _send(self, group: list[Record]) -> None:
+    def _send(self, group: list[Entry]) -> None:
+        first = group[0]
         in_doubt = self._journal.sending(group[-1].seq)
         if in_doubt:
             self._store.mend(self._journal.run_ids())
-        problems = [validation_error(record.kind, record.body, record.time) for record in group]
         try:
-            if problem := next(filter(None, problems), None):
-                raise RefusedError(f"{problem}.")
             self._deliver(group, in_doubt)
         except RefusedError as error:
-            if group[0].kind == "begin" and not problem:
-                raise  # all that comes after it would be lost with it
-            if len(group) > 1 or not in_doubt:
-                for record in group:  # again, looking first at what is there: a param of others
-                    self._send([record])
+            if isinstance(first.record, Begin):
+                raise  # without it every later record of the run would be lost
+            if self._rebind(first.run) or len(group) > 1 or not in_doubt:
+                for entry in group:  # in doubt now: what the store has already is left out
+                    self._send([entry])
                 return
-            # Trying again would change nothing, and all that comes after it would wait.
-            self._lose(group[0], error)
+            self._lose(first, error)  # or it would hold up every later record
         self._journal.mark_delivered(group[-1].seq)
-        for record in group:
-            if record.kind in ("file", "model") and (path := self._staged(record)) is not None:
+        for entry in group:
+            if isinstance(entry.record, File | Model) and (path := self._staged(entry.record)):
                 shutil.rmtree(path.parent, ignore_errors=True)
-        if group[0].kind == "end":
-            self._journal.forget(group[0].run)
+        if isinstance(first.record, End):
+            self._journal.forget(first.run)
 
-    def _lose(self, record: Record, error: RefusedError) -> None:
-        """Leave a notice, but not one for each record of a run that was deleted, say."""
-        self._lost[record.run] += 1
-        if self._lost[record.run] <= _NOTICES:
-            more = " So may be others of its run." if self._lost[record.run] == _NOTICES else ""
-            kind = repr(record.kind)[1:20].rstrip("'")
+    def _lose(self, entry: Entry, error: RefusedError) -> None:
+        self._lost[entry.run] += 1
+        if (count := self._lost[entry.run]) <= _MAX_NOTICES:  # a deleted run loses all of its own
+            more = " Other records of the run may be lost too." if count == _MAX_NOTICES else ""
+            kind = repr(entry.record.kind)[1:20].rstrip("'")
             self._journal.notice(f"A record ({kind}) is lost: {error}{more}")
 
-    def _deliver(self, group: list[Record], in_doubt: bool) -> None:
+    def _deliver(self, group: list[Entry], in_doubt: bool) -> None:
         first = group[0]
-        body, store = first.body, self._store
-        if first.kind == "begin":
-            self._journal.bind(first.run, self._begin(first, in_doubt))
+        record, store = first.record, self._store
+        if isinstance(record, Invalid):
+            raise RefusedError(f"{record.problem}.")
+        if isinstance(record, Begin):
+            self._journal.bind(first.run, self._begin(record, first.time, in_doubt))
             return
-        bound = self._journal.run_id(first.run)
-        if bound is None:
+        run_id = self._journal.run_id(first.run)
+        if run_id is None:
             if first.run not in self._runs_without_begin:
                 self._runs_without_begin.add(first.run)
-                self._journal.notice("The beginning of a run is lost, and what was logged to it.")
+                self._journal.notice("A run is lost: the journal does not hold its beginning.")
             return
-        match first.kind:
-            case "metrics" | "params" | "tags":
-                points: list[Any] = []
-                pairs: dict[str, dict[str, str]] = {"params": {}, "tags": {}}
-                for record in group:
-                    if record.kind == "metrics":
-                        points += map(tuple, record.body["metrics"])
-                    else:
-                        pairs[record.kind] |= record.body[record.kind]
-                store.log_batch(bound, metrics=points, **pairs, in_doubt=in_doubt)
-            case "file" | "model":
-                self._deliver_files(first, bound, in_doubt)
-            case "delete":
-                store.delete_artifact(bound, _inside(body["path"]))
-            case "dataset":
-                store.log_dataset(bound, body["dataset"], body["context"])
-            case "histograms":
-                if not body.get("there"):
-                    shown = {key: body[key] for key in ("step", "histograms")}
-                    store.log_text(bound, json_text(shown), f"histograms/{body['step']:06d}.json")
-                if time.monotonic() > self._page_due.setdefault(
-                    first.run, time.monotonic() + PAGE_SECONDS
-                ):
-                    self._draw_page(first.run, bound)
-            case "epoch" | "signal":
-                pass  # kept in the journal for the end
-            case "end":
+        match record:
+            case Metrics() | Params() | Tags():
+                self._log_batch(run_id, group, in_doubt)
+            case File() | Model():
+                self._upload(first, record, run_id, in_doubt)
+            case Delete(path):
+                store.delete_artifact(run_id, _artifact_path(path))
+            case Dataset(dataset, context):
+                store.log_dataset(run_id, dataset, context)
+            case Histograms(step, histograms, there):
+                if not there:
+                    text = json_text({"step": step, "histograms": histograms})
+                    store.log_text(run_id, text, f"histograms/{step:06d}.json")
+                due = self._page_due.setdefault(first.run, time.monotonic() + PAGE_SECONDS)
+                if time.monotonic() > due:
+                    self._draw_page(first.run, run_id)
+            case Epoch() | Signal():
+                pass  # read when the run ends
+            case End(status):
                 try:
-                    self._log_tables(first.run, bound)
-                except RefusedError as error:  # the status must not depend on them
+                    self._log_tables(first.run, run_id)
+                except RefusedError as error:  # the run needs its status all the same
                     self._journal.notice(f"The tables of a run are lost: {error}")
-                store.end_run(bound, body["status"], first.time)
+                store.end_run(run_id, status, first.time)
 
-    def _begin(self, record: Record, in_doubt: bool) -> str:
-        body, store, tags = record.body, self._store, dict(record.body["tags"])
-        if (resumed := body.get("resume")) is not None:
-            del tags[RUN_TAG]  # it stays what it was
-            store.reopen(resumed, tags)
-            return str(resumed)
-        if (parent := body.get("parent")) is not None:
-            # A run's id in MLflow, or its key: of a run of this journal, or of another process.
-            tags["mlflow.parentRunId"] = parent.get("run_id") or self._parent(parent["key"])
-        experiment = body["experiment"], body["experiment_id"]
-        if (experiment_id := self._experiments.get(experiment)) is None:
-            experiment_id = self._experiments[experiment] = store.experiment_id(*experiment)
-        # A study's mirror makes the runs of trials that wait, or are long ended and not there.
-        is_late = time.time() * 1000 - record.time > LATE_SECONDS * 1000
-        there = None
-        if body.get("queued") or (body.get("keyed") and is_late):
-            there = store.find_run(tags[RUN_TAG], experiment_id)
-        if there is not None:
-            store.reopen(there, tags)
-            return there
-        return store.begin_run(
-            experiment_id=experiment_id,
-            name=body["name"],
-            start_time=record.time,
+    def _begin(self, begin: Begin, start_time: int, in_doubt: bool) -> str:
+        tags = dict(begin.tags)
+        if begin.resume is not None:
+            del tags[RUN_TAG]  # the run keeps the key that it was created under
+            self._store.reopen(begin.resume, tags)
+            return begin.resume
+        if begin.parent is not None:
+            parent = begin.parent
+            tags["mlflow.parentRunId"] = parent.get("run_id") or self._parent_id(parent["key"])
+        experiment = begin.experiment, begin.experiment_id
+        if experiment not in self._experiments:
+            self._experiments[experiment] = self._store.experiment_id(*experiment)
+        return self._store.begin_run(
+            experiment_id=self._experiments[experiment],
+            name=begin.name,
+            start_time=start_time,
             tags=tags,
-            adopt=body["adopt"],
+            adopt=begin.adopt,
             in_doubt=in_doubt,
+            keyed=begin.keyed,
+            placeholder=begin.placeholder,
         )
 
-    def _parent(self, key: str) -> str:
-        known = self._journal.run_id(key) or self._parents.get(key) or self._store.find_run(key)
-        if known is None:
+    def _parent_id(self, key: str) -> str:
+        run_id = self._journal.run_id(key) or self._parents.get(key) or self._store.find_run(key)
+        if run_id is None:
             raise StoreError("the parent of a run is not delivered yet")
-        self._parents[key] = known
-        return known
+        self._parents[key] = run_id
+        return run_id
 
-    def _deliver_files(self, record: Record, run_id: str, in_doubt: bool) -> None:
-        body, store = record.body, self._store
+    def _rebind(self, run: str) -> bool:
+        """Follow a run that another process deleted in favour of its own with the same key."""
+        begins = self._journal.records(run, Begin)
+        if not begins or not begins[0].keyed:
+            return False
+        run_id = self._store.find_run(run)
+        if run_id is None or run_id == self._journal.run_id(run):
+            return False
+        self._journal.bind(run, run_id)
+        return True
+
+    def _log_batch(self, run_id: str, group: list[Entry], in_doubt: bool) -> None:
+        points: list[tuple[str, float, int, int]] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
+        for entry in group:
+            match entry.record:
+                case Metrics(metrics):
+                    points += metrics
+                case Params(pairs):
+                    params |= pairs
+                case Tags(pairs):
+                    tags |= pairs
+        self._store.log_batch(run_id, points, params, tags, in_doubt=in_doubt)
+
+    def _upload(self, entry: Entry, record: File | Model, run_id: str, in_doubt: bool) -> None:
         if (path := self._staged(record)) is None:
-            raise RefusedError(f"{body['staged']!r} is no file of this journal")
-        if not path.exists():  # a checkpoint that was superseded before it was delivered
-            if not in_doubt and not body.get("passing"):
+            raise RefusedError(f"{record.staged!r} is not a file of this journal")
+        if not path.exists():
+            if not in_doubt and not (isinstance(record, File) and record.passing):
                 self._journal.notice(f"The artifact {path.name} is lost: its file is gone.")
-            return
-        if record.kind == "file":
-            folder = None if body["folder"] is None else _inside(body["folder"])
-            store.log_artifact(run_id, path, folder)
+        elif isinstance(record, File):
+            folder = None if record.folder is None else _artifact_path(record.folder)
+            self._store.log_artifact(run_id, path, folder)
         else:
-            key = f"{record.run}-{record.seq}"
-            store.log_model(run_id, path, body["name"], body["step"], key, in_doubt=in_doubt)
+            key = f"{entry.run}-{entry.seq}"
+            self._store.log_model(run_id, path, record.name, record.step, key, in_doubt=in_doubt)
 
-    def _staged(self, record: Record) -> Path | None:
-        """The file or folder that `record` refers to; None if that is not within the journal's."""
-        if validation_error(record.kind, record.body) is not None:
-            return None
-        files = self._journal.folder.resolve() / "files"  # itself no link
-        path = self._journal.folder / record.body["staged"]
+    def _staged(self, record: File | Model) -> Path | None:
+        """The file or folder of a record; None if it is not within the journal's own."""
+        files = self._journal.folder.resolve() / "files"  # itself not a link
+        path = self._journal.folder / record.staged
         try:
             if ".." in path.parts or path.parent.parent.resolve() != files:
                 return None
-            places = [path.parent, path, *path.rglob("*")] if path.exists() else [path.parent, path]
-            return None if any(map(_is_unsafe_path, places)) else path
-        except FileNotFoundError:  # a checkpoint that is being superseded: look again
+            paths = [path.parent, path, *path.rglob("*")] if path.exists() else [path.parent, path]
+            return None if any(map(_is_unsafe_path, paths)) else path
+        except FileNotFoundError:  # training removes a superseded checkpoint: look again
             return self._staged(record)
         except OSError:  # a name that no file can have
             return None
 
     def _log_tables(self, run: str, run_id: str) -> None:
-        """Log what is made of a whole run."""
         self._draw_page(run, run_id)
-        if rows := [record["row"] for record in _valid_records(self._journal, run, "epoch")]:
+        if rows := [epoch.row for epoch in self._journal.records(run, Epoch)]:
             self._store.log_text(run_id, csv_text(rows), "epochs.csv")
             self._store.log_text(run_id, json_text(rows), "epochs.json")
 
     def _draw_page(self, run: str, run_id: str) -> None:
         started = time.monotonic()
-        if records := _valid_records(self._journal, run, "histograms"):
-            page = histogram_page(records, self._store.run_name(run_id))
+        if records := self._journal.records(run, Histograms):
+            page = histogram_page(map(vars, records), self._store.run_name(run_id))
             self._store.log_text(run_id, page, "histograms.html")
-        took = time.monotonic() - started
-        self._page_due[run] = started + max(PAGE_SECONDS, took / PAGE_SHARE)
+        seconds = time.monotonic() - started
+        self._page_due[run] = started + max(PAGE_SECONDS, seconds / PAGE_SHARE)
 
 
-def _valid_records(journal: Journal, run: str, kind: Kind) -> list[Mapping[str, Any]]:
-    """The bodies of one kind of a run that are what they must be."""
-    return [body for body in journal.bodies(run, kind) if validation_error(kind, body) is None]
+def _is_unsafe_path(path: Path) -> bool:
+    """Whether it is a link, or a special file such as a pipe, which blocks its reader."""
+    return path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir()))
 
 
-def _is_unsafe_path(place: Path) -> bool:
-    """Whether it is a link, or anything but a file or folder: reading a pipe would not end."""
-    return place.is_symlink() or (place.exists() and not (place.is_file() or place.is_dir()))
-
-
-def _inside(path: str) -> str:
-    """`path`, if it is one within the run's artifacts; RefusedError where it is not."""
+def _artifact_path(path: str) -> str:
+    """`path` in plain form; RefusedError if it leaves the run's artifacts."""
     try:
         return checked_path(posixpath.normpath(path), "artifact")
     except ArgumentError as error:
         raise RefusedError(str(error)) from error
 
 
-def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Neighbouring metrics, params and tags of a run together; all else one by one."""
-    group: list[Record] = []
-    for record in records:
-        together = record.kind in _BATCH and group and group[0].kind in _BATCH
-        if group and not (together and group[0].run == record.run and len(group) < _TOGETHER):
+def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Group neighbouring metrics, params and tags of one run, which fit in one request."""
+    group: list[Entry] = []
+    for entry in entries:
+        fits = group and all(
+            isinstance(one.record, Metrics | Params | Tags) for one in (group[0], entry)
+        )
+        if group and not (fits and group[0].run == entry.run and len(group) < _MAX_BATCH):
             yield group
             group = []
-        group.append(record)
+        group.append(entry)
     if group:
         yield group
 
 
 def close_unended(journal: Journal) -> None:
-    """Give every run that its process did not live to end the status that it truly has."""
-    who = f"Process {journal.writer.pid} on {journal.writer.host}"
+    """End each run that its process did not end, as KILLED after a signal or else as FAILED."""
+    process = f"Process {journal.writer.pid} on {journal.writer.host}"
     for run in journal.unended():
         at = journal.last_time(run)
-        if signals := _valid_records(journal, run, "signal"):
-            status, reason = "KILLED", f"{who} was stopped by {signals[-1]['signal']}."
+        if signals := journal.records(run, Signal):
+            status: Status = "KILLED"
+            reason = f"{process} was stopped by {signals[-1].signal}."
         else:
             status = "FAILED"
-            reason = f"{who} ended without saying how: killed, crashed, or out of memory or power."
-        journal.append(run, "tags", {"tags": {"tracker.failure": reason}}, at)
-        journal.append(run, "end", {"status": status}, at)
+            reason = f"{process} ended without ending the run: killed, crashed or out of memory."
+        journal.append(run, Tags({"tracker.failure": reason}), at)
+        journal.append(run, End(status), at)

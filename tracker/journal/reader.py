@@ -9,20 +9,19 @@ it keeps its place in the same file, so that whoever comes next goes on there.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tracker.errors import StoreError
 from tracker.journal.ownership import Writer
-from tracker.journal.records import Kind, Record
+from tracker.journal.records import Entry, Record, decode, encode
 from tracker.redaction import public_uri
 
 FLUSH_SECONDS = 0.1  # so that all is on disk within 0.2 s
@@ -52,6 +51,8 @@ CREATE TABLE progress (
 );
 INSERT INTO progress VALUES (0, 0, NULL, NULL, NULL);
 """
+
+R = TypeVar("R", bound=Record)
 
 logger = logging.getLogger(__name__)
 
@@ -136,31 +137,35 @@ class Journal:
 
     # -- records ---------------------------------------------------------------------------
 
-    def undelivered(self, limit: int = -1) -> list[Record]:
-        """The first `limit` records on disk that were not marked delivered, in order."""
+    def undelivered(self, limit: int = -1) -> list[Entry]:
+        """Return the first `limit` entries that are not marked delivered, in order."""
         rows = self._read(
-            "SELECT seq, run, time, kind, body FROM records"
+            "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records"
             " WHERE seq > (SELECT delivered FROM progress) ORDER BY seq LIMIT ?",
             limit,
         )
-        with _translated(self.folder):
-            return [
-                Record(seq, run, at, kind, json.loads(body)) for seq, run, at, kind, body in rows
-            ]
+        return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
-    def bodies(self, run: str, kind: Kind) -> list[Mapping[str, Any]]:
-        """Every record of one kind of a run, delivered or not, in order."""
+    def records(self, run: str, kind: type[R]) -> list[R]:
+        """Return the valid records of one kind of a run, delivered or not, in order."""
         rows = self._read(
-            "SELECT body FROM records WHERE run = ? AND kind = ? ORDER BY seq", run, kind
+            "SELECT CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? ORDER BY seq",
+            *(run, kind.kind),
         )
-        with _translated(self.folder):
-            return [json.loads(body) for (body,) in rows]
+        records = (decode(kind.kind, body) for (body,) in rows)
+        return [record for record in records if isinstance(record, kind)]
 
-    def append(self, run: str, kind: Kind, body: Mapping[str, Any], at: int) -> None:
-        """Add a record that the writer did not: a sample of the system, or the end it missed."""
+    def append(self, run: str, record: Record, at: int) -> None:
+        """Add a record that the writer did not: a sample of the system, or a missing end.
+
+        Args:
+            run: The run's key.
+            record: What happened.
+            at: When, in milliseconds since 1970.
+        """
         self._change(
             "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)",
-            *(run, at, kind, json.dumps(body)),
+            *(run, at, record.kind, encode(record)),
         )
 
     def last(self) -> int:

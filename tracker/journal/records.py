@@ -1,45 +1,29 @@
-"""What the bodies of a journal's records look like: a file may be damaged, or anybody's."""
+"""The records of a journal, as they are written, stored, validated and read.
+
+A record is stored as its kind and a JSON object of its fields. Unknown fields are ignored, and
+fields with a default may be missing, so that journals of other versions can be read. Records are
+validated only when they are read: the file may be damaged, or written by another program.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from functools import cache
+from typing import Annotated, Any, ClassVar, NamedTuple, NotRequired, TypeAlias, get_args
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from tracker.statuses import Status
 from tracker.validation import RUN_TAG
 
-Kind = Literal[
-    "begin",
-    "params",
-    "tags",
-    "metrics",
-    "epoch",
-    "histograms",
-    "file",
-    "delete",
-    "dataset",
-    "model",
-    "signal",
-    "end",
-]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RelativePath = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
-
-@dataclass(frozen=True)
-class Record:
-    """One thing that happened in a run."""
-
-    seq: int
-    """Its place in the journal, from 1."""
-    run: str
-    """The run's key in this journal; MLflow's run id is known once it is delivered."""
-    time: int
-    """When it happened, in milliseconds since 1970."""
-    kind: Kind
-    body: Mapping[str, Any]
-    """What happened, by kind: see `run.py`, which writes them, and `uploader.py`, which reads."""
+_MAX_PROBLEM = 200  # characters
 
 
 class Point(NamedTuple):
@@ -47,135 +31,251 @@ class Point(NamedTuple):
 
     name: str
     value: Any
-    """A float, or a tensor of one number that nobody changes: it is read when it is written."""
+    """A float, or a tensor of one number that never changes: it is read when it is written."""
     step: int
     time: int
     """Milliseconds since 1970."""
 
 
+class Parent(TypedDict):
+    """A parent run: its id in MLflow, or its key in this or another journal."""
+
+    run_id: NotRequired[str]
+    key: NotRequired[str]
+
+
+class Histogram(TypedDict):
+    """The histogram of one tensor; see `tracker.views.histogram_page` for the bins."""
+
+    tensor: str
+    kind: str
+    bins: list[int]
+    counts: list[int]
+    nan: Int64
+    posinf: Int64
+    neginf: Int64
+
+
+def _must(holds: Callable[[Any], bool], problem: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(problem)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_dataset(fields: dict[str, str]) -> bool:
+    required = {"name", "digest", "source_type", "source"}
+    return required <= fields.keys() <= required | {"schema", "profile"}
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A run begins, or continues an earlier one."""
+
+    kind: ClassVar = "begin"
+    experiment: str
+    experiment_id: str | None
+    """The experiment's id, if it was given instead of a name."""
+    name: str | None
+    tags: Annotated[dict[str, str], _must(lambda tags: RUN_TAG in tags, f"{RUN_TAG} is missing")]
+    parent: Annotated[Parent, _must(bool, "it names no run")] | None = None
+    adopt: str | None = None
+    """The id of the run that `mlflow run` created for this one."""
+    resume: str | None = None
+    """The id of the run that continues as this one."""
+    samples: float = 0
+    """How many samples of the system the resumed run has."""
+    keyed: bool = False
+    """Whether the caller chose the run's key: other processes may create a run under it too."""
+    placeholder: bool = False
+    """Whether the run gives way to another one with the same key."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Hyperparameters, as text."""
+
+    kind: ClassVar = "params"
+    params: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Tags, which replace those of the same name."""
+
+    kind: ClassVar = "tags"
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Points of metrics: name, value, step and milliseconds since 1970 of each."""
+
+    kind: ClassVar = "metrics"
+    metrics: Sequence[tuple[str, float, Int64, Int64]]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A row of the table of epochs."""
+
+    kind: ClassVar = "epoch"
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """The histograms of a network's weights and gradients at one step."""
+
+    kind: ClassVar = "histograms"
+    step: Int64
+    histograms: list[
+        Annotated[
+            Histogram, _must(lambda h: len(h["bins"]) == len(h["counts"]), "a count is missing")
+        ]
+    ]
+    there: bool = False
+    """Whether the run that is resumed has them already."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, or a folder's content, to be uploaded as an artifact."""
+
+    kind: ClassVar = "file"
+    staged: RelativePath
+    """Its path in the journal's folder."""
+    folder: RelativePath | None
+    """The folder of the run's artifacts that it goes to."""
+    passing: bool = False
+    """Whether it may be removed before it is uploaded, as a superseded checkpoint is."""
+
+
+@dataclass(frozen=True)
+class Delete:
+    """An artifact to be deleted."""
+
+    kind: ClassVar = "delete"
+    path: RelativePath
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that the run uses."""
+
+    kind: ClassVar = "dataset"
+    dataset: Annotated[dict[str, str], _must(_is_dataset, "it is not MLflow's Dataset")]
+    """The fields of `mlflow.entities.Dataset`."""
+    context: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A saved MLflow model to be uploaded."""
+
+    kind: ClassVar = "model"
+    staged: RelativePath
+    name: RelativePath
+    step: Int64
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The process was told to terminate."""
+
+    kind: ClassVar = "signal"
+    signal: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The run ends."""
+
+    kind: ClassVar = "end"
+    status: Status
+
+
+Record: TypeAlias = (
+    Begin
+    | Params
+    | Tags
+    | Metrics
+    | Epoch
+    | Histograms
+    | File
+    | Delete
+    | Dataset
+    | Model
+    | Signal
+    | End
+)
+KINDS: Mapping[str, type[Record]] = {record.kind: record for record in get_args(Record)}
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A row that is not a record, and can never be delivered."""
+
+    kind: str
+    problem: str
+    """Why, without a full stop."""
+
+
+class Entry(NamedTuple):
+    """A row of a journal."""
+
+    seq: int
+    """Its place in the journal, from 1."""
+    run: str
+    """The run's key; MLflow's run id is known once the run is delivered."""
+    time: int
+    """When it was made, in milliseconds since 1970."""
+    record: Record | Invalid
+
+
 def now() -> int:
-    """Milliseconds since 1970, the clock of MLflow."""
+    """Return the milliseconds since 1970, the clock of MLflow."""
     return time.time_ns() // 1_000_000
 
 
-_Check = Callable[[Any], bool]
+def encode(record: Record) -> str:
+    """Return the body of a record: its fields as JSON.
+
+    Raises:
+        TypeError: A value is neither JSON nor a NumPy scalar or tensor of one number.
+    """
+    return json.dumps(vars(record), default=_python_scalar)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and -(2**63) <= value < 2**63
+def decode(kind: str, body: bytes | str, at: Any = 0) -> Record | Invalid:
+    """Return the record that a row holds, or why it is not a record.
 
-
-def _number(value: Any) -> bool:
-    return isinstance(value, float) or _whole(value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and _encodable(value)
-
-
-def _path(value: Any) -> bool:
-    return _text(value) and "\0" not in value
-
-
-def _or_none(check: _Check) -> _Check:
-    return lambda value: value is None or check(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(_text(k) and _text(v) for k, v in value.items())
-
-
-def _tags_of_a_run(value: Any) -> bool:
-    return _texts(value) and RUN_TAG in value
-
-
-def _parent(value: Any) -> bool:
-    return _texts(value) and ("run_id" in value or "key" in value)
-
-
-def _row(value: Any) -> bool:
-    return isinstance(value, dict) and _encodable(json.dumps(value, ensure_ascii=False))
-
-
-def _points(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(point, list)
-        and len(point) == 4
-        and _text(point[0])
-        and _number(point[1])
-        and _whole(point[2])
-        and _whole(point[3])
-        for point in value
-    )
-
-
-def _dataset(value: Any) -> bool:
-    known = {"name", "digest", "source_type", "source", "schema", "profile"}
-    return _texts(value) and {"name", "digest", "source_type", "source"} <= value.keys() <= known
-
-
-def _histograms(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_histogram, value))
-
-
-def _histogram(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    bins, counts = value.get("bins"), value.get("counts")
-    return (
-        isinstance(bins, list)
-        and isinstance(counts, list)
-        and len(bins) == len(counts)
-        and all(isinstance(number, int) for number in (*bins, *counts))
-        and all(_text(value.get(name)) for name in ("tensor", "kind"))
-        and all(_whole(value.get(name)) for name in ("nan", "posinf", "neginf"))
-    )
-
-
-def _encodable(text: str) -> bool:
+    Args:
+        kind: The kind of the record.
+        body: Its fields as JSON.
+        at: When it was made, in milliseconds since 1970.
+    """
+    if kind not in KINDS:
+        return Invalid(str(kind), "its kind is not known")
+    if not isinstance(at, int):
+        return Invalid(kind, f"time={at!s:.50} is not a time")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return _adapter(kind).validate_json(body, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        return Invalid(kind, " ".join(problem.split())[:_MAX_PROBLEM])
 
 
-_SHAPES: Mapping[str, Mapping[str, _Check]] = {
-    "begin": {
-        "experiment": _text,
-        "experiment_id": _or_none(_text),
-        "name": _or_none(_text),
-        "tags": _tags_of_a_run,
-        "parent": _or_none(_parent),
-        "adopt": _or_none(_text),
-        "resume": _or_none(_text),
-        "samples": _number,
-    },
-    "params": {"params": _texts},
-    "tags": {"tags": _texts},
-    "metrics": {"metrics": _points},
-    "epoch": {"row": _row},
-    "histograms": {"step": _whole, "histograms": _histograms},
-    "file": {"staged": _path, "folder": _or_none(_path)},
-    "delete": {"path": _path},
-    "dataset": {"dataset": _dataset, "context": _text},
-    "model": {"staged": _path, "name": _path, "step": _whole},
-    "signal": {"signal": _text},
-    "end": {"status": get_args(Status).__contains__},
-}
+@cache
+def _adapter(kind: str) -> TypeAdapter[Record]:
+    return TypeAdapter(KINDS[kind])
 
 
-def validation_error(kind: str, body: Any, time: Any = 0) -> str | None:
-    """Why a record of `kind` made at `time` can never be delivered; None where it has its shape."""
-    if kind not in _SHAPES:
-        return "its kind is not known"
-    if not isinstance(body, dict):
-        return "it has no fields"
-    if not _whole(time):
-        return f"time={repr(time)[:50]} is no time"
-    for field, check in _SHAPES[kind].items():
-        if field not in body:
-            return f"it has no {field}"
-        if not check(body[field]):
-            return f"{field}={repr(body[field])[:50]} is not what it must be"
-    return None
+def _python_scalar(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -12,16 +11,16 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tracker.errors import StoreError
-from tracker.journal.ownership import BEAT_SECONDS, Lock, Writer
+from tracker.journal.ownership import BEAT_SECONDS, Writer, writer_lock
 from tracker.journal.reader import FLUSH_SECONDS, connect, new_database
-from tracker.journal.records import Kind, Point, now
+from tracker.journal.records import Metrics, Point, Record, encode, now
 
 _HELD = 200_000  # records kept in memory while the disk takes none
 
@@ -44,7 +43,7 @@ class JournalWriter:
         hidden = self.folder.with_name(f".{name}")
         try:
             (hidden / "files").mkdir(parents=True)
-            self._lock = Lock(hidden, "writer")
+            self._lock = writer_lock(hidden)
             self._lock.take()
             writer.save(hidden)
             new_database(hidden / "journal.sqlite")
@@ -61,7 +60,7 @@ class JournalWriter:
         self.on_tick: Callable[[], None] | None = None
         """Called by the writing thread after each of its turns."""
         self._pid = os.getpid()
-        self._pending: deque[tuple[str, int, Kind, str | Point]] = deque()
+        self._pending: deque[tuple[str, int, str, str | Point]] = deque()
         self._held: list[tuple[str, int, str, str]] = []
         self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
         self._warned = False
@@ -71,10 +70,18 @@ class JournalWriter:
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
-    def append(self, run: str, kind: Kind, body: Mapping[str, Any], at: int | None = None) -> None:
-        """Add a record of `run`, made now or `at` a time; returns before it is on disk."""
-        # As text from here on: what is wrong with a body shows where it was made.
-        self._pending.append((run, at or now(), kind, json.dumps(body, default=_plain)))
+    def append(self, run: str, record: Record, at: int | None = None) -> None:
+        """Add a record; return before it is on disk.
+
+        Args:
+            run: The run's key.
+            record: What happened.
+            at: When, in milliseconds since 1970; now by default.
+
+        Raises:
+            TypeError: A value of the record cannot be written as JSON.
+        """
+        self._pending.append((run, at or now(), record.kind, encode(record)))
 
     def append_points(self, run: str, points: Iterable[Point]) -> None:
         """Add values of metrics; neighbours become one record."""
@@ -140,7 +147,7 @@ class JournalWriter:
             if time.monotonic() > self._beat + BEAT_SECONDS:
                 self._beat = time.monotonic()
                 with _no_error(self.folder):
-                    self._lock.beat()
+                    self._lock.touch()
             if self.on_tick is not None and going_on:
                 try:
                     self.on_tick()
@@ -157,13 +164,15 @@ class JournalWriter:
         rows: list[tuple[str, int, str, str]] = []
         for (run, points), group in groupby(entries, lambda e: (e[0], isinstance(e[3], Point))):
             if points:
-                several = [list(body) for *_, body in group]
-                values = [point[1] for point in several]
+                several = [body for *_, body in group if isinstance(body, Point)]
+                values = [point.value for point in several]
                 problem = _numbers(values)
-                for point, value in zip(several, values, strict=True):
-                    point[1] = value
-                read = [point for point in several if point[1] is not None]
-                rows.append((run, several[0][3], "metrics", json.dumps({"metrics": read})))
+                read = [
+                    (point.name, value, point.step, point.time)
+                    for point, value in zip(several, values, strict=True)
+                    if value is not None
+                ]
+                rows.append((run, several[0].time, Metrics.kind, encode(Metrics(read))))
                 self._count_unread(len(several) - len(read), problem)
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
@@ -239,10 +248,3 @@ def _no_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         logger.debug("%s: %s", folder, error)
-
-
-def _plain(value: Any) -> Any:
-    """A numpy scalar or a tensor of one number as python's own."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"a {type(value).__name__} is no JSON")

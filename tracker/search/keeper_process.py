@@ -16,14 +16,13 @@ from typing import NoReturn
 from optuna.trial import FrozenTrial
 
 from tracker.delivery.leftovers import deliver_left_behind, journals
-from tracker.delivery.uploader import LATE_SECONDS
 from tracker.errors import StoreError, TrackerError
 from tracker.journal.ownership import writer_lives
 from tracker.journal.reader import OFFLINE
 from tracker.redaction import public_uri
 from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
 from tracker.search.leases import BEATS, Leases, active_searches
-from tracker.search.mirror import Mirror
+from tracker.search.mirror import LATE_SECONDS, Mirror
 from tracker.search.plan import SEARCH
 from tracker.search.record import load
 from tracker.search.session import reap

@@ -18,7 +18,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tracker.delivery.uploader import LATE_SECONDS
 from tracker.errors import RefusedError, StoreError
 from tracker.redaction import public_uri
 from tracker.search.leases import PREFIX, Leases, searches
@@ -41,6 +40,9 @@ STATUSES = {
     TrialState.WAITING: "SCHEDULED",
 }
 """What a trial's state is in MLflow; of one that FAILed its attribute may say KILLED."""
+
+LATE_SECONDS = 30.0
+"""For twice this time, the run of a trial that has ended may still be on its way."""
 
 _DIGEST = "tracker.mirrored"
 """The tag that tells whether the tables are those of now, without reading them."""

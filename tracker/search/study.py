@@ -27,7 +27,6 @@ from tracker.delivery.base import Delivery, Mode, delivery, mode_of
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
-from tracker.run import DIRECTORY
 from tracker.search import warm_start
 from tracker.search.executors.inprocess import run_here
 from tracker.search.executors.processes import WORKER, Pool, Spec, check_picklable
@@ -45,6 +44,7 @@ from tracker.search.storage import Storage, parse
 from tracker.search.trial import Objective, Tracking
 from tracker.statuses import Status, outcome
 from tracker.store.uri import check, resolve
+from tracker.validation import DIRECTORY
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from tracker.delivery.base import Delivery
 from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.grid import run_name
 from tracker.manager import RunManager
-from tracker.run import Run, RunKey
+from tracker.run import Run
 from tracker.search.plan import Why
 from tracker.search.session import Ended, Task, TrialLostError, Verdict
 from tracker.search.space import contains
@@ -108,16 +108,15 @@ class TrialRun(Run):
                 "optuna.state": "RUNNING",
                 "tracker.slot": str(task.slot),
             },
-            None if tracking.is_replay else RunKey(tracking.key),
             key=task.key,
+            parent_key=None if tracking.is_replay else tracking.key,
             environment=environment,
-            queued=task.queued,
         )
         self._folder = tracking.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
         self._held: Callable[[], bool] | None = None
-        self.earlier = _earlier(self._folder)
-        for row in self.earlier.rows if self.earlier else []:
+        self.resume_state = _resume_state(self._folder)
+        for row in self.resume_state.rows if self.resume_state else []:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self.log_metrics(metrics, row["epoch"])
             self.log_epoch(row)
@@ -163,7 +162,7 @@ class TrialRun(Run):
         shutil.rmtree(self._folder / f"{step:08d}", ignore_errors=True)
 
 
-def _earlier(folder: Path) -> ResumeState | None:
+def _resume_state(folder: Path) -> ResumeState | None:
     """What an earlier attempt at a trial left in `folder`: its last whole checkpoint."""
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     checkpoints: dict[int, Checkpoint] = {}
@@ -276,7 +275,7 @@ class Trial:
         reason = self._channel.prune(self.number)
         if reason is None:
             return False
-        self.run.log_tags({"tracker.pruned": reason})
+        self.run.set_tags({"tracker.pruned": reason})
         return True
 
     def set_user_attr(self, name: str, value: Any) -> None:
@@ -327,8 +326,8 @@ def run_trial(
     error: BaseException | None = None
     values: list[float] | None = None
     try:
-        if run.earlier is not None and run.earlier.checkpoint is not None:
-            trial.restore(task.reported, run.earlier.checkpoint.epoch)
+        if run.resume_state is not None and run.resume_state.checkpoint is not None:
+            trial.restore(task.reported, run.resume_state.checkpoint.epoch)
         set_seed(task.seed)
         values = _checked(objective(trial), len(tracking.metrics))
     except BaseException as raised:  # noqa: BLE001 - passed on below where it is not a trial's own
@@ -342,7 +341,7 @@ def run_trial(
         run.log_metrics(objectives(tracking.metrics, ended.values or ()))
         if tracking.models == "all" or (tracking.models == "best" and verdict.best):
             run.log_held_model()
-    run.log_tags({"optuna.state": ended.state})
+    run.set_tags({"optuna.state": ended.state})
     run.end(Outcome(ended.status, ended.reason), wait=False)
     if not verdict.again:
         shutil.rmtree(trial.folder, ignore_errors=True)

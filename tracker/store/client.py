@@ -45,6 +45,8 @@ from tracker.validation import RUN_TAG
 logger = logging.getLogger(__name__)
 
 RECORD_TAG = "tracker.record"
+PLACEHOLDER_TAG = "tracker.placeholder"
+"""The tag of a run that gives way to another one with the same key."""
 LATER = "tracker.param."
 """The tag of a param whose value MLflow keeps another one of begins with this."""
 _LARGEST = sys.float_info.max
@@ -184,28 +186,71 @@ class MlflowStore:
         tags: Mapping[str, str],
         adopt: str | None = None,
         in_doubt: bool = False,
+        keyed: bool = False,
+        placeholder: bool = False,
     ) -> str:
-        """Create a run and return its id.
+        """Create a run, or take the one that exists.
 
-        `tags` hold the run's key under RUN_TAG. `adopt` is the id of a run that was made for us,
-        by `mlflow run`: it is taken, with the name and tags it has, unless a run of another key
-        has taken it before. `in_doubt` looks first whether the run was created before.
+        Args:
+            experiment_id: The experiment that it belongs to.
+            name: Its name; MLflow chooses one for None.
+            start_time: Milliseconds since 1970.
+            tags: Its tags; RUN_TAG holds its key.
+            adopt: The id of a run that `mlflow run` created for this one. It is taken, with its
+                name and tags, unless a run with another key has taken it before.
+            in_doubt: The run may have been created before.
+            keyed: Other processes may create a run under the key too: exactly one is kept.
+            placeholder: Of two runs with the key, the other one is kept.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            StoreError: The store cannot create it now.
         """
+        key = tags[RUN_TAG]
         if adopt is not None:
             with translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
-                had = self.client.get_run(adopt).data.tags
-            if had.get(RUN_TAG, tags[RUN_TAG]) == tags[RUN_TAG]:
-                self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in had})
+                known = self.client.get_run(adopt).data.tags
+            if known.get(RUN_TAG, key) == key:
+                self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in known})
                 return adopt
-        if in_doubt and (run_id := self.find_run(tags[RUN_TAG], experiment_id)) is not None:
+        if (keyed or in_doubt) and (run_id := self.find_run(key, experiment_id)) is not None:
+            if keyed and not placeholder:
+                self._take_over(run_id, tags)
             return run_id
         if in_doubt and (run_id := self._half_made(experiment_id, start_time, tags)) is not None:
             self.log_batch(run_id, tags=tags)
             return run_id
+        marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
         with translated("create a run"), _without_retries():
-            run = self.client.create_run(experiment_id, start_time, dict(tags), name)
-        self._made.add(run.info.run_id)
-        return str(run.info.run_id)
+            run_id = str(
+                self.client.create_run(experiment_id, start_time, marked, name).info.run_id
+            )
+        self._made.add(run_id)
+        if keyed and (other := self._keep_one(key, experiment_id)) and other != run_id:
+            if not placeholder:
+                self._take_over(other, tags)
+            return other
+        return run_id
+
+    def _take_over(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self.reopen(run_id, tags)
+        with translated(f"continue the run {run_id}"):
+            if PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags:
+                self.client.delete_tag(run_id, PLACEHOLDER_TAG)
+
+    def _keep_one(self, key: str, experiment_id: str) -> str | None:
+        """Delete all but one of the runs with `key`; return its id.
+
+        Processes that created one each at the same time choose the same.
+        """
+        with translated("look for a run"):
+            found = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{key}'")
+            runs = sorted(found, key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.run_id))
+            for run in runs[1:]:
+                self.client.delete_run(run.info.run_id)
+        return str(runs[0].info.run_id) if runs else None
 
     def _half_made(
         self, experiment_id: str, start_time: int, tags: Mapping[str, str]

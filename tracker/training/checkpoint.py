@@ -409,3 +409,29 @@ class Keep:
             choose = min if self.mode == "min" else max
             kept |= {choose(ranked, key=values.__getitem__)} if ranked else set()
         return [step for step in steps if step not in kept]
+
+
+class Retention:
+    """The checkpoints that a run has, pruned by `Keep`."""
+
+    def __init__(self, keep: Keep, saved: Mapping[int, Mapping[str, float]] | None = None) -> None:
+        """Start with the checkpoints that are already saved.
+
+        Args:
+            keep: Which checkpoints to keep.
+            saved: Metrics of the existing checkpoints, by step.
+        """
+        self._keep = keep
+        self._saved = dict(saved or {})
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> list[int]:
+        """Record a saved checkpoint and return the steps of those to delete, in order.
+
+        Raises:
+            ArgumentError: No checkpoint has the metric `keep.best`.
+        """
+        self._saved[step] = metrics
+        superseded = self._keep.superseded(self._saved)
+        for each in superseded:
+            del self._saved[each]
+        return superseded

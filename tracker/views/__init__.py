@@ -1,1 +1,1 @@
-"""What a person looks at: tables, files, pages, TensorBoard. Views of the same events."""
+"""Views of a training: live tables, result files, TensorBoard and the histogram page."""

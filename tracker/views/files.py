@@ -1,4 +1,4 @@
-"""Tables as CSV and JSON, written so that a reader never sees half a file."""
+"""Tables as CSV and JSON files that a reader never sees half-written."""
 
 from __future__ import annotations
 
@@ -9,16 +9,51 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tracker.views.base import View
+
+if TYPE_CHECKING:  # the uploader writes tables too, and does not load torch
+    from torch import Tensor, nn
 
 Row = Mapping[str, Any]
 
 
+class ResultTable(View):
+    """The tutorial's table of results, with a row for each epoch of each run."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._number = 0
+        self._params: dict[str, Any] = {}
+
+    def begin_run(
+        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
+    ) -> None:
+        """Note what the rows of this run have in common."""
+        self._number, self._params = number, dict(params)
+
+    def end_epoch(
+        self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
+    ) -> None:
+        """Add a row: the tutorial's columns, the hyperparameters, then other metrics."""
+        titles = ("loss", "accuracy", "epoch_duration", "run_duration")
+        first = {name.replace("_", " "): metrics[name] for name in titles if name in metrics}
+        row = {"run": self._number, "epoch": epoch, **first}
+        row |= {f"param {key}" if key in row else key: v for key, v in self._params.items()}
+        self.rows.append(row | {key: v for key, v in metrics.items() if key not in titles})
+
+    def save(self, name: str | Path) -> None:
+        """Write the table to `name.csv` and `name.json`."""
+        write_atomically(Path(f"{name}.csv"), csv_text(self.rows))
+        write_atomically(Path(f"{name}.json"), json_text(self.rows))
+
+
 def csv_text(rows: Sequence[Row]) -> str:
-    """`rows` as CSV, with a column for every key that any row has, in order of appearance."""
+    """Return `rows` as CSV, with a column for each key, in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    # Before Python 3.13 a lone carriage return is not seen as a reason for quotes.
+    # Python before 3.13 does not quote a lone carriage return by itself.
     returns = any(isinstance(cell, str) and "\r" in cell for row in rows for cell in row.values())
     quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=quoting)
@@ -28,28 +63,26 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def json_text(value: Any) -> str:
-    """`value` as standard JSON, one line for each item of a list.
+    """Return `value` as standard JSON, with one line for each item of a list.
 
-    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and "-Infinity",
-    which `pandas.read_json` reads back as numbers.
+    JSON cannot express NaN and infinity: they become the strings "NaN", "Infinity" and
+    "-Infinity", which `pandas.read_json` reads back as numbers.
     """
     if isinstance(value, list):
-        return "[\n" + ",\n".join(_dumps(item) for item in value) + "\n]\n"
+        return "[\n" + ",\n".join(map(_dumps, value)) + "\n]\n"
     return _dumps(value)
 
 
 def _dumps(value: Any) -> str:
-    def dumps(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
-
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "default": _plain}
     try:
-        return dumps(value)
-    except ValueError:  # rare: most are finite, and looking at every number takes its time
-        return dumps(_finite(value))
+        return json.dumps(value, **options)
+    except ValueError:  # rare, so numbers are not looked at one by one unless they must be
+        return json.dumps(_finite(value), **options)
 
 
 def _plain(value: Any) -> Any:
-    """A numpy scalar as python's own, anything else as text."""
+    """Convert a numpy scalar to a Python number, anything else to text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
@@ -64,7 +97,11 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`: all of it or, if anything fails, nothing."""
+    """Write `text` to `path`; if that fails, the old content stays.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:

@@ -1,95 +1,64 @@
-"""The epochs as they go by: a table in a notebook, a bar and a line an epoch in a terminal."""
+"""Live views: a table in a notebook, a progress bar and a line per epoch in a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import Tensor, nn
 from tqdm import tqdm
 
-Row = Mapping[str, Any]
+from tracker.views.base import View
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
-class View(Protocol):
-    """Something that shows a manager's runs while they go on."""
+def live_views(rows: list[dict[str, Any]]) -> list[View]:
+    """Return the live view that suits this process, if any.
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
-        """Run `number`, from 1, begins."""
-
-    def begin_epoch(self, epoch: int, batches: int | None) -> None:
-        """Epoch `epoch`, from 1, begins; it has `batches` of them, None if unknown."""
-
-    def batch(self) -> None:
-        """One batch is done. Called every step: it must cost next to nothing."""
-
-    def end_epoch(
-        self,
-        rows: Sequence[Row],
-        metrics: Mapping[str, float],
-        histograms: Mapping[str, Any] | None,
-    ) -> None:
-        """An epoch is done, with `metrics`; the last of `rows` is its own."""
-
-    def end_run(self, status: str) -> None:
-        """The run has ended."""
-
-
-def live_view() -> View | None:
-    """The view for where this program runs; None where nobody watches."""
+    Args:
+        rows: The growing table of all runs and epochs, which a notebook shows.
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
-        return NotebookTable()
-    return TerminalLines() if sys.stderr.isatty() else None
+        return [NotebookTable(rows)]
+    return [TerminalLines()] if sys.stderr.isatty() else []
 
 
-class NotebookTable:
-    """The table of all runs and epochs below the cell, replaced as it grows."""
+class NotebookTable(View):
+    """The table of all runs and epochs, updated in place below the cell."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
         self._handle: Any = None
         self._cell: int | None = None
 
     def begin_run(
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
-        """Another cell has a table of its own."""
+        """Start a new table if another cell is running."""
         cell = sys.modules["IPython"].get_ipython().execution_count
         if cell != self._cell:
             self._cell, self._handle = cell, None
 
-    def begin_epoch(self, epoch: int, batches: int | None) -> None:
-        """Nothing to show yet."""
-
-    def batch(self) -> None:
-        """Nothing to show yet."""
-
     def end_epoch(
-        self,
-        rows: Sequence[Row],
-        metrics: Mapping[str, float],
-        histograms: Mapping[str, Any] | None,
+        self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
     ) -> None:
         """Replace the table."""
         from IPython.display import display
 
-        frame = pd.DataFrame(list(rows))
+        frame = pd.DataFrame(self._rows)
         if self._handle is None:
             self._handle = display(frame, display_id=True)
         else:
             self._handle.update(frame)
 
-    def end_run(self, status: str) -> None:
-        """The table stays."""
 
-
-class TerminalLines:
-    """A bar for the batches of the epoch, and one line for each epoch that is done."""
+class TerminalLines(View):
+    """A progress bar for the batches of an epoch, and one line for each finished epoch."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -98,38 +67,35 @@ class TerminalLines:
     def begin_run(
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
-        """One line with the run's params."""
+        """Print a line with the run's hyperparameters."""
         self._number = number
         shown = " ".join(f"{name}={value}" for name, value in params.items())
         tqdm.write(f"run {number}  {shown}", file=sys.stderr)
 
     def begin_epoch(self, epoch: int, batches: int | None) -> None:
-        """A bar that goes when the epoch is done."""
+        """Show a progress bar."""
         self._bar = tqdm(total=batches, desc=f"  epoch {epoch}", leave=False, unit="batch")
 
     def batch(self) -> None:
-        """One step of the bar."""
+        """Advance the progress bar."""
         if self._bar is not None:
             self._bar.update()
 
     def end_epoch(
-        self,
-        rows: Sequence[Row],
-        metrics: Mapping[str, float],
-        histograms: Mapping[str, Any] | None,
+        self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
     ) -> None:
-        """One line with the epoch's metrics."""
-        self._close()
+        """Replace the progress bar by a line with the epoch's metrics."""
+        self._close_bar()
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "run_duration")
-        tqdm.write(f"  epoch {rows[-1]['epoch']}  {shown}", file=sys.stderr)
+        tqdm.write(f"  epoch {epoch}  {shown}", file=sys.stderr)
 
     def end_run(self, status: str) -> None:
-        """A line if the run did not end well."""
-        self._close()
+        """Print a line with the status unless it is FINISHED."""
+        self._close_bar()
         if status != "FINISHED":
             tqdm.write(f"run {self._number}  {status}", file=sys.stderr)
 
-    def _close(self) -> None:
+    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

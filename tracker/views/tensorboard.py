@@ -1,11 +1,11 @@
-"""Event files that TensorBoard opens: scalars, histograms, pictures, graph, hyperparameters."""
+"""TensorBoard event files: scalars, histograms, pictures, graph and hyperparameters."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from tracker.capture.images import image_grid
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, unwrap
 from tracker.training.rng import preserve_rng
-
-Row = Mapping[str, Any]
-
+from tracker.views.base import View
 
 logger = logging.getLogger(__name__)
 
 
-class TensorBoard:
-    """Writes one folder of event files a run below `folder`."""
+class TensorBoard(View):
+    """Writes one folder of event files per run below `folder`.
+
+    Raises:
+        ArgumentError: The package tensorboard is not installed.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ArgumentError where the package tensorboard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -45,7 +46,7 @@ class TensorBoard:
     def begin_run(
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
-        """Open the run's folder; write the sample pictures and the graph."""
+        """Write the sample pictures and the graph to a new folder."""
         name = "-".join([f"run{number:03d}", *(f"{k}={v}" for k, v in params.items())])
         safe = "".join(c if c.isalnum() or c in "-_=.," else "_" for c in name)[:120]
         self._writer = self._make_writer(str(_unused(self._folder / safe)))
@@ -57,27 +58,17 @@ class TensorBoard:
                 "images", np.asarray(grid), dataformats="HWC" if grid.mode == "RGB" else "HW"
             )
         with preserve_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.trace, which TensorBoard's graph needs
+            warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
             try:
                 model = copy.deepcopy(unwrap(network)).eval()
                 self._writer.add_graph(model, example[:2].to(device_of(network)))
             except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-                logger.warning("TensorBoard's graph is missing: %s", error)
-
-    def begin_epoch(self, epoch: int, batches: int | None) -> None:
-        """Nothing to write yet."""
-
-    def batch(self) -> None:
-        """Nothing to write yet."""
+                logger.warning("TensorBoard shows no graph of the network: %s", error)
 
     def end_epoch(
-        self,
-        rows: Sequence[Row],
-        metrics: Mapping[str, float],
-        histograms: Mapping[str, Any] | None,
+        self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
     ) -> None:
         """Write the epoch's scalars and histograms."""
-        epoch = rows[-1]["epoch"]
         self._last = dict(metrics)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, epoch)
@@ -105,13 +96,13 @@ class TensorBoard:
         )
 
     def end_run(self, status: str) -> None:
-        """Write the hyperparameters beside the last epoch's metrics, and close."""
+        """Write the hyperparameters with the last epoch's metrics, and close the folder."""
         if self._writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        known = (bool, int, float, str)
-        params = {k: v if isinstance(v, known) else str(v) for k, v in self._params.items()}
+        allowed = (bool, int, float, str)
+        params = {k: v if isinstance(v, allowed) else str(v) for k, v in self._params.items()}
         for summary in hparams(params, self._last):
             self._writer.file_writer.add_summary(summary)
         self._writer.close()
@@ -119,9 +110,9 @@ class TensorBoard:
 
 
 def _unused(folder: Path) -> Path:
-    """`folder`, or it with a number behind: event files of two runs never mix."""
-    number, free = 1, folder
-    while free.exists():
+    """Return `folder`, numbered if it exists: event files of two runs must not mix."""
+    number, unused = 1, folder
+    while unused.exists():
         number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+        unused = folder.with_name(f"{folder.name}-{number}")
+    return unused

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.delivery.world import World
+from tests.programs import ForkServer
+
+
+@pytest.fixture(scope="session")
+def trainers() -> Iterator[ForkServer]:
+    """Starts trainings."""
+    server = ForkServer("tracker.run")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def deliverers() -> Iterator[ForkServer]:
+    """Starts `tracker sync` and programs that deliver in-line."""
+    server = ForkServer("tracker.run", "tracker.store.client", "tracker.delivery.leftovers")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path, _sqlite_template: Path, trainers: ForkServer, deliverers: ForkServer
+) -> Callable[..., World]:
+    """Makes worlds: `world()` with a SQLite store of its own, `world(uri=…)` with that store."""
+    count = 0
+
+    def make(name: str = "", uri: str = "") -> World:
+        nonlocal count
+        folder = tmp_path / f"world-{count}"
+        count += 1
+        store = folder / "store"
+        store.mkdir(parents=True)
+        (folder / "tmp").mkdir()
+        if not uri:
+            uri = f"sqlite:///{store / 'mlflow.db'}"
+            shutil.copyfile(_sqlite_template, store / "mlflow.db")
+            with closing(sqlite3.connect(store / "mlflow.db")) as db, db:
+                artifacts = (store / "mlruns" / "0").as_uri()
+                db.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
+        return World(folder, uri, trainers, deliverers, name)
+
+    return make

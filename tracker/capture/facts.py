@@ -1,0 +1,24 @@
+"""What a run trains, as params."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracker.capture.dataset import dataset_name
+from tracker.training.device import device_of, unwrap
+
+
+def training_facts(network: nn.Module, loader: Any) -> dict[str, Any]:
+    """Return the names of the model, data set and device, the seed and the batch size, if known."""
+    facts = {
+        "model": type(unwrap(network)).__name__,
+        "dataset": dataset_name(getattr(loader, "dataset", loader)),
+        "device": str(device_of(network)),
+        "seed": torch.initial_seed(),
+    }
+    if isinstance(size := getattr(loader, "batch_size", None), int):
+        facts["batch_size"] = size
+    return facts

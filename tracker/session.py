@@ -1,0 +1,126 @@
+"""The open run of a manager, and the delivery that all its runs share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tracker.delivery.base import Delivery, Mode, NoDelivery, delivery
+from tracker.errors import CallOrderError
+from tracker.run import Run
+from tracker.statuses import Outcome
+from tracker.store.history import ResumeState
+from tracker.training.distributed import is_main
+
+
+class Session:
+    """Begins and ends one run after another.
+
+    Apart from the manager, so that it is closed even if the manager is garbage-collected first.
+    """
+
+    def __init__(
+        self,
+        *,
+        experiment: str | None,
+        tracking_uri: str | None,
+        directory: Path,
+        mode: Mode,
+        parent: Run | str | None,
+        joined: Run | None,
+    ) -> None:
+        """Configure the runs; arguments are those of `RunManager`.
+
+        Args:
+            experiment: Name of the experiment.
+            tracking_uri: Where runs are delivered.
+            directory: Holds the journal while a run lasts.
+            mode: How runs are delivered.
+            parent: Parent of every run, or its id.
+            joined: The only run, which the caller has begun and will end.
+        """
+        self.tracking_uri, self.directory = tracking_uri, directory
+        self.run: Run | None = None
+        """The open run."""
+        self.joined = joined
+        self._experiment, self._mode, self._parent = experiment, mode, parent
+        self._has_joined = False
+        self._delivery: Delivery | None = None
+        self._pid = os.getpid()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a forked process, which must leave its parent's run alone."""
+        return os.getpid() != self._pid
+
+    def begin(
+        self,
+        params: Mapping[str, Any],
+        name: str | None,
+        tags: Mapping[str, str],
+        resume_state: ResumeState | None,
+    ) -> Run:
+        """Begin a run, or log to the one that was given.
+
+        Args:
+            params: Hyperparameters to log.
+            name: Name of a new run.
+            tags: Tags to set.
+            resume_state: The state of a run that the new one continues.
+
+        Raises:
+            ArgumentError: A param or tag is not allowed; nothing has begun.
+            CallOrderError: A run that was given is joined a second time.
+            StoreError: The store cannot be opened; nothing has begun.
+        """
+        if self.joined is not None:
+            return self._join(self.joined, params, tags)
+        route = self._delivery or self._new_delivery()
+        try:
+            self.run = Run(
+                *(route, params, self._experiment, name, tags, self._parent), resume=resume_state
+            )
+        except BaseException:  # Ctrl-C must not leave a journal open either
+            if self._delivery is None:
+                route.close()
+            raise
+        self._delivery = route
+        return self.run
+
+    def _join(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        if self._has_joined:
+            raise CallOrderError("begin_run() was called twice; this manager logs to one run.")
+        self._has_joined = True
+        run.log_params(params)
+        run.set_tags(tags)
+        self.run = run
+        return run
+
+    def _new_delivery(self) -> Delivery:
+        if not is_main():  # under torchrun, only rank 0 writes
+            return NoDelivery()
+        return delivery(self.directory, self.tracking_uri, self._mode)
+
+    def current(self, verb: str) -> Run:
+        """Return the open run; raise CallOrderError on behalf of the method `verb` if none is."""
+        if self.run is None:
+            raise CallOrderError(f"{verb}() was called without a run; call begin_run() first.")
+        return self.run
+
+    def end(self, ended: Outcome) -> None:
+        """End the open run, unless the caller will."""
+        if self.run is not None and self.run is not self.joined:
+            self.run.end(ended)
+        self.run = None
+
+    def close(self, where: str) -> None:
+        """End a run that is still open as abandoned `where`, and close the delivery."""
+        if self.is_forked:
+            return
+        if self.run is not None:
+            self.end(self.run.abandoned_outcome(where))
+        if self._delivery is not None:
+            self._delivery.close()
+            self._delivery = None

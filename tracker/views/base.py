@@ -1,0 +1,115 @@
+"""The events that a view of a training receives, and the fan-out to several views."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class View:
+    """Shows a manager's runs while they last; subclasses override the events they need."""
+
+    def begin_run(
+        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
+    ) -> None:
+        """Receive the start of a run.
+
+        Args:
+            number: Number of the run in its manager, from 1.
+            params: Hyperparameters of the run.
+            network: The network, before training.
+            example: A batch of inputs; None if the loader yields no tensors.
+        """
+
+    def begin_epoch(self, epoch: int, batches: int | None) -> None:
+        """Receive the start of `epoch`, from 1, with its number of batches if that is known."""
+
+    def batch(self) -> None:
+        """Receive the end of a batch. Called in every step, so it must cost next to nothing."""
+
+    def end_epoch(
+        self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
+    ) -> None:
+        """Receive the end of an epoch.
+
+        Args:
+            epoch: Number of the epoch in its run, from 1.
+            metrics: All metrics of the epoch, durations in seconds included.
+            histograms: The record of its histograms; None if they are off.
+        """
+
+    def end_run(self, status: str) -> None:
+        """Receive the end of a run with its final status."""
+
+
+_Event = TypeVar("_Event", bound=Callable[..., None])
+
+
+def _to_each(event: _Event) -> _Event:
+    """Return a method that passes `event` on to every view that handles it."""
+    name = event.__name__
+
+    def pass_on(self: Views, *details: Any) -> None:
+        for view in self._handlers[name]:
+            try:
+                getattr(view, name)(*details)
+            except Exception as error:  # noqa: BLE001 - a view never ends the training
+                self._switch_off(view)
+                logger.warning(
+                    "%s is switched off: its %s() raised %s: %s",
+                    *(type(view).__name__, name, type(error).__name__, error),
+                )
+
+    pass_on.__doc__ = f"Pass `{name}` on to each view."
+    return cast(_Event, pass_on)
+
+
+class Views(View):
+    """Passes each event on to several views, and switches off one that raises with a warning."""
+
+    def __init__(self, *views: View) -> None:
+        self._handlers = {
+            name: [view for view in views if getattr(type(view), name) is not getattr(View, name)]
+            for name in ("begin_run", "begin_epoch", "batch", "end_epoch", "end_run")
+        }
+
+    begin_run = _to_each(View.begin_run)
+    begin_epoch = _to_each(View.begin_epoch)
+    batch = _to_each(View.batch)
+    end_epoch = _to_each(View.end_epoch)
+    end_run = _to_each(View.end_run)
+
+    def _switch_off(self, view: View) -> None:
+        for name, views in self._handlers.items():
+            self._handlers[name] = [other for other in views if other is not view]
+
+
+class Progress:
+    """A loader whose every pass is shown as an epoch."""
+
+    def __init__(
+        self, loader: Iterable[Any], view: View, epoch: Callable[[], int], batches: int | None
+    ) -> None:
+        """Wrap `loader`; `epoch` returns the number of the epoch that begins with a pass."""
+        self._loader, self._view, self._epoch = loader, view, epoch
+        self._batches = batches or length_of(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._view.begin_epoch(self._epoch(), self._batches)
+        for batch in self._loader:
+            yield batch
+            self._view.batch()
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the number of batches of `loader`; None if it is not known."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
