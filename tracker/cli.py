@@ -125,7 +125,8 @@ def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
 def _study_command(given: argparse.Namespace) -> int:
     from tracker.search.leases import GRACE_SECONDS  # Optuna takes a second
     from tracker.search.storage import Storage
-    from tracker.search.upkeep import mirror_study, reap_study, studies
+    from tracker.search.cli import mirror_study, reap_study
+    from tracker.search.upkeep import studies
 
     storage = Storage(given.storage, make=False)
     try:

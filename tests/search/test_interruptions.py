@@ -27,7 +27,7 @@ from tracker.search.leases import PREFIX
 from tracker.search.plan import SLOT
 from tracker.search.record import load
 from tracker.search.storage import Storage
-from tracker.search.upkeep import reap_study
+from tracker.search.cli import reap_study
 
 SEARCH = """
 import sys, time

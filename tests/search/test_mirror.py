@@ -25,11 +25,11 @@ from torch import nn
 from tests.helpers import Store
 from tracker import StoreError, Study, Trial
 from tracker.search.keeper import KeeperProcess
-from tracker.search.keeper_config import KeeperConfig
-from tracker.search.keeper_process import MirrorService
+from tracker.search.keeper import KeeperConfig
+from tracker.search.keeper import MirrorService
 from tracker.search.record import load
 from tracker.search.storage import Storage
-from tracker.search.upkeep import mirror_study
+from tracker.search.cli import mirror_study
 
 SLOW = pytest.mark.slow
 SPACE = {"x": [3, 1, 2]}
