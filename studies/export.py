@@ -15,7 +15,7 @@ from pathlib import Path
 
 from studies.arguments import RAW, add_logged_model
 from tracker import TrackerError, load_trained
-from tracker.cli import OneSentenceParser
+from tracker.arguments import OneSentenceParser
 from tracker.deploy import CHECKED_SIZES, FORMATS, deploy
 
 

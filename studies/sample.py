@@ -19,7 +19,7 @@ from models.text import Vocabulary
 from studies.arguments import RAW, add_logged_model, natural, positive_int, seed
 from studies.training import SPEC
 from tracker import TrackerError, load_trained
-from tracker.cli import OneSentenceParser, positive_float
+from tracker.arguments import OneSentenceParser, positive_float
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -35,7 +35,7 @@ from studies.arguments import (
 )
 from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
-from tracker.cli import OneSentenceParser, positive_float
+from tracker.arguments import OneSentenceParser, positive_float
 from tracker.redaction import public_command, public_uri
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.sampler import PRUNERS, SAMPLERS

@@ -30,7 +30,7 @@ from studies.arguments import (
     value,
 )
 from tracker import ArgumentError, Keep, RunManager, TrackerError, choose_device, set_seed
-from tracker.cli import OneSentenceParser
+from tracker.arguments import OneSentenceParser
 from tracker.redaction import public_uri
 
 

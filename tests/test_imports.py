@@ -36,7 +36,7 @@ ROOMS = {
 }
 """What each folder, or module at the top, may import beside itself, in the order of the flow."""
 
-BASE = {"_version", "errors", "statuses", "validation", "redaction", "locks", "logs"}
+BASE = {"_version", "arguments", "errors", "statuses", "validation", "redaction", "locks", "logs"}
 """Modules at the top that every room may use, and that use none but each other."""
 
 MLFLOW = {"store", "capture/model.py", "testing.py"}

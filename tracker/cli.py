@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tracker._version import __version__
+from tracker.arguments import OneSentenceParser
 from tracker.errors import StoreError, TrackerError
 
 DIRECTORY = Path(".tracker")
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one sentence, and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,28 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="a journal, or a folder with journals; by default .tracker",
         )
     sync.add_argument("--tracking-uri", help="by default where each was meant to go")
-    mirror = commands.add_parser("mirror", help="write what MLflow lacks of a study")
-    reap = commands.add_parser(
-        "reap", help="fail a study's trials whose search is gone for good, then mirror it"
-    )
-    for command in (mirror, reap):
-        command.add_argument("--study", help="by default all that the storage has")
-        command.add_argument("--storage", help="by default journal:///studies.journal")
-        command.add_argument("--tracking-uri", help="by default where the study went")
-        command.add_argument("--directory", type=Path, default=DIRECTORY, help="of its journals")
-    reap.add_argument(
-        "--grace-seconds",
-        type=positive_float,
-        help="how long a search of another machine must be silent at least, by default 60; what it "
-        "was itself given counts where that is longer",
-    )
+    from tracker.search.cli import add_commands
+
+    add_commands(commands)
     given = parser.parse_args(arguments)
     try:
         if given.command == "status":
             return _status(given.path)
         if given.command == "sync":
             return _sync(given.path, given.tracking_uri)
-        return _study_command(given)
+        return int(given.run(given))
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
@@ -120,36 +98,6 @@ def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
     print(f"delivered: {_count(records, 'record')} of {_count(runs, 'run')}", end="")
     print(f"; {_count(kept, 'journal')} left, see `tracker status`" if kept else "")
     return 2 if kept else 0
-
-
-def _study_command(given: argparse.Namespace) -> int:
-    from tracker.search.leases import GRACE_SECONDS  # Optuna takes a second
-    from tracker.search.storage import Storage
-    from tracker.search.cli import mirror_study, reap_study
-    from tracker.search.upkeep import studies
-
-    storage = Storage(given.storage, make=False)
-    try:
-        for record in studies(storage, given.study):
-            if given.command == "reap":
-                found = reap_study(storage, record, given.grace_seconds or GRACE_SECONDS)
-                print(f"{record.name}: {len(found)} trials were lost")
-            written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
-            print(f"{record.name}: run {run_id}, {written} things were missing")
-    finally:
-        storage.close()
-    return 0
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0, of an argument."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a number above 0")
-    return value
 
 
 def _status(paths: Sequence[Path]) -> int:

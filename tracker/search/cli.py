@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tracker.cli import OneSentenceParser, positive_float
+from tracker.arguments import OneSentenceParser, positive_float
 from tracker.errors import StoreError
 from tracker.redaction import MASK
 from tracker.search.keeper import SETTLE_SECONDS, deliver_leftovers

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from tracker.journal.reader import OFFLINE
 from tracker.redaction import public_uri
 from tracker.search.interrupts import block_signals
 from tracker.search.leases import BEATS, Leases, active_searches
-from tracker.search.plan import SEARCH
 from tracker.search.record import load
 from tracker.search.session import reap
 from tracker.search.storage import Storage

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
@@ -37,8 +36,8 @@ from tracker.search.storage import Storage
 from tracker.search.tables import INTERMEDIATE, objectives, rows, saved
 from tracker.statuses import Status
 from tracker.store.client import MlflowStore
-from tracker.store.client import RunSnapshot
-from tracker.store.runs import read_run, runs_by_tag_prefix
+from tracker.store.runs import MirroredRun as RunSnapshot
+from tracker.store.runs import StudyRuns
 from tracker.validation import RUN_TAG
 from tracker.views.files import csv_text, json_text
 
@@ -155,7 +154,7 @@ class Mirror:
                 waiting.append(key)
         ids = self._deliver(entries)
         for key in waiting:
-            self._store.set_status(ids[key], "SCHEDULED")
+            StudyRuns(self._store).set_status(ids[key], "SCHEDULED", None)
 
     def _deliver(self, entries: Sequence[_Entry]) -> dict[str, str]:
         """Write records to a journal and deliver it; return MLflow's ids of the runs by key.
@@ -189,8 +188,8 @@ class Mirror:
             models = set(run.models) - self._deleted
             if not models or run.status == "RUNNING":  # its model may be in upload
                 continue
-            if not self._store.models.is_registered(run.run_id):
-                self.written += sum(map(self._store.models.delete, models))
+            if not StudyRuns(self._store).is_registered(run.run_id):
+                self.written += sum(map(StudyRuns(self._store).delete_model, models))
                 self._deleted |= models
 
     def _register(self, trials: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]) -> None:
@@ -206,7 +205,7 @@ class Mirror:
         }
         try:
             with self._lock():
-                self.written += self._store.models.register(
+                self.written += StudyRuns(self._store).register(
                     study.register, study.alias, run.models[-1], run.run_id, tags
                 )
         except StoreError as error:
@@ -307,11 +306,11 @@ class Mirror:
     def _parent(self) -> RunSnapshot | None:
         if self.run_id is None:
             self.run_id = self._store.find_run(self._study.key)
-        return None if self.run_id is None else read_run(self._store, self.run_id)
+        return None if self.run_id is None else StudyRuns(self._store).run(self.run_id)
 
     def _runs(self) -> dict[str, RunSnapshot]:
         """Return the runs of the trials by key; their parent may be another one, or deleted."""
-        return runs_by_tag_prefix(self._store, RUN_TAG, f"{self._study.key}-")
+        return StudyRuns(self._store).children(self._study.key)
 
     def _key(self, trial: FrozenTrial) -> str:
         return f"{self._study.key}-{trial.number}"
@@ -418,7 +417,9 @@ def status_of_study(
     if plan.finished(total) == total:
         return "FINISHED", None
     ends = [attrs[f"{PREFIX}{search}"] for search in searches(attrs)]
-    last = max(filter(None, ends), key=lambda end: float(end["time"]), default={})
+    last: Mapping[str, Any] = max(
+        filter(None, ends), key=lambda end: float(end["time"]), default={}
+    )
     if (left := last.get("left")) is None:
         return "FAILED", "The process that ran the study ended without saying how."
     if left["status"] == "FINISHED":

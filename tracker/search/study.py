@@ -31,8 +31,15 @@ from tracker.search import warm_start
 from tracker.search.executors.inprocess import run_here
 from tracker.search.executors.processes import WORKER, Pool, Spec, check_picklable
 from tracker.search.interrupts import Interrupts
-from tracker.search.keeper import InlineKeeper, Keeper, KeeperProcess, NoKeeper, adopted
-from tracker.search.keeper import SETTLE_SECONDS, KeeperConfig
+from tracker.search.keeper import (
+    SETTLE_SECONDS,
+    InlineKeeper,
+    Keeper,
+    KeeperConfig,
+    KeeperProcess,
+    NoKeeper,
+    adopted,
+)
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
 from tracker.search.record import Record, load, open_study

@@ -215,9 +215,14 @@ class MlflowStore:
             if known.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in known})
                 return adopt
-        if (keyed or in_doubt) and (run_id := self.find_run(key, experiment_id)) is not None:
+        run_id = self.find_run(key, experiment_id) if keyed or in_doubt else None
+        if run_id is not None and not placeholder and self._is_placeholder(run_id):
+            with translated(f"delete run {run_id}"):
+                self.client.delete_run(run_id)  # else its metrics would be there twice
+            run_id = None
+        if run_id is not None:
             if keyed and not placeholder:
-                self._take_over(run_id, tags)
+                self.reopen(run_id, tags)
             return run_id
         if in_doubt and (run_id := self._half_made(experiment_id, start_time, tags)) is not None:
             self.log_batch(run_id, tags=tags)
@@ -230,15 +235,13 @@ class MlflowStore:
         self._made.add(run_id)
         if keyed and (other := self._keep_one(key, experiment_id)) and other != run_id:
             if not placeholder:
-                self._take_over(other, tags)
+                self.reopen(other, tags)
             return other
         return run_id
 
-    def _take_over(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self.reopen(run_id, tags)
-        with translated(f"continue the run {run_id}"):
-            if PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags:
-                self.client.delete_tag(run_id, PLACEHOLDER_TAG)
+    def _is_placeholder(self, run_id: str) -> bool:
+        with translated(f"read run {run_id}"):
+            return PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags
 
     def _keep_one(self, key: str, experiment_id: str) -> str | None:
         """Delete all but one of the runs with `key`; return its id.
