@@ -1,4 +1,4 @@
-"""The networks that the studies train, and the data that they train on."""
+"""The networks that the studies train, and the data they are trained on."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ from torch import nn
 
 from models import char_lstm, fashion_cnn, fashion_mlp, sentiment_lstm, style_transfer, transfer
 from models.data import DATASETS, ImageData, Images, load
-from models.errors import ModelsError
+from models.errors import ModelsError, first_line
 from models.fashion_cnn import FashionCNN
 from models.fashion_mlp import FashionMLP
 from models.recipe import Data, Facts, Params, Recipe
@@ -45,50 +45,76 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def find(name: str) -> Recipe:
-    """The recipe of that name: one of `RECIPES`, or `package.module:object`, which is imported.
+    """Return a recipe by name.
 
-    Raises ModelsError where there is none.
+    Args:
+        name: A key of `RECIPES`, or `package.module:object`, which is imported.
+
+    Raises:
+        ModelsError: The name is unknown, the import fails, or the object is not a Recipe.
     """
     if name in RECIPES:
         return RECIPES[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ModelsError(
-            f"model={name!r} is not known; allowed: {', '.join(RECIPES)}, or package.module:object."
+            f"model={name!r} is unknown; allowed: {', '.join(RECIPES)}, or package.module:object."
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        recipe = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the user's module may raise anything
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelsError(f"model={name!r} cannot be imported: {why}.") from error
-    if not isinstance(found, Recipe):
-        raise ModelsError(f"model={name!r} is no Recipe; it is a {type(found).__name__}.")
-    return found
+        raise ModelsError(f"model={name!r} cannot be imported: {first_line(error)}.") from error
+    if not isinstance(recipe, Recipe):
+        raise ModelsError(f"model={name!r} is a {type(recipe).__name__}, not a Recipe.")
+    return recipe
 
 
 def spec(name: str, params: Params, facts: Facts) -> dict[str, Any]:
-    """What `rebuild` needs, as JSON."""
+    """Return the JSON-serialisable description that `rebuild` builds a network from.
+
+    Args:
+        name: The recipe's name, as `find` takes it.
+        params: A value for each of the recipe's parameters.
+        facts: The facts of the data that the network was built for.
+    """
     return {"model": name, "params": dict(params), "facts": dict(facts)}
 
 
-def parse_spec(text: str, allowed: Collection[str], whose: str) -> dict[str, Any]:
-    """What `spec` made, from its JSON, which came with the model `whose`.
+def parse_spec(text: str, allowed: Collection[str], source: str) -> dict[str, Any]:
+    """Parse the JSON of a `spec` that came with a logged model.
 
-    Parameters that are newer than it get their defaults. It may name no recipe but those that are
-    `allowed`: it would be imported. Raises ModelsError for a text that is none, or names another.
+    Parameters that were added since the model was logged get their defaults.
+
+    Args:
+        text: The JSON.
+        allowed: The recipes it may name. No other is looked up: finding a recipe imports it.
+        source: The argument that named the model, for messages: `model='runs:/…'`.
+
+    Raises:
+        ModelsError: The JSON is damaged, or names a recipe that is not allowed.
     """
     try:
-        found = json.loads(text)
-        name, params, facts = found["model"], dict(found["params"]), dict(found["facts"])
+        described = json.loads(text)
+        name = described["model"]
+        params, facts = dict(described["params"]), dict(described["facts"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelsError(f"{whose} is a model whose recipe.json is damaged.") from error
+        raise ModelsError(f"{source} is a model with a damaged recipe.json.") from error
     if name not in allowed:
-        raise ModelsError(f"{whose} is a model of {name!r}; allowed: {', '.join(sorted(allowed))}.")
+        raise ModelsError(
+            f"{source} is a model of {name!r}; allowed: {', '.join(sorted(allowed))}."
+        )
     if "backbone" in facts:
-        facts["backbone"] = parse_spec(json.dumps(facts["backbone"]), {*RECIPES, *allowed}, whose)
+        facts["backbone"] = parse_spec(json.dumps(facts["backbone"]), {*RECIPES, *allowed}, source)
     return spec(name, {**find(name).defaults(), **params}, facts)
 
 
 def rebuild(described: Mapping[str, Any]) -> nn.Module:
-    """The network that `spec` describes, with fresh weights. Raises ModelsError."""
+    """Build the network that `spec` describes, with fresh weights.
+
+    Args:
+        described: What `spec` or `parse_spec` returned.
+
+    Raises:
+        ModelsError: The recipe is unknown, or its parameters do not fit together.
+    """
     return find(described["model"]).build(described["params"], described["facts"])

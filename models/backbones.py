@@ -1,4 +1,4 @@
-"""Networks that were trained before: torchvision's, or one of our own."""
+"""Pretrained networks: torchvision's, or tracked models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from models.recipe import Facts, Parameter, Params
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
-"""Of each colour; what torchvision's weights were trained with."""
-_PATIENCE_S = 1800.0  # for half a gigabyte
-_WITH_HELPERS = ("googlenet", "inception_v3")  # in training they return more than the logits
+"""Per colour channel; torchvision's weights were trained with these."""
+_LIMIT_S = 1800.0  # for half a gigabyte
+_AUXILIARY = ("googlenet", "inception_v3")  # they return more than the logits in training
 
 BACKBONE = Parameter(
-    default="resnet18", help="a classification network of torchvision, where weights names none"
+    default="resnet18",
+    help="classification network of torchvision; ignored if --weights is a tracked model",
 )
 WEIGHTS = Parameter(
     default="imagenet",
@@ -30,36 +31,50 @@ WEIGHTS = Parameter(
 )
 
 
-def is_own(params: Params) -> bool:
-    """Whether the backbone is one of our own tracked models."""
-    return str(params.get("weights")).startswith(("runs:/", "models:/"))
+def is_tracked(weights: object) -> bool:
+    """Return whether the parameter `weights` names a tracked model."""
+    return str(weights).startswith(("runs:/", "models:/"))
 
 
 def backbone(params: Params, facts: Facts) -> nn.Module:
-    """The backbone that `params` name, with fresh weights. Raises ModelsError."""
-    if is_own(params):
-        from models import rebuild  # which imports every recipe, this one's too
+    """Build a backbone with fresh weights.
+
+    Args:
+        params: The parameters `backbone` and `weights`.
+        facts: Has the `spec` of the backbone as `backbone` if `weights` names a tracked model.
+
+    Raises:
+        ModelsError: The network or its weights are unknown.
+    """
+    weights = params["weights"]
+    if is_tracked(weights):
+        from models import rebuild  # imported late: it imports every recipe, this module's too
 
         return rebuild(facts["backbone"])
-    name, weights = params["backbone"], params["weights"]
+    name = params["backbone"]
     if weights not in ("imagenet", "none"):
         raise ModelsError(
-            f"weights={weights!r} is not known; allowed: imagenet, none, runs:/RUN_ID/model or "
+            f"weights={weights!r} is unknown; allowed: imagenet, none, runs:/RUN_ID/model or "
             "models:/NAME@ALIAS."
         )
-    known = torchvision.models.list_models(module=torchvision.models, exclude=_WITH_HELPERS)
+    known = torchvision.models.list_models(module=torchvision.models, exclude=_AUXILIARY)
     if name not in known:
-        raise ModelsError(f"backbone={name!r} is not known; allowed: {', '.join(known)}.")
+        raise ModelsError(f"backbone={name!r} is unknown; allowed: {', '.join(known)}.")
     network: nn.Module = torchvision.models.get_model(name, weights=None)
     return network
 
 
 def first_weights(params: Params, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    """The weights that the backbone begins with; none for `none`.
+    """Return the weights that the backbone starts from; empty for `none`.
 
-    Raises ModelsError where ImageNet's are not on this machine and cannot be downloaded.
+    Args:
+        params: The parameters `backbone` and `weights`.
+        state: The state dict of the tracked model that `weights` names, if it names one.
+
+    Raises:
+        ModelsError: ImageNet weights are not on disk and cannot be downloaded, or are damaged.
     """
-    if is_own(params):
+    if is_tracked(params["weights"]):
         assert state is not None
         return state
     if params["weights"] == "none":
@@ -69,34 +84,40 @@ def first_weights(params: Params, state: Mapping[str, Tensor] | None) -> Mapping
     file = Path(urlsplit(url).path).name
     cached = Path(torch.hub.get_dir(), "checkpoints", file)
     try:
-        if not cached.is_file():  # where torchvision then finds it
-            # torchvision's names end with the beginning of the file's SHA-256: name-HASH.pth.
+        if not cached.is_file():  # torchvision looks there first
+            # torchvision's file names end with the first digits of their SHA-256: name-HASH.pth.
             sha256 = file.rpartition("-")[2].partition(".")[0]
-            download_file(url, cached, sha256=sha256, limit_s=_PATIENCE_S)
+            download_file(url, cached, sha256=sha256, limit_s=_LIMIT_S)
     except DownloadError as error:
         raise ModelsError(
             f"weights='imagenet' of {name} cannot be downloaded ({error}); "
-            "allowed without a network: none, or a tracked model, runs:/RUN_ID/model."
+            "allowed offline: none, or a tracked model, runs:/RUN_ID/model."
         ) from error
     try:
         trained = torchvision.models.get_model(name, weights="DEFAULT", progress=False)
-    except Exception as error:  # what zip files, pickles and torch raise on a damaged file
-        raise ModelsError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
+    except Exception as error:  # zipfile, pickle and torch each raise their own on a damaged file
+        raise ModelsError(f"{cached} is damaged; remove it to download it again.") from error
     state_dict: dict[str, Tensor] = trained.state_dict()
     return state_dict
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], named: Any) -> None:
-    """Put `weights` into `network`; what it has beside them stays as it is.
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], argument: Any) -> None:
+    """Load weights into a network; its other weights keep their values.
 
-    Raises ModelsError where one of them has another shape, or no place.
+    Args:
+        network: Has every weight in `weights`, and may have more.
+        weights: A state dict.
+        argument: The value of the parameter `weights`, for messages.
+
+    Raises:
+        ModelsError: The network lacks one of the weights, or has it in another shape.
     """
-    here = network.state_dict()
+    own = network.state_dict()
     for name, tensor in weights.items():
-        if name not in here or here[name].shape != tensor.shape:
-            has = tuple(here[name].shape) if name in here else "no such weight"
+        if name not in own or own[name].shape != tensor.shape:
+            expected = tuple(own[name].shape) if name in own else "no such weight"
             raise ModelsError(
-                f"weights={named!r} do not fit: {name} is {tuple(tensor.shape)}, and the "
-                f"backbone has {has}."
+                f"weights={argument!r} do not fit: {name} is {tuple(tensor.shape)}, but the "
+                f"backbone has {expected}."
             )
     network.load_state_dict(dict(weights), strict=False)

@@ -1,10 +1,9 @@
-"""An LSTM that predicts a text, character by character."""
+"""An LSTM that predicts text character by character."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -24,16 +23,22 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class CharLSTM(nn.Module):
-    """An LSTM on one-hot or embedded characters, and a linear layer on its outputs.
+    """An LSTM on one-hot or embedded characters, followed by a linear layer.
 
     Source: A. Karpathy, "The Unreasonable Effectiveness of Recurrent Neural Networks", 2015;
     Udacity, "Intro to Deep Learning with PyTorch", part 7, "Character-Level RNN".
+
+    Args:
+        symbols: Size of the vocabulary, the unknown character included.
+        hidden: Units per layer.
+        layers: Number of LSTM layers.
+        dropout: Share of each layer's outputs dropped in training.
+        embedding: Size of a character's vector; 0: one-hot.
     """
 
     def __init__(
         self, symbols: int, *, hidden: int, layers: int, dropout: float, embedding: int
     ) -> None:
-        """Take the number of `symbols`; an `embedding` of 0 is one-hot."""
         super().__init__()
         self.symbols = symbols
         self.embedding = nn.Embedding(symbols, embedding) if embedding else None
@@ -41,18 +46,26 @@ class CharLSTM(nn.Module):
             embedding or symbols,
             hidden,
             layers,
-            dropout=dropout if layers > 1 else 0.0,  # torch's is between layers
+            dropout=dropout if layers > 1 else 0.0,  # torch applies it between layers only
             batch_first=True,
         )
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, symbols)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (N, T, symbols) of what follows each of `tokens` int64 (N, T), from no state."""
+        """Return logits (N, T, symbols) of the character after each of `tokens`, int64 (N, T)."""
         return self.advance(tokens)[0]
 
     def advance(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits as `forward` has them, from `state`, and the state after the last character."""
+        """Continue from a state.
+
+        Args:
+            tokens: Character numbers, int64 (N, T).
+            state: The state after the preceding characters; None: zero.
+
+        Returns:
+            Logits (N, T, symbols) of the character after each token, and the state after the last.
+        """
         if self.embedding is None:
             inputs = F.one_hot(tokens, self.symbols).to(self.out.weight.dtype)
         else:
@@ -65,15 +78,19 @@ class CharLSTM(nn.Module):
 class TruncatedLoop:
     """Truncated back-propagation through time.
 
-    Gradients stop at the beginning of a window; the state goes on to the stream's next window, and
-    is zero at the beginning of each epoch.
+    Gradients stop at the start of a window; the state carries over to the stream's next window, and
+    is reset at the start of each epoch.
+
+    Args:
+        network: The network, on the device it is trained on.
+        data: The text.
+        params: A value for each of the recipe's parameters.
     """
 
     optimizer: Optimizer
     loader: DataLoader[tuple[Tensor, Tensor]]
 
     def __init__(self, network: CharLSTM, data: TextData, params: Params) -> None:
-        """Take the network where it is to be trained, and all of the recipe's parameters."""
         self._network = network
         self._data = data
         self._params = params
@@ -81,7 +98,7 @@ class TruncatedLoop:
         self.loader = DataLoader(data.train, data.train.streams)
 
     def train(self, epoch: int) -> Iterator[Step]:
-        """Train for one epoch; the loss is in nats per character, a sample is a character."""
+        """Train for one epoch; losses are in nats per character, and a sample is a character."""
         network, device = self._network, self._network.out.weight.device
         state = None
         for inputs, targets in self.loader:
@@ -95,22 +112,22 @@ class TruncatedLoop:
             yield Step(loss, targets.numel())
 
     def validate(self) -> Mapping[str, float]:
-        """`val_loss`, nats per character, and `val_perplexity`, e to the power of that."""
+        """Return `val_loss`, in nats per character, and `val_perplexity`, its exponential."""
         return self._metrics("val", self._data.validation)
 
     def test(self) -> Mapping[str, float]:
-        """`test_loss` and `test_perplexity`, as `validate` has them."""
+        """Return `test_loss` and `test_perplexity`, defined as for `validate`."""
         assert self._data.test is not None
         return self._metrics("test", self._data.test)
 
     def _metrics(self, name: str, part: Windows) -> Mapping[str, float]:
         loss = evaluate(self._network, part)
-        # Not math.exp: a training that diverged has a perplexity of inf, not an OverflowError.
+        # Not math.exp, which raises OverflowError if training diverged; this gives inf.
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
         return {f"{name}_perplexity": perplexity, f"{name}_loss": loss}
 
     def show(self, epoch: int) -> Iterable[Picture | Text]:
-        """A sample of text, the same under the same weights, seed and epoch."""
+        """Yield a sample of text, reproducible from weights, seed and epoch."""
         if not self._params["sample_length"]:
             return
         prime: str = self._params["prime"]
@@ -124,25 +141,24 @@ class TruncatedLoop:
                 top_k=self._params["top_k"],
                 generator=torch.Generator().manual_seed((self._data.seed + epoch) % 2**63),
             )
-        except ModelsError as error:  # a training that diverged is logged as such, not ended here
-            _LOGGER.warning("There is no sample after epoch %d: %s", epoch, error)
+        except ModelsError as error:  # a diverged training is logged, not aborted
+            _LOGGER.warning("No sample after epoch %d: %s", epoch, error)
             return
         yield Text(f"samples/epoch-{epoch:04}.txt", prime + text)
 
 
 @torch.no_grad()
 def evaluate(network: CharLSTM, part: Windows) -> float:
-    """The mean loss of `network` on `part`, nats per character; its modes stay as they are."""
+    """Return the mean loss of `network` on `part`, in nats per character."""
     device = network.out.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     state = None
-    with _evaluation_mode(network):
-        for inputs, targets in part.batches():
-            logits, state = network.advance(inputs.to(device), state)
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), targets.to(device).flatten(), reduction="none"
-            )
-            total += losses.double().sum()
+    for inputs, targets in part.batches():
+        logits, state = network.advance(inputs.to(device), state)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.to(device).flatten(), reduction="none"
+        )
+        total += losses.double().sum()
     return total.item() / part.targets.numel()
 
 
@@ -157,14 +173,23 @@ def sample(
     top_k: int,
     generator: torch.Generator,
 ) -> str:
-    """`length` characters that go on from `prime`, drawn with `generator`, of the CPU.
+    """Generate text.
 
-    Logits are divided by `temperature`, above 0; only the `top_k` likeliest characters are drawn,
-    with 0 all of them. Without a prime it begins as after the end of a line. The network's modes
-    and the global generators stay as they are.
+    Args:
+        network: A trained network, in evaluation mode.
+        vocabulary: The characters it was trained on.
+        prime: The text to continue; empty: start as after the end of a line.
+        length: Characters to generate.
+        temperature: Above 0; logits are divided by it.
+        top_k: Draw from this many of the most likely characters only; 0: from all.
+        generator: A generator on the CPU; the global generators are not used.
 
-    Raises ModelsError for a prime with characters that are not in the vocabulary, and for a
-    network whose outputs are not finite.
+    Returns:
+        The generated characters, without the prime.
+
+    Raises:
+        ModelsError: The vocabulary lacks a character of the prime, or the network's outputs are not
+            finite.
     """
     check_prime(prime, vocabulary)
     begin = prime or ("\n" if "\n" in vocabulary.characters else vocabulary.characters[0])
@@ -172,48 +197,46 @@ def sample(
     tokens = vocabulary.encode(begin).long()
     drawn: list[str] = []
     state = None
-    with _evaluation_mode(network):
-        while len(drawn) < length:
-            logits, state = network.advance(tokens[None].to(device), state)
-            tokens = draw(logits[0, -1], temperature=temperature, top_k=top_k, generator=generator)
-            drawn.append(vocabulary.characters[int(tokens)])
+    while len(drawn) < length:
+        logits, state = network.advance(tokens[None].to(device), state)
+        tokens = draw(logits[0, -1], temperature=temperature, top_k=top_k, generator=generator)
+        drawn.append(vocabulary.characters[int(tokens)])
     return "".join(drawn)
 
 
 def draw(logits: Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """A character's number, int64 (1,) on the CPU, by `logits` (symbols,); never the unknown one.
+    """Draw a character, never the unknown one.
 
-    Raises ModelsError for logits that are not finite.
+    Args:
+        logits: Of each symbol, (symbols,); the last one is the unknown character.
+        temperature: Above 0; logits are divided by it.
+        top_k: Draw from this many of the most likely characters only; 0: from all.
+        generator: A generator on the CPU.
+
+    Returns:
+        The character's number, int64 (1,) on the CPU.
+
+    Raises:
+        ModelsError: The logits are not finite.
     """
     known = logits[:-1].double().cpu()
     if not known.isfinite().all():
-        raise ModelsError("the network's outputs are not finite; it must be trained again.")
+        raise ModelsError("the network's outputs are not finite; train it again.")
     if 0 < top_k < len(known):
         likeliest = known.topk(top_k).indices
         known = torch.full_like(known, -torch.inf).scatter(0, likeliest, known[likeliest])
-    # The maximum goes first, so that no temperature makes an infinity of it.
+    # Subtract the maximum first: a tiny temperature would otherwise overflow.
     probabilities = ((known - known.max()) / temperature).softmax(0)
     return probabilities.multinomial(1, generator=generator)
 
 
 def check_prime(prime: str, vocabulary: Vocabulary) -> None:
-    """Raise ModelsError for characters in `prime` that are not in the vocabulary."""
+    """Raise ModelsError if `vocabulary` lacks a character of `prime`."""
     if missing := vocabulary.missing(prime):
         raise ModelsError(
-            f"prime={prime!r} has {', '.join(map(repr, missing))}; "
+            f"prime={prime!r} contains {', '.join(map(repr, missing))}; "
             "allowed: the characters of the text that the network is trained on."
         )
-
-
-@contextmanager
-def _evaluation_mode(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _load(source: Source, params: Params) -> TextData:
@@ -240,7 +263,7 @@ def _loop(network: nn.Module, data: Data[Windows], params: Params) -> TruncatedL
 
 RECIPE = Recipe(
     name="char-lstm",
-    summary="predicts a text, character by character",
+    summary="predict a text character by character",
     load=_load,
     build=_build,
     parameters={
@@ -251,37 +274,39 @@ RECIPE = Recipe(
             grid=(0.002, 0.004),
         ),
         "batch_size": Parameter(
-            default=64, most=1_000_000, help="streams that the text is cut into"
+            default=64, most=1_000_000, help="parallel streams that the text is cut into"
         ),
         "length": Parameter(
-            default=100, most=1_000_000, help="characters that gradients go back, at most"
+            default=100, most=1_000_000, help="characters after which gradients are truncated"
         ),
         "hidden": Parameter(
-            default=256, help="units in a layer", most=16384, search=(128, 256), grid=(128, 256)
+            default=256, help="units per layer", most=16384, search=(128, 256), grid=(128, 256)
         ),
-        "layers": Parameter(default=1, help="LSTM layers", most=16, search=(1, 2)),
+        "layers": Parameter(default=1, help="number of LSTM layers", most=16, search=(1, 2)),
         "dropout": Parameter(
             default=0.0,
-            help="share of a layer's outputs",
+            help="share of each layer's outputs dropped in training",
             least=0,
             most=0.9,
             search=Range(low=0.0, high=0.5),
         ),
         "embedding": Parameter(
-            default=0, help="numbers that stand for a character; 0: one-hot", least=0, most=16384
+            default=0, help="size of a character's embedding; 0: one-hot", least=0, most=16384
         ),
-        "clip": Parameter(default=5.0, help="the gradients' norm, at most"),
-        "temperature": Parameter(default=0.8, help="of samples: below 1 is more of the likely"),
+        "clip": Parameter(default=5.0, help="largest norm of the gradients"),
+        "temperature": Parameter(
+            default=0.8, help="temperature of samples; below 1: more predictable"
+        ),
         "top_k": Parameter(
-            default=0, help="likeliest characters that samples draw from; 0: all", least=0
+            default=0, help="sample from this many most likely characters; 0: from all", least=0
         ),
         "sample_length": Parameter(
-            default=400, help="characters of each epoch's sample; 0: none", least=0
+            default=400, help="characters in the sample after each epoch; 0: no sample", least=0
         ),
-        "prime": Parameter(default="", help="the text that samples go on from"),
+        "prime": Parameter(default="", help="text that samples continue"),
     },
     epochs=4,
-    datasets="a text file; auto: DATA_DIR/text/anna.txt, else the help texts of Python",
+    datasets="a text file, or auto: DATA_DIR/text/anna.txt if it exists, else Python's help texts",
     metrics={
         "val_perplexity": "minimize",
         "val_loss": "minimize",

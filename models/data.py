@@ -1,4 +1,4 @@
-"""Pictures for the studies: Fashion-MNIST, MNIST, or scikit-learn's digits without a network."""
+"""Image data sets: Fashion-MNIST, MNIST, and scikit-learn's digits, which need no download."""
 
 import logging
 import os
@@ -23,12 +23,20 @@ DATASETS = ("fashion-mnist", "mnist", "digits", "auto")
 
 _LOGGER = logging.getLogger(__name__)
 _TORCHVISION = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
-_PATIENCE_S = 300.0  # for a data set asked for by name
-_AUTO_PATIENCE_S = 30.0  # where the digits will do
+_LIMIT_S = 300.0  # for a data set asked for by name
+_AUTO_LIMIT_S = 30.0  # for `auto`, which can fall back to the digits
 
 
 class Images(TensorDataset):
-    """One part of a data set, in memory; an item is the pair (image, label)."""
+    """One part of a data set, in memory; an item is the pair (image, label).
+
+    Args:
+        name: The data set's name.
+        classes: The name of each class.
+        images: float32 (N, 1, 28, 28) in [0, 1].
+        labels: int64 (N,).
+        transform: Applied to images (N, 1, 28, 28) when they are drawn; keeps their shape.
+    """
 
     def __init__(
         self,
@@ -38,10 +46,6 @@ class Images(TensorDataset):
         labels: Tensor,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Take `images` float32 (N, 1, 28, 28) in [0, 1] and `labels` int64 (N,).
-
-        `transform` makes of a batch of images, when it is drawn, one of the same shape.
-        """
         super().__init__(images, labels)
         self.name = name
         self.classes = classes
@@ -50,29 +54,29 @@ class Images(TensorDataset):
         self.transform = transform
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
-        """The pair (image, label), or of several, by anything that indexes a tensor."""
+        """Return (image, label), or a batch of both for an index that selects several."""
         images = self.images[index]
         if self.transform is not None:
-            alone = images.ndim == 3
-            images = self.transform(images[None])[0] if alone else self.transform(images)
+            is_single = images.ndim == 3
+            images = self.transform(images[None])[0] if is_single else self.transform(images)
         return images, self.labels[index]
 
     def __getitems__(self, indices: Iterable[int]) -> list[tuple[Tensor, ...]]:
-        """The pairs of a batch; a loader asks for them so."""
+        """Return the pairs of a batch, transformed together; DataLoader calls this."""
         if self.transform is None:
             return [self[index] for index in indices]
-        images, labels = self[[int(index) for index in indices]]  # a sampler may give tensors
+        images, labels = self[[int(index) for index in indices]]  # samplers may yield tensors
         return [*zip(images, labels, strict=True)]
 
     def part(self, index: Tensor) -> "Images":
-        """A copy of the images that `index`, int64 (M,), names."""
+        """Return a copy of the images at `index`, int64 (M,)."""
         images, labels = self.images[index], self.labels[index]
         return Images(self.name, self.classes, images, labels, self.transform)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Data[Images]):
-    """Pictures in three parts. Its facts: `classes`, and `mean` and `std` of the training part."""
+    """Images in three parts. Facts: `classes`, and `mean` and `std` of the training part."""
 
     validation: Images
     """A share of the published training part."""
@@ -81,36 +85,51 @@ class ImageData(Data[Images]):
 
 
 AUGMENTATION: Mapping[str, Parameter] = {
-    "mirror": Parameter(default=False, help="mirror half of the pictures in training"),
+    "mirror": Parameter(default=False, help="mirror each training image with probability 0.5"),
     "shift": Parameter(
-        default=0, least=0, most=27, help="pixels that pictures are shifted by at most in training"
+        default=0, least=0, most=27, help="shift training images by up to this many pixels"
     ),
 }
 """The hyperparameters of `load_images`."""
 
 
 def load_images(source: Source, params: Params) -> ImageData:
-    """The data of a recipe for pictures; those to train on vary as `AUGMENTATION` has it."""
+    """Load the data of an image recipe.
+
+    Args:
+        source: The data set, its folder, and the seed of the split.
+        params: May have the parameters in `AUGMENTATION`, which apply to the training part.
+
+    Raises:
+        ModelsError: As for `load`.
+    """
     data = load(source.dataset, source.data_dir, seed=source.seed)
     mirror, shift = params.get("mirror", False), params.get("shift", 0)
     if not mirror and not shift:
         return data
     part = data.train
-    varied = partial(vary, mirror=mirror, shift=shift)
-    return replace(data, train=Images(part.name, part.classes, part.images, part.labels, varied))
+    transform = partial(augment, mirror=mirror, shift=shift)
+    return replace(data, train=Images(part.name, part.classes, part.images, part.labels, transform))
 
 
-def vary(images: Tensor, *, mirror: bool, shift: int) -> Tensor:
-    """Pictures like `images` (N, channels, H, W), each drawn for itself.
+def augment(images: Tensor, *, mirror: bool, shift: int) -> Tensor:
+    """Vary each image of a batch independently.
 
-    Half of them are mirrored, where `mirror`; each is shifted by up to `shift` pixels, its border
-    filled with 0. Not torchvision's transforms: those draw once a call, so would have to be called
-    for each picture, which takes ten times as long.
+    torchvision's transforms draw once per call, so each image would need its own call; that is ten
+    times slower.
+
+    Args:
+        images: (N, channels, H, W).
+        mirror: Flip each image horizontally with probability 0.5.
+        shift: Move each image by up to this many pixels along each axis, and fill with 0.
+
+    Returns:
+        A tensor of the same shape.
     """
     count, _, height, width = images.shape
     if mirror:
-        drawn = torch.rand(count) < 0.5
-        images = torch.where(drawn[:, None, None, None], images.flip(-1), images)
+        is_flipped = torch.rand(count) < 0.5
+        images = torch.where(is_flipped[:, None, None, None], images.flip(-1), images)
     if shift:
         windows = F.pad(images, [shift] * 4).unfold(2, height, 1).unfold(3, width, 1)
         y, x = torch.randint(2 * shift + 1, (2, count))
@@ -126,23 +145,27 @@ def load(
     validation: float = 0.1,
     archives: Archives | None = None,
 ) -> ImageData:
-    """The data set `name`, with a share of its training part set aside for validation.
+    """Load a data set, with a share of its training part set aside for validation.
 
-    `fashion-mnist` and `mnist` are read from `data_dir`/FashionMNIST/raw and `data_dir`/MNIST/raw,
-    and downloaded to it from `archives` (by default torchvision's mirrors) where they are absent.
-    `auto` is Fashion-MNIST where that is there or comes within seconds, else `digits`.
+    Args:
+        name: One of `DATASETS`; `auto` is Fashion-MNIST if it is on disk or downloads within
+            seconds, else `digits`.
+        data_dir: `fashion-mnist` and `mnist` are read from its folders FashionMNIST/raw and
+            MNIST/raw, and downloaded to them if absent.
+        seed: Decides which images are set aside; no global generator is used.
+        validation: The share set aside, equal in each class.
+        archives: Where to download from; by default torchvision's mirrors.
 
-    `seed` alone decides which images are set aside, by class; no global generator is touched.
-
-    Raises ModelsError for an argument that is not allowed, for a data set that is neither there
-    nor to be had, and for damaged files, under `auto` too.
+    Raises:
+        ModelsError: An argument is not allowed, the data set cannot be downloaded, or its files are
+            damaged (under `auto` too).
     """
     if name not in DATASETS:
-        raise ModelsError(f"dataset={name!r} is not known; allowed: {', '.join(DATASETS)}.")
+        raise ModelsError(f"dataset={name!r} is unknown; allowed: {', '.join(DATASETS)}.")
     if not 0 <= seed < 2**63:
         raise ModelsError(f"seed={seed} is out of range; allowed: 0 to 2**63 - 1.")
     if not 0 < validation < 1:
-        raise ModelsError(f"validation={validation} is no share; allowed: above 0 and below 1.")
+        raise ModelsError(f"validation={validation} is not allowed; it must be between 0 and 1.")
     root = Path(data_dir)
     if os.path.exists(root) and not os.path.isdir(root):
         raise ModelsError(f"data_dir='{root}' is not a folder; allowed: a folder, or a new path.")
@@ -156,7 +179,7 @@ def load(
     if not len(rest) or not len(aside):
         raise ModelsError(
             f"validation={validation} of {len(published)} training images leaves one part empty; "
-            f"allowed: a share that leaves an image to each."
+            f"allowed: a share that leaves at least one image in each."
         )
     train = published.part(rest)
     return ImageData(
@@ -175,7 +198,7 @@ def load(
 
 def _choose(root: Path, archives: Archives | None) -> str:
     try:
-        where = _provide("fashion-mnist", root, archives, limit_s=_AUTO_PATIENCE_S)
+        folder = _provide("fashion-mnist", root, archives, limit_s=_AUTO_LIMIT_S)
     except DownloadError as error:
         _LOGGER.warning(
             "dataset='auto' is digits, because Fashion-MNIST is not in %s and cannot be "
@@ -184,14 +207,14 @@ def _choose(root: Path, archives: Archives | None) -> str:
             error,
         )
         return "digits"
-    _LOGGER.warning("dataset='auto' is fashion-mnist, because it is in %s.", where)
+    _LOGGER.warning("dataset='auto' is fashion-mnist, because it is in %s.", folder)
     return "fashion-mnist"
 
 
 def _published(name: str, root: Path, archives: Archives | None) -> tuple[Images, Images, str]:
-    """Training part, test part and source of a data set that lies in files."""
+    """Training part, test part and source of a data set that is read from files."""
     try:
-        folder = _provide(name, root, archives, limit_s=_PATIENCE_S)
+        folder = _provide(name, root, archives, limit_s=_LIMIT_S)
     except DownloadError as error:
         raise ModelsError(
             f"dataset={name!r} is not in data_dir='{root}' and cannot be downloaded ({error}); "
@@ -206,7 +229,7 @@ def _published(name: str, root: Path, archives: Archives | None) -> tuple[Images
 
 
 def _provide(name: str, root: Path, archives: Archives | None, *, limit_s: float) -> Path:
-    """The folder of the files of `name`, downloaded where none is there."""
+    """The folder of the files of `name`, which are downloaded if all are absent."""
     folder = _folder(name, root)
     missing = [file for file in idx.FILES if not os.path.isfile(folder / file)]
     if missing == list(idx.FILES):
@@ -217,9 +240,9 @@ def _provide(name: str, root: Path, archives: Archives | None, *, limit_s: float
             limit_s=limit_s,
         )
     elif missing:
-        # Not to be filled from a mirror: what is there may be a part of the published set.
+        # Not downloaded: the files that exist need not be those of the published set.
         raise ModelsError(
-            f"{folder} lacks {', '.join(missing)}; put it there, or remove the other files."
+            f"{folder} lacks {', '.join(missing)}; add it, or remove the other files."
         )
     return folder
 
@@ -229,8 +252,8 @@ def _folder(name: str, root: Path) -> Path:
 
 
 def _digits() -> tuple[Images, Images, str]:
-    """Training part (80 %), test part and source of scikit-learn's digits, at 28x28."""
-    # Not at the top: a saved network that imports `models` must load without scikit-learn.
+    """Training part (80 %), test part and source of scikit-learn's digits, resized to 28x28."""
+    # Imported late: a saved network that imports `models` must load without scikit-learn.
     from sklearn.datasets import load_digits
 
     bundled = load_digits()
@@ -243,12 +266,21 @@ def _digits() -> tuple[Images, Images, str]:
 
 
 def split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices, ascending, of the rest and of `share` of `labels`, which each class gives alike."""
+    """Split a data set so that each class contributes the same share.
+
+    Args:
+        labels: Class numbers, int64 (N,).
+        share: The share of the second part.
+        seed: Decides which samples are in it.
+
+    Returns:
+        The indices of the first and of the second part, both ascending.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     count = round(share * len(labels))
-    # Evenly spaced picks from a list that is sorted by class: exactly `count`, in proportion.
+    # Evenly spaced picks from a list sorted by class: exactly `count`, in proportion.
     picks = (2 * torch.arange(count) + 1) * len(labels) // max(1, 2 * count)
     aside = torch.zeros(len(labels), dtype=torch.bool)
     aside[by_class[picks]] = True

@@ -1,6 +1,6 @@
-"""Fetch a data set's packed files, all of them or none, or one file; within a bounded time.
+"""Download a data set's archives, all or none, or a single file, within a bounded time.
 
-torchvision's own download has no time limit and leaves what it has when it fails.
+torchvision's own download has no time limit, and leaves partial files behind when it fails.
 """
 
 import hashlib
@@ -22,29 +22,35 @@ from torchvision.datasets.utils import (
 )
 
 PROBE_S = 2.0
-"""Seconds that a mirror has to give its first answer."""
-SILENCE_S = 10.0
-"""Seconds without a byte after which a transfer is given up."""
+"""Seconds within which a mirror must first answer."""
+STALL_S = 10.0
+"""Seconds without a byte after which a transfer is abandoned."""
 
 
 class DownloadError(Exception):
-    """The files could not be fetched; the message says why, for use within a sentence."""
+    """The files could not be downloaded; the message is the reason, to embed in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archives:
-    """Where the packed files of a data set come from."""
+    """Where the archives of a data set are published."""
 
     mirrors: tuple[str, ...]
-    """Addresses that a file's name is appended to, in the order in which they are tried."""
+    """URLs that a file's name is appended to, tried in this order."""
     files: tuple[tuple[str, str], ...]
     """Name, which ends in `.gz`, and MD5 of each file."""
 
 
 def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
-    """Put the unpacked files of `archives` into `folder` within about `limit_s` seconds.
+    """Download and unpack the files of a data set.
 
-    Raises DownloadError, after which the disk is as it was, folders that were absent included.
+    Args:
+        archives: The files and their mirrors.
+        folder: Where the unpacked files go; other files in it are kept.
+        limit_s: Seconds that this may take, roughly.
+
+    Raises:
+        DownloadError: A file could not be downloaded or written. The disk is as it was before.
     """
     deadline = time.monotonic() + limit_s
     mirrors = _check_answers(archives)
@@ -61,13 +67,20 @@ def download(archives: Archives, folder: Path, *, limit_s: float) -> None:
     finally:
         for path in absent:
             with suppress(OSError):
-                path.rmdir()  # takes empty folders only, so nothing after a success
+                path.rmdir()  # removes empty folders only, so nothing after a success
 
 
 def download_file(url: str, path: Path, *, sha256: str, limit_s: float) -> None:
-    """Put the file at `url`, whose SHA-256 begins with `sha256`, at `path` within `limit_s`.
+    """Download one file.
 
-    Raises DownloadError, after which there is nothing at `path`.
+    Args:
+        url: Its address.
+        path: Where it goes; missing folders are created.
+        sha256: The first hexadecimal digits of its SHA-256.
+        limit_s: Seconds that this may take, roughly.
+
+    Raises:
+        DownloadError: The file could not be downloaded or written; `path` does not exist.
     """
     deadline = time.monotonic() + limit_s
     mirror, _, name = url.rpartition("/")
@@ -86,10 +99,7 @@ def download_file(url: str, path: Path, *, sha256: str, limit_s: float) -> None:
 
 
 def _check_answers(archives: Archives) -> list[str]:
-    """The mirrors that have the first file and say so within PROBE_S.
-
-    Raises DownloadError where none does.
-    """
+    """The mirrors that answer for the first file within PROBE_S; DownloadError if none does."""
     failures = {url: f"{url} did not answer within {PROBE_S:g} s" for url in archives.mirrors}
     answers: list[str] = []
 
@@ -100,7 +110,7 @@ def _check_answers(archives: Archives) -> list[str]:
         except DownloadError as error:
             failures[mirror] = str(error)
 
-    # Daemon threads, since no timeout of a socket bounds the search for the host's address.
+    # Daemon threads, because a socket's timeout does not cover the name lookup.
     threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in archives.mirrors]
     deadline = time.monotonic() + PROBE_S
     for thread in threads:
@@ -114,7 +124,7 @@ def _check_answers(archives: Archives) -> list[str]:
 
 
 def _fetch_all(archives: Archives, mirrors: list[str], into: Path, deadline: float) -> None:
-    """Fetch and unpack every file from the first mirror that has them all."""
+    """Download and unpack every file from the first mirror that has them all."""
     failures = []
     for mirror in mirrors:
         try:
@@ -134,8 +144,8 @@ def _fetch(url: str, path: Path, deadline: float) -> None:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         raise DownloadError(f"{url} did not arrive in time")
-    with _open(url, timeout=min(left_s, SILENCE_S)) as response, path.open("wb") as file:
-        # read1 waits for the socket once; read would wait for a trickle beyond any deadline.
+    with _open(url, timeout=min(left_s, STALL_S)) as response, path.open("wb") as file:
+        # read1 waits for the socket once; read would wait for a slow trickle past the deadline.
         while chunk := response.read1(1 << 16):
             file.write(chunk)
             if time.monotonic() > deadline:
@@ -156,7 +166,7 @@ def _open(url: str, *, method: str = "GET", timeout: float) -> Iterator[HTTPResp
 
 def _move(fetched: Path, folder: Path) -> None:
     try:
-        fetched.replace(folder)  # one step: no other process sees a part of the files
-    except OSError:  # the folder holds something already, as when another process was first
+        fetched.replace(folder)  # atomic: other processes never see part of the files
+    except OSError:  # the folder is not empty; another process may have been faster
         for path in sorted(fetched.iterdir()):
             os.replace(path, folder / path.name)

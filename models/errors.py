@@ -1,10 +1,15 @@
-"""What can go wrong in `models`.
+"""Errors of `models`.
 
-ModelsError              a name, number or folder is not usable (also a ValueError)
+ModelsError              an unusable name, number or folder (also a ValueError)
 
 Every message is one sentence that names the argument, its value and what is allowed.
 """
 
 
 class ModelsError(ValueError):
-    """An argument, or the data that it points to, is not usable."""
+    """An argument, or the data it points to, is not usable."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if the message is empty."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The network of deeplizard's Fashion-MNIST tutorial."""
+"""The convolutional network of deeplizard's Fashion-MNIST tutorial."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,22 +9,22 @@ from models.recipe import CLASSIFIER_PARAMETERS, DROPOUT, Parameter, Recipe
 
 
 class FashionCNN(nn.Module):
-    """Two convolutions and three linear layers: 28x28 grey pictures to ten classes.
+    """Two convolutions and three linear layers, from 28x28 grey images to ten classes.
 
-    Source: deeplizard, "Neural Network Programming - Deep Learning with PyTorch". As there by
-    default; dropout is behind each hidden linear layer, batch normalisation between a convolution
-    and its activation (Ioffe and Szegedy, 2015).
+    Source: deeplizard, "Neural Network Programming - Deep Learning with PyTorch", which the
+    defaults reproduce.
+
+    Args:
+        dropout: Share of hidden units dropped after each hidden linear layer in training.
+        width: Multiplies the tutorial's 6 and 12 channels.
+        batch_norm: Normalise between each convolution and its activation (Ioffe and Szegedy, 2015).
     """
 
     def __init__(self, dropout: float = 0.0, width: int = 1, batch_norm: bool = False) -> None:
-        """Take the share of hidden units that are left out in a step of training.
-
-        The convolutions have `width` times the tutorial's 6 and 12 channels.
-        """
         super().__init__()
         self.dropout = dropout
         first, second = 6 * width, 12 * width
-        bias = not batch_norm  # which would take it away again
+        bias = not batch_norm  # normalisation would subtract it again
         self.conv1 = nn.Conv2d(in_channels=1, out_channels=first, kernel_size=5, bias=bias)
         self.norm1 = nn.BatchNorm2d(first) if batch_norm else None
         self.conv2 = nn.Conv2d(in_channels=first, out_channels=second, kernel_size=5, bias=bias)
@@ -35,7 +35,7 @@ class FashionCNN(nn.Module):
         self.out = nn.Linear(in_features=60, out_features=10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
+        """Return logits (N, 10) for `images` (N, 1, 28, 28), both floating point."""
         t = images
         for convolution, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             t = convolution(t)
@@ -51,7 +51,7 @@ class FashionCNN(nn.Module):
 
 RECIPE = Recipe(
     name="fashion-cnn",
-    summary="the tutorial's network: two convolutions, three linear layers",
+    summary="the tutorial's network, two convolutions and three linear layers",
     load=load_images,
     build=lambda params, facts: prepared(
         FashionCNN(params["dropout"], params["width"], params["batch_norm"]), params, facts
@@ -59,10 +59,8 @@ RECIPE = Recipe(
     parameters={
         **CLASSIFIER_PARAMETERS,
         "dropout": DROPOUT,
-        "width": Parameter(
-            default=1, most=64, help="how many times the tutorial's 6 and 12 channels there are"
-        ),
-        "batch_norm": Parameter(default=False, help="normalise each batch behind a convolution"),
+        "width": Parameter(default=1, most=64, help="multiplies the tutorial's 6 and 12 channels"),
+        "batch_norm": Parameter(default=False, help="batch normalisation after each convolution"),
         **PREPARATION,
         **AUGMENTATION,
     },

@@ -1,4 +1,4 @@
-"""The course's multi-layer perceptron."""
+"""A multi-layer perceptron for 28x28 images."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,14 +9,16 @@ from models.recipe import CLASSIFIER_PARAMETERS, DROPOUT, Recipe
 
 
 class FashionMLP(nn.Module):
-    """Four linear layers, 784-256-128-64-10: 28x28 grey pictures to ten classes.
+    """Four linear layers, 784-256-128-64-10, from 28x28 grey images to ten classes.
 
-    Source: Udacity, "Intro to Deep Learning with PyTorch", part 4, "Fashion-MNIST"; dropout behind
+    Source: Udacity, "Intro to Deep Learning with PyTorch", part 4, "Fashion-MNIST"; dropout after
     each hidden layer, part 5, "Inference and Validation".
+
+    Args:
+        dropout: Share of hidden units dropped in each training step.
     """
 
     def __init__(self, dropout: float = 0.0) -> None:
-        """Take the share of hidden units that are left out in a step of training."""
         super().__init__()
         self.dropout = dropout
         self.fc1 = nn.Linear(784, 256)
@@ -25,7 +27,7 @@ class FashionMLP(nn.Module):
         self.out = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 10) of `images` (N, 1, 28, 28), both floating point."""
+        """Return logits (N, 10) for `images` (N, 1, 28, 28), both floating point."""
         t = images.flatten(start_dim=1)
         for layer in (self.fc1, self.fc2, self.fc3):
             t = F.dropout(F.relu(layer(t)), self.dropout, layer.training)
@@ -35,7 +37,7 @@ class FashionMLP(nn.Module):
 
 RECIPE = Recipe(
     name="fashion-mlp",
-    summary="the course's multi-layer perceptron, 784-256-128-64-10",
+    summary="multi-layer perceptron, 784-256-128-64-10",
     load=load_images,
     build=lambda params, facts: prepared(FashionMLP(params["dropout"]), params, facts),
     parameters={**CLASSIFIER_PARAMETERS, "dropout": DROPOUT, **PREPARATION, **AUGMENTATION},

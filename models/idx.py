@@ -1,4 +1,4 @@
-"""Read the idx files of MNIST and its likes, file by file so that an error can name the file."""
+"""Read the idx files of MNIST-like data sets, one by one so that an error can name the file."""
 
 from pathlib import Path
 from typing import Literal
@@ -18,28 +18,36 @@ FILES = (
     "t10k-labels-idx1-ubyte",
 )
 
-# What the readers raise, found by trying: for a wrong magic number, an unknown type of element,
-# another type than bytes, a header cut short or a wrong rank, and a body that is too short.
+# What torchvision's readers raise for a wrong magic number, an unknown element type, elements
+# other than bytes, a truncated header or wrong rank, and a truncated body.
 _DAMAGED = (AssertionError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def read_part(folder: Path, part: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 (N, 28, 28) and labels int64 (N,) of one part.
+    """Read the images and labels of one part.
 
-    Raises ModelsError, naming the file, where one is absent, damaged or not of ten classes.
+    Args:
+        folder: Holds the unpacked `FILES`.
+        part: "train" for the training part, "t10k" for the test part.
+
+    Returns:
+        Pixels, uint8 (N, 28, 28), and labels, int64 (N,).
+
+    Raises:
+        ModelsError: A file is absent, damaged, or has other than ten classes; it is named.
     """
     image_file, label_file = (name for name in FILES if name.startswith(part))
     pixels = _read(folder / image_file)
     labels = _read(folder / label_file)
     if pixels.shape[1:] != (28, 28):
         raise ModelsError(
-            f"{folder / image_file} holds pictures of {pixels.shape[1]}x{pixels.shape[2]} pixels; "
+            f"{folder / image_file} holds images of {pixels.shape[1]}x{pixels.shape[2]} pixels; "
             f"allowed: 28x28."
         )
     if len(pixels) != len(labels):
         raise ModelsError(
-            f"{folder / label_file} holds {len(labels)} labels for the {len(pixels)} pictures of "
-            f"{image_file}; both must be of one set."
+            f"{folder / label_file} holds {len(labels)} labels for the {len(pixels)} images of "
+            f"{image_file}; both files must belong to one data set."
         )
     if int(labels.max()) > 9:
         raise ModelsError(
@@ -56,7 +64,7 @@ def _read(path: Path) -> Tensor:
         raise ModelsError(f"{path} cannot be read: {error.strerror}.") from error
     except _DAMAGED as error:
         raise ModelsError(
-            f"{path} ({path.stat().st_size} bytes) is empty, cut short or not an idx file; "
-            f"fetch it again, or remove it together with the other three."
+            f"{path} ({path.stat().st_size} bytes) is empty, truncated or not an idx file; "
+            f"download it again, or remove it together with the other three."
         ) from error
     return values

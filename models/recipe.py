@@ -1,7 +1,7 @@
-"""What a recipe is: a network, its data, its loss and metrics, and its hyperparameters.
+"""Recipes: a network with its data, loss, metrics and hyperparameters.
 
-A new one is a file with an object `RECIPE` and a line in `models/__init__.py`; one of your own is
-named as `package.module:object`.
+To add a recipe, write a module with an object `RECIPE` and list it in `models/__init__.py`.
+A recipe outside this package is named `package.module:object`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from models.errors import ModelsError
 
 Value: TypeAlias = float | int | bool | str
 Params: TypeAlias = Mapping[str, Any]
-"""A value for each of the recipe's parameters."""
+"""A value for each of a recipe's parameters."""
 Facts: TypeAlias = Mapping[str, Any]
-"""What of the data, or of a backbone, makes the network's shape; JSON."""
+"""What the network's shape depends on besides its parameters, JSON-serialisable: classes, say."""
 Part = TypeVar("Part", bound=Dataset[Any], covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Whole numbers, or floats, from `low` to `high`; with `log`, even by ratio."""
+    """Integers or floats from `low` to `high`, both included; uniform in the logarithm if `log`."""
 
     low: float
     high: float
@@ -39,27 +39,34 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A hyperparameter; its type is that of its default."""
+    """A hyperparameter, of its default's type.
+
+    Raises:
+        ModelsError: The default is not an allowed value.
+    """
 
     default: Value
     help: str
     least: float | None = None
-    """The least number allowed; None: from 1 for whole numbers, above 0 for others."""
+    """The smallest number allowed; by default 1 for integers, and anything above 0 for floats."""
     most: float = math.inf
     allowed: tuple[str, ...] = ()
-    """The texts allowed; none: any."""
+    """The strings allowed; empty: any."""
     search: Range | tuple[Value, ...] | None = None
-    """What a study draws from; None: the default."""
+    """What a study samples by default; None: it keeps the default."""
     grid: tuple[Value, ...] | None = None
-    """The values of a study's grid; None: the default."""
+    """The values of a study's default grid; None: it keeps the default."""
 
     def __post_init__(self) -> None:
-        """Raise ModelsError for a default that could not be given."""
         if self._value(str(self.default)) is None:
             raise ModelsError(f"default={self.default!r} is not allowed; it must be {self.domain}.")
 
     def parse(self, text: str) -> Value:
-        """The value that `text` spells. Raises ValueError: one sentence that says what may be."""
+        """Return the value that `text` spells.
+
+        Raises:
+            ValueError: It is not an allowed value; the message says what is, in one sentence.
+        """
         value = self._value(text)
         if value is None:
             raise ValueError(f"{text!r} is not allowed; it must be {self.domain}")
@@ -67,11 +74,11 @@ class Parameter:
 
     @property
     def domain(self) -> str:
-        """What a value must be, in words."""
+        """The allowed values, in words."""
         if isinstance(self.default, bool):
             return "true or false"
         if isinstance(self.default, str):
-            return f"one of {', '.join(self.allowed)}" if self.allowed else "a text"
+            return f"one of {', '.join(self.allowed)}" if self.allowed else "a string"
         most = f" to {self.most:g}" if math.isfinite(self.most) else ""
         if isinstance(self.default, int):
             return f"a whole number from {self._least:g}{most}"
@@ -95,12 +102,12 @@ class Parameter:
         except ValueError:
             return None
         too_low = number < self._least or (number == 0 and self.least is None)
-        # Written so that NaN, which compares as false, is refused.
+        # `not too_low` alone would let NaN pass: it compares as false with everything.
         return number if not too_low and number <= self.most and math.isfinite(number) else None
 
 
 class Source(NamedTuple):
-    """Where a recipe's data comes from, as it was asked for."""
+    """The data a recipe is asked to load."""
 
     dataset: str
     data_dir: str
@@ -109,28 +116,28 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Generic[Part]):
-    """A data set in its parts, which share no sample."""
+    """A data set in parts that share no sample."""
 
     name: str
     train: Part
     validation: Part | None = None
-    """A share of the training part, never of the test part."""
+    """A share of the training data, never of the test part."""
     test: Part | None = None
     source: str
-    """Where it came from: a file, a folder, or the library that bundles it."""
+    """Where the data came from: a file, a folder, or the library that bundles it."""
     facts: Facts = field(default_factory=dict)
 
 
 class Step(NamedTuple):
-    """One step of training."""
+    """One training step."""
 
     loss: Tensor
-    """The mean over the step's samples, on the device."""
+    """Mean over the step's samples, a scalar on the network's device."""
     samples: int
 
 
 class Picture(NamedTuple):
-    """A picture to log: `image` (channels, H, W), floats in [0, 1]."""
+    """An image to log: `image` is (channels, H, W), floats in [0, 1]."""
 
     name: str
     image: Tensor
@@ -144,29 +151,32 @@ class Text(NamedTuple):
 
 
 class Loop(Protocol):
-    """A training that is not batches of (inputs, targets) through a network."""
+    """A training loop for what is not batches of (inputs, targets) through a network.
+
+    `validate`, `test` and `show` are called with the network in evaluation mode.
+    """
 
     optimizer: Optimizer
     loader: DataLoader[Any]
 
     def train(self, epoch: int) -> Iterator[Step]:
-        """Train for one epoch, numbered from 1, a step at a time."""
+        """Train for one epoch, numbered from 1, and yield after each step."""
 
     def validate(self) -> Mapping[str, float]:
-        """The metrics after an epoch, by their names in `Recipe.metrics`."""
+        """Return the metrics after an epoch, by their names in `Recipe.metrics`."""
 
     def test(self) -> Mapping[str, float]:
-        """The metrics on the test part, `test_loss` for one; none where there is no such part."""
+        """Return metrics of the test part, such as `test_loss`; empty without a test part."""
 
     def show(self, epoch: int) -> Iterable[Picture | Text]:
-        """What there is to see after an epoch."""
+        """Return images and texts to log after an epoch."""
 
 
-def _as_they_are(outputs: Tensor) -> Tensor:
+def _identity(outputs: Tensor) -> Tensor:
     return outputs
 
 
-def _none(params: Params) -> Collection[str]:
+def _nothing_unused(params: Params) -> Collection[str]:
     return ()
 
 
@@ -185,97 +195,113 @@ _CLASSIFIER: Mapping[str, Literal["maximize", "minimize"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A network that can be trained, searched and deployed by its name."""
+    """A network that can be trained, searched and exported by name.
+
+    Raises:
+        ModelsError: `parameters` lacks one that training needs.
+    """
 
     name: str
     summary: str
     """One line."""
     load: Callable[[Source, Params], Data[Any]]
-    """The data. Raises ModelsError where there is none, or it is not fit."""
+    """Load the data. Raises ModelsError if it is absent or unsuitable."""
     build: Callable[[Params, Facts], nn.Module]
-    """A fresh network; the weights are drawn from torch's global generator."""
+    """Build a network, its weights drawn from torch's global generator."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     epochs: int = 3
     dataset: str = "auto"
     datasets: str
-    """What `--dataset` may be, in words."""
+    """The values that `--dataset` takes, in words."""
     metrics: Mapping[str, Literal["maximize", "minimize"]] = field(
         default_factory=lambda: _CLASSIFIER
     )
-    """Which way is better; a study's objective is the first."""
+    """The metrics and their directions; the first one is a study's default objective."""
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    """Mean loss of outputs and targets."""
-    scores: Callable[[Tensor], Tensor] | None = _as_they_are
-    """Scores (N, classes) of a classifier's outputs; None for what is no classifier."""
+    """Mean loss of (outputs, targets)."""
+    scores: Callable[[Tensor], Tensor] | None = _identity
+    """Turn a classifier's outputs into scores (N, classes); None: not a classifier."""
     optimizer: Callable[[nn.Module, Params], Optimizer] = _adam
-    """The optimizer of a training without a loop of its own."""
+    """Make the optimizer, unless `loop` does."""
     loop: Callable[[nn.Module, Data[Any], Params], Loop] | None = None
-    """How it is trained, where that is not batches of (inputs, targets)."""
+    """Make the training loop; None: batches of (inputs, targets)."""
     weights: Callable[[nn.Module, Params, Mapping[str, Tensor] | None], None] | None = None
-    """Give a fresh network the weights that the parameter `weights` names: those of one of our own
-    models as they are given, else by itself."""
+    """Load the weights that the parameter `weights` names into a new network. The last argument is
+    the state dict of a tracked model, None if `weights` names something else."""
     is_model: bool = True
-    """Whether what is trained is a model to log, not a picture."""
+    """Whether training yields a model to log; False for a network whose result is an image."""
     predictor: Path | None = None
-    """The file that makes predictions of raw texts, as `tracker.Predictor.file` has it: a table of
-    `label`, a class's name, and its `probability`. The data's parts then have `texts`."""
-    unused: Callable[[Params], Collection[str]] = _none
-    """The parameters that have no effect beside the others, of which some may be missing."""
+    """A file for `tracker.Predictor` that predicts from raw texts: a table of `label` (the class's
+    name) and its `probability`. The data's parts must have `texts`."""
+    unused: Callable[[Params], Collection[str]] = _nothing_unused
+    """Parameters that are ignored under the given (possibly partial) values."""
     before_epoch: Callable[[nn.Module, Params, int], None] | None = None
-    """Change the network before an epoch: thaw layers, say."""
+    """Change the network before an epoch: unfreeze layers, say."""
 
     def __post_init__(self) -> None:
-        """Raise ModelsError for a recipe that could not be trained."""
         needed = {"batch_size"} if self.loop is None else set()
         if self.loop is None and self.optimizer is _adam:
             needed |= {"lr"}
         if missing := sorted(needed - set(self.parameters)):
             raise ModelsError(
-                f"recipe {self.name!r} has no parameter {missing[0]!r}, which its training needs."
+                f"recipe {self.name!r} lacks the parameter {missing[0]!r}, which training needs."
             )
 
     def defaults(self) -> dict[str, Value]:
-        """The default of each parameter."""
+        """Return each parameter's default."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
 
 CLASSIFIER_PARAMETERS: Mapping[str, Parameter] = {
     "lr": Parameter(
         default=0.01,
-        help="Adam's learning rate, of a schedule the highest",
+        help="learning rate of Adam; the peak of a schedule",
         search=Range(low=1e-4, high=1e-1, log=True),
         grid=(0.01, 0.001),
     ),
     "batch_size": Parameter(
         default=100,
         most=1_000_000,
-        help="pictures in a batch",
+        help="images per batch",
         search=(50, 100, 200, 500, 1000),
         grid=(100, 1000),
     ),
     "shuffle": Parameter(
-        default=True, help="true or false", search=(True, False), grid=(True, False)
+        default=True,
+        help="shuffle the training set each epoch",
+        search=(True, False),
+        grid=(True, False),
     ),
     "schedule": Parameter(
         default="constant",
         allowed=("constant", "one-cycle"),
-        help="of the learning rate: constant, or one-cycle, up and down again over all steps "
+        help="learning rate schedule: constant, or one-cycle over all steps "
         "(Smith and Topin, 2018)",
     ),
 }
-"""The tutorial's hyperparameters, and its grid; and how the learning rate goes."""
+"""The tutorial's hyperparameters with its grid, and a learning rate schedule."""
 
 DROPOUT = Parameter(
-    default=0.0, least=0, most=0.9, help="share of hidden units that a step of training leaves out"
+    default=0.0, least=0, most=0.9, help="share of hidden units dropped in each training step"
 )
 
 
 def scheduler(
     optimizer: Optimizer, params: Params, loader: DataLoader[Any], epochs: int
 ) -> LRScheduler | None:
-    """What changes the learning rate after each batch, as the parameter `schedule` has it.
+    """Make the learning rate scheduler that the parameter `schedule` asks for.
 
-    None where nothing does. Raises ModelsError for a training that can have no such schedule.
+    Args:
+        optimizer: The optimizer; its learning rates are the peaks of the schedule.
+        params: The recipe's parameters.
+        loader: The training set.
+        epochs: Epochs of the whole training.
+
+    Returns:
+        A scheduler to step after each batch, or None for a constant learning rate.
+
+    Raises:
+        ModelsError: The training is too short for the schedule, or of unknown length.
     """
     if params.get("schedule") != "one-cycle":
         return None
@@ -283,17 +309,17 @@ def scheduler(
         steps = epochs * len(loader)
     except TypeError as error:
         raise ModelsError(
-            "schedule='one-cycle' is not allowed of a data set without a length; allowed: constant."
+            "schedule='one-cycle' needs a data set with a length; allowed here: constant."
         ) from error
     if steps < 2:
         raise ModelsError(
-            f"schedule='one-cycle' is not allowed with {steps} step of training, which would be "
-            "of no length; allowed: constant, more epochs, or a smaller batch_size."
+            f"schedule='one-cycle' needs at least 2 training steps, not {steps}; allowed: "
+            "constant, more epochs, or a smaller batch_size."
         )
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=steps,
-        # Of one that has momentum; SGD without would get some.
+        # Only for optimizers that have a momentum: plain SGD would be given one.
         cycle_momentum="betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum")),
     )

@@ -1,4 +1,4 @@
-"""Texts of two classes: the rt-polarity layout (a file for each class), or a CSV.
+"""Texts of two classes, from files in the rt-polarity layout (one per class) or a CSV.
 
 rt-polarity v1.0: Pang and Lee, "Seeing stars", ACL 2005; 5,331 snippets of each class, Latin-1.
 """
@@ -25,8 +25,8 @@ from models.sentiment_predictor import encode, numbered, tokenise
 from models.text import read_text
 
 DATASETS = (
-    "auto (DATA_DIR/text/rt-polarity), a folder or file stem with .neg and .pos (a text a line), "
-    "or a .csv"
+    "auto (DATA_DIR/text/rt-polarity), a folder or file stem with .neg and .pos files (one text "
+    "per line), or a .csv"
 )
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 _AUTO = Path("text", "rt-polarity")
@@ -35,22 +35,28 @@ _ALLOWED = "a folder with .pos and .neg files, the stem of such files, or a .csv
 
 
 class Reviews(TensorDataset):
-    """One part of a data set; an item is the pair (words' numbers, class number)."""
+    """One part of a data set; an item is the pair (word numbers, class number).
+
+    Args:
+        name: The data set's name.
+        texts: N texts.
+        words: Their words' numbers, int64 (N, length).
+        labels: Class numbers, int64 (N,), 0 or 1.
+    """
 
     def __init__(self, name: str, texts: Sequence[str], words: Tensor, labels: Tensor) -> None:
-        """Take N texts, `words` int64 (N, length) and `labels` int64 (N,), 0 or 1."""
         super().__init__(words, labels)
         self.name = name
         self.texts = list(texts)
         self.words = words
         self.labels = labels
         self.digest_of = (self.texts, labels)
-        """What the data is, whatever the vocabulary: for the tracker."""
+        """What the tracker hashes: the data, independent of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewData(Data[Reviews]):
-    """Texts in three parts. Its facts: `classes`, `vocabulary` and `length`."""
+    """Texts in three parts. Facts: `classes`, `vocabulary` and `length`."""
 
     validation: Reviews
     test: Reviews
@@ -66,26 +72,31 @@ class _Texts(NamedTuple):
 
 
 def load_reviews(source: Source, params: Params) -> ReviewData:
-    """The texts that `source` names, split by its seed: see `DATASETS` for what it may name.
+    """Load texts and split them.
 
-    A fifth of the texts is the test part, a tenth of the rest the validation part; each class gives
-    alike, and texts with the same tokens lie in one part. The vocabulary is of the training part.
+    A fifth of the texts is the test part, and a tenth of the rest the validation part. Both contain
+    the same share of each class, and texts with the same tokens are in the same part. The
+    vocabulary comes from the training part.
 
-    `params`: `vocabulary`, how many words at most, each of which the training part has at least
-    `min_count` times; `length` in tokens; `text_column` and `label_column` of a CSV.
+    Args:
+        source: The data set (see `DATASETS`), its folder, and the seed of the split.
+        params: `vocabulary`, the largest number of words; `min_count`, how often the training part
+            must contain a word; `length` of a text in tokens; `text_column` and `label_column` of
+            a CSV.
 
-    Raises ModelsError where there is no such data, or it is not fit.
+    Raises:
+        ModelsError: The data is absent or unsuitable.
     """
-    found = _read(source, params)
-    tokens = [tokenise(text) for text in found.texts]
-    labels = torch.tensor(found.labels)
+    content = _read(source, params)
+    tokens = [tokenise(text) for text in content.texts]
+    labels = torch.tensor(content.labels)
     parts = _split(tokens, labels, source.seed)
     for index in parts:
-        if len(labels[index].unique()) < len(found.classes):
-            different = len({tuple(text) for text in tokens})
+        if len(labels[index].unique()) < len(content.classes):
+            distinct = len({tuple(text) for text in tokens})
             raise ModelsError(
-                f"dataset={source.dataset!r} has {different} different texts, too few to split; "
-                "each class must give some to the training, the validation and the test part."
+                f"dataset={source.dataset!r} has {distinct} distinct texts, too few to split; "
+                "the training, validation and test part need some of each class."
             )
     training = parts[0].tolist()
     vocabulary = _vocabulary((tokens[i] for i in training), params)
@@ -94,16 +105,16 @@ def load_reviews(source: Source, params: Params) -> ReviewData:
     def part(index: Tensor) -> Reviews:
         chosen = index.tolist()
         words = encode((tokens[i] for i in chosen), numbers, params["length"])
-        return Reviews(found.name, [found.texts[i] for i in chosen], words, labels[index])
+        return Reviews(content.name, [content.texts[i] for i in chosen], words, labels[index])
 
     return ReviewData(
-        name=found.name,
+        name=content.name,
         train=part(parts[0]),
         validation=part(parts[1]),
         test=part(parts[2]),
-        source=found.source,
+        source=content.source,
         facts={
-            "classes": list(found.classes),
+            "classes": list(content.classes),
             "vocabulary": vocabulary,
             "length": params["length"],
         },
@@ -111,15 +122,15 @@ def load_reviews(source: Source, params: Params) -> ReviewData:
 
 
 def _vocabulary(texts: Iterable[Sequence[str]], params: Params) -> list[str]:
-    """The words that occur most often, the most frequent first; ties by the alphabet."""
+    """The most frequent words, most frequent first, ties in alphabetical order."""
     counts = Counter(token for tokens in texts for token in tokens)
-    often = [word for word, count in counts.items() if count >= params["min_count"]]
-    if not often:
+    frequent = [word for word, count in counts.items() if count >= params["min_count"]]
+    if not frequent:
         raise ModelsError(
             f"min_count={params['min_count']} leaves no word of the training part; allowed: up to "
             f"{max(counts.values(), default=0)}."
         )
-    return sorted(often, key=lambda word: (-counts[word], word))[: params["vocabulary"]]
+    return sorted(frequent, key=lambda word: (-counts[word], word))[: params["vocabulary"]]
 
 
 def _split(tokens: Sequence[Sequence[str]], labels: Tensor, seed: int) -> tuple[Tensor, ...]:
@@ -129,9 +140,9 @@ def _split(tokens: Sequence[Sequence[str]], labels: Tensor, seed: int) -> tuple[
     first = torch.full((len(numbers),), len(groups)).scatter_reduce(
         0, groups, torch.arange(len(groups)), "amin"
     )
-    of_group = labels[first]
-    rest, test = split(of_group, TEST_SHARE, seed=0)
-    train, validation = (rest[part] for part in split(of_group[rest], VALIDATION_SHARE, seed))
+    group_labels = labels[first]
+    rest, test = split(group_labels, TEST_SHARE, seed=0)
+    train, validation = (rest[part] for part in split(group_labels[rest], VALIDATION_SHARE, seed))
     return tuple(torch.isin(groups, part).nonzero().flatten() for part in (train, validation, test))
 
 
@@ -149,29 +160,29 @@ def _read(source: Source, params: Params) -> _Texts:
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The files of either class that `path`, a folder or a stem, stands for."""
+    """The negative and the positive files of a folder or stem."""
     if os.path.isdir(path):  # pathlib raises for names that are too long
         return sorted(path.glob("*.neg")), sorted(path.glob("*.pos"))
     return [path.with_name(f"{path.name}.neg")], [path.with_name(f"{path.name}.pos")]
 
 
 def _read_files(path: Path) -> _Texts:
-    every = _files(path)
+    by_class = _files(path)
     if not os.path.isdir(path) and not any(
-        os.path.exists(file) for files in every for file in files
+        os.path.exists(file) for files in by_class for file in files
     ):
-        why = "is none of these" if os.path.exists(path) else "is not there"
+        why = "is another kind of file" if os.path.exists(path) else "does not exist"
         raise ModelsError(f"dataset='{path}' {why}; allowed: {_ALLOWED}.")
     texts, labels = [], []
-    for number, (files, suffix) in enumerate(zip(every, (".neg", ".pos"), strict=True)):
+    for number, (files, suffix) in enumerate(zip(by_class, (".neg", ".pos"), strict=True)):
         if not files:
             raise ModelsError(f"dataset='{path}' has no {suffix} file; allowed: {_ALLOWED}.")
         for file in files:
-            # Not splitlines: it takes more for a line's end than that, such as Latin-1's \x85.
+            # Not splitlines, which also splits at other characters, such as Latin-1's \x85.
             lines = read_text(file, _ALLOWED)[0].split("\n")
-            found = [line.strip() for line in lines if line.strip()]
-            texts += found
-            labels += [number] * len(found)
+            stripped = [line.strip() for line in lines if line.strip()]
+            texts += stripped
+            labels += [number] * len(stripped)
         if number not in labels:
             raise ModelsError(f"dataset='{path}' has no text in its {suffix} file.")
     return _Texts(path.name, str(path), _CLASSES, texts, labels)
@@ -186,7 +197,7 @@ def _read_csv(path: Path, params: Params) -> _Texts:
         header = [name.strip() for name in next(rows, [])]
         for parameter, name in (("text_column", text_column), ("label_column", label_column)):
             if header.count(name) != 1:
-                which = "two columns" if name in header else "no column"
+                which = "two columns" if name in header else "not a column"
                 raise ModelsError(
                     f"{parameter}={name!r} is {which} of {path}; allowed: {', '.join(header)}."
                 )
@@ -196,21 +207,22 @@ def _read_csv(path: Path, params: Params) -> _Texts:
                 continue
             if len(row) != len(header) or not row[label_at].strip():
                 raise ModelsError(
-                    f"dataset='{path}' has no label, or another number of columns than its "
-                    f"header, in the row that ends in line {rows.line_num}; allowed: a value for "
-                    f"each of {', '.join(header)}."
+                    f"dataset='{path}' has no label, or other columns than its header, in the row "
+                    f"that ends in line {rows.line_num}; allowed: a value for each of "
+                    f"{', '.join(header)}."
                 )
             texts.append(row[text_at].strip())
             names.append(row[label_at].strip())
     except csv.Error as error:
         raise ModelsError(
-            f"dataset='{path}' is no CSV at line {rows.line_num} ({error}); allowed: {_ALLOWED}."
+            f"dataset='{path}' is not a valid CSV at line {rows.line_num} ({error}); "
+            f"allowed: {_ALLOWED}."
         ) from error
     classes = sorted(set(names))
     if len(classes) != 2:
         shown = ", ".join(name[:20] for name in classes[:5]) + (", ..." if len(classes) > 5 else "")
         raise ModelsError(
-            f"label_column={label_column!r} of {path} has {len(classes)} different labels"
+            f"label_column={label_column!r} of {path} has {len(classes)} distinct labels"
             f"{f' ({shown})' if classes else ''}; allowed: two."
         )
     return _Texts(path.stem, str(path), (*classes,), texts, [classes.index(name) for name in names])

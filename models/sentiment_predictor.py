@@ -1,7 +1,7 @@
-"""Classifies raw texts with a network on numbers of words.
+"""Classify raw texts with a network on word numbers.
 
-It travels with the logged model as its `pyfunc`, and so stands alone: it imports torch, pandas and
-the standard library, nothing of this project. Training reads texts with the same functions.
+This file is logged with the model as its `pyfunc`, so it must stand alone: it imports torch, pandas
+and the standard library, nothing of this project. Training encodes texts with the same functions.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
-"""The number of no word, of a word that is not in the vocabulary, and of its first word."""
+"""The numbers of padding, of a word outside the vocabulary, and of the vocabulary's first word."""
 _TOKEN = re.compile(r"\w+(?:'\w+)*|[!?]")
 _BATCH = 256
 
 
 def tokenise(text: str) -> list[str]:
-    """The tokens of `text` in lower case: words, with the apostrophes within them, `!` and `?`."""
+    """Return the lower-case tokens of `text`: words (it's is one word), `!` and `?`."""
     return _TOKEN.findall(text.lower())
 
 
 def encode(texts: Iterable[Sequence[str]], numbers: Mapping[str, int], length: int) -> Tensor:
-    """The texts' tokens as int64 (N, length): cut, or filled up at the end with `PADDING`.
+    """Return the texts as word numbers, int64 (N, length).
 
-    A text without a token becomes one unknown word.
+    Args:
+        texts: The tokens of each text; a text without tokens becomes one unknown word.
+        numbers: The number of each word in the vocabulary.
+        length: Texts are cut to this length, or padded at the end with `PADDING`.
     """
     rows = [
         [numbers.get(token, UNKNOWN) for token in tokens[:length]] or [UNKNOWN] for tokens in texts
@@ -38,15 +41,19 @@ def encode(texts: Iterable[Sequence[str]], numbers: Mapping[str, int], length: i
 
 
 def numbered(vocabulary: Sequence[str]) -> dict[str, int]:
-    """Each word's number."""
+    """Return the number of each word."""
     return {word: number for number, word in enumerate(vocabulary, FIRST)}
 
 
 class SentimentPredictor:
-    """Which of two classes a text is of."""
+    """Predicts which of two classes a text belongs to.
+
+    Args:
+        network: Takes word numbers, int64 (N, length), and returns logits (N,) of the second class.
+        facts: `classes`, `vocabulary` and `length` of the data it was trained on.
+    """
 
     def __init__(self, network: Callable[[Tensor], Tensor], facts: Mapping[str, Any]) -> None:
-        """Take a network, int64 (N, length) to logits (N,) of the second class, and its facts."""
         self._network = network
         self._numbers = numbered(facts["vocabulary"])
         self._length: int = facts["length"]
@@ -54,21 +61,29 @@ class SentimentPredictor:
 
     @torch.no_grad()
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """The columns `label`, a class's name, and `probability`, of that label.
+        """Classify texts.
 
-        `model_input` is texts, or a table with one column, or one called `text`; a text that is
-        missing is taken for an empty one. Raises ValueError for anything else.
+        Args:
+            model_input: Texts, or a table whose only column, or column `text`, holds them. A
+                missing text counts as an empty one.
+            params: Ignored; MLflow passes it.
+
+        Returns:
+            The columns `label`, the name of a class, and `probability` of that class.
+
+        Raises:
+            ValueError: The texts' column is ambiguous, or a cell is not a text.
         """
         texts = _texts(model_input)
         labels: list[str] = []
-        sure: list[float] = []
+        probabilities: list[float] = []
         for start in range(0, len(texts), _BATCH):
             tokens = map(tokenise, texts[start : start + _BATCH])
             second = self._network(encode(tokens, self._numbers, self._length)).double().sigmoid()
             for probability in second.tolist():
                 labels.append(self._classes[probability > 0.5])
-                sure.append(max(probability, 1 - probability))
-        return pd.DataFrame({"label": labels, "probability": pd.Series(sure, dtype=float)})
+                probabilities.append(max(probability, 1 - probability))
+        return pd.DataFrame({"label": labels, "probability": pd.Series(probabilities, dtype=float)})
 
 
 def _texts(model_input: Any) -> list[str]:
@@ -76,17 +91,22 @@ def _texts(model_input: Any) -> list[str]:
     if isinstance(model_input, pd.DataFrame):
         names = list(model_input.columns)
         if len(names) != 1 and names.count("text") != 1:
-            raise ValueError(f"the columns are {names}; it must be one, or one of them `text`.")
+            raise ValueError(f"the columns are {names}; allowed: one column, or one named `text`.")
         column = model_input[names[0] if len(names) == 1 else "text"]
     texts = []
     for cell in column:
         missing = cell is None or cell is pd.NA or (isinstance(cell, float) and cell != cell)
         if not (missing or isinstance(cell, str)):
-            raise ValueError(f"{cell!r} is a {type(cell).__name__}; it must be a text.")
+            raise ValueError(f"{cell!r} is of type {type(cell).__name__}; it must be a str.")
         texts.append("" if missing else cell)
     return texts
 
 
 def load(network: Callable[[Tensor], Tensor], files: Mapping[str, str]) -> SentimentPredictor:
-    """The predictor of a logged model, from its network and the texts that travel with it."""
+    """Return the predictor of a logged model.
+
+    Args:
+        network: The model's network.
+        files: The contents of the text files logged with it, by name; `recipe.json` is read.
+    """
     return SentimentPredictor(network, json.loads(files["recipe.json"])["facts"])

@@ -1,4 +1,4 @@
-"""Transfer learning: features that were learnt on other pictures, and a new head."""
+"""Transfer learning: a pretrained backbone with a new head."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ from models.backbones import (
     WEIGHTS,
     backbone,
     first_weights,
-    is_own,
+    is_tracked,
     load_weights,
 )
 from models.data import AUGMENTATION, DATASETS, load_images
-from models.errors import ModelsError
+from models.errors import ModelsError, first_line
 from models.prepare import Normalize
 from models.recipe import CLASSIFIER_PARAMETERS, Facts, Parameter, Params, Range, Recipe
 
 
 class Transfer(nn.Module):
-    """A backbone whose last linear layer, the head, is new, behind what makes pictures fit it."""
+    """A backbone behind its preprocessing, its last linear layer replaced by a new head.
+
+    Args:
+        backbone: The network to modify.
+        classes: Outputs of the new head.
+        prepare: Turns images into what the backbone takes.
+
+    Raises:
+        ModelsError: The backbone has no linear layer.
+    """
 
     def __init__(self, backbone: nn.Module, classes: int, prepare: nn.Module) -> None:
-        """Replace the last linear layer of `backbone`. Raises ModelsError where there is none."""
         super().__init__()
         self.prepare = prepare
         self.backbone = backbone
         layers = [name for name, m in backbone.named_modules() if isinstance(m, nn.Linear)]
         if not layers:
             raise ModelsError(
-                f"backbone={type(backbone).__name__!r} has no linear layer to replace by a head."
+                f"backbone={type(backbone).__name__!r} has no linear layer to replace with a head."
             )
         self.head_name = layers[-1]
         """The head's name within the backbone."""
@@ -44,46 +52,59 @@ class Transfer(nn.Module):
         backbone.set_submodule(self.head_name, nn.Linear(old.in_features, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of `images` (N, channels, H, W), floats in [0, 1]."""
+        """Return logits (N, classes) for `images` (N, channels, H, W), floats in [0, 1]."""
         logits: Tensor = self.backbone(self.prepare(images))
         return logits
 
-    def groups(self) -> list[list[nn.Module]]:
-        """The backbone's layers with weights, as its own top-level parts, from the head down."""
-        parts = _with_weights(self.backbone)
-        while len(parts) == 1 and list(parts[0].children()):  # a network within another
-            parts = _with_weights(parts[0])
+    def groups(self) -> list[nn.Module]:
+        """Return the head, then the backbone's other top-level layers with weights, last first."""
+        parts = _children_with_weights(self.backbone)
+        while len(parts) == 1 and list(parts[0].children()):  # a network wrapped in another
+            parts = _children_with_weights(parts[0])
         head = self.backbone.get_submodule(self.head_name)
-        below = [part for part in parts if part is not head]
-        return [[head], *([part] for part in reversed(below))]
+        return [head, *(part for part in reversed(parts) if part is not head)]
 
 
-def _with_weights(network: nn.Module) -> list[nn.Module]:
+def _children_with_weights(network: nn.Module) -> list[nn.Module]:
     return [part for part in network.children() if list(part.parameters())]
 
 
 class Fit(nn.Module):
-    """Grey pictures made those that a network for colour pictures of some size takes."""
+    """Resize images, expand grey ones to three channels, and normalise.
+
+    Args:
+        size: Side length in pixels.
+        mean: One number per colour channel.
+        std: One number per colour channel.
+    """
 
     def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
-        """Take the length of a side in pixels, and statistics for three colours."""
         super().__init__()
         self.size, self.mean, self.std = size, mean, std
         self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, size, size), normalised, of `images` (N, 1 or 3, H, W)."""
-        sized = F.interpolate(
+        """Return normalised images (N, 3, size, size) from `images` (N, 1 or 3, H, W)."""
+        resized = F.interpolate(
             images, size=(self.size, self.size), mode="bilinear", align_corners=False
         )
-        normal: Tensor = self.normalize(sized.expand(-1, 3, -1, -1))
-        return normal
+        normalized: Tensor = self.normalize(resized.expand(-1, 3, -1, -1))
+        return normalized
 
 
 def build(params: Params, facts: Facts) -> nn.Module:
-    """The network with fresh weights. Raises ModelsError where backbone and pictures do not fit."""
-    if is_own(params):
-        prepare: nn.Module = nn.Identity()  # it takes the same pictures as before
+    """Build the network with fresh weights.
+
+    Args:
+        params: A value for each of the recipe's parameters.
+        facts: `classes`, `mean` and `std` of the training set, and the `spec` of a tracked
+            `backbone`.
+
+    Raises:
+        ModelsError: The backbone is unknown, or does not take such images.
+    """
+    if is_tracked(params["weights"]):
+        prepare: nn.Module = nn.Identity()  # it takes the images it was trained on
     elif params["weights"] == "imagenet":
         prepare = Fit(params["image_size"], IMAGENET_MEAN, IMAGENET_STD)
     else:
@@ -94,59 +115,74 @@ def build(params: Params, facts: Facts) -> nn.Module:
 
 
 def weights(network: nn.Module, params: Params, state: Mapping[str, Tensor] | None) -> None:
-    """Give the backbone the weights that it begins with; the head stays new."""
+    """Load the backbone's weights; the head stays new.
+
+    Args:
+        network: What `build` returned.
+        params: A value for each of the recipe's parameters.
+        state: The state dict of the tracked model that `weights` names, if it names one.
+
+    Raises:
+        ModelsError: The weights cannot be downloaded, are damaged, or do not fit.
+    """
     assert isinstance(network, Transfer)
     head = (f"{network.head_name}.weight", f"{network.head_name}.bias")
-    found = {k: v for k, v in first_weights(params, state).items() if k not in head}
-    load_weights(network.backbone, found, params["weights"])
+    kept = {k: v for k, v in first_weights(params, state).items() if k not in head}
+    load_weights(network.backbone, kept, params["weights"])
 
 
 def thaw(network: nn.Module, params: Params, epoch: int) -> None:
-    """Train the head and, every `thaw` epochs, one more group of layers below it.
+    """Unfreeze the head and, every `thaw` epochs, one more layer group below it.
 
-    What is frozen is in evaluation mode too: batch normalisation keeps its statistics.
+    Frozen layers are in evaluation mode too, so that batch normalisation keeps its statistics.
+
+    Args:
+        network: What `build` returned.
+        params: The parameters `thaw` and `weights`.
+        epoch: The epoch about to start, from 1.
     """
     assert isinstance(network, Transfer)
     groups = network.groups()
     every = params["thaw"]
-    warm = 1 + ((epoch - 1) // every if every else 0)
-    if params["weights"] == "none":  # nothing was learnt that could be kept
-        warm = len(groups)
-    trained = {id(p) for group in groups[:warm] for part in group for p in part.parameters()}
+    count = 1 + ((epoch - 1) // every if every else 0)
+    if params["weights"] == "none":  # there are no features worth keeping
+        count = len(groups)
+    trained = {id(p) for group in groups[:count] for p in group.parameters()}
+    is_whole = count >= len(groups)
     for parameter in network.parameters():
-        parameter.requires_grad_(warm >= len(groups) or id(parameter) in trained)
-    network.train(warm >= len(groups))
-    for group in groups[:warm]:
-        for part in group:
-            part.train()
+        parameter.requires_grad_(is_whole or id(parameter) in trained)
+    network.train(is_whole)
+    for group in groups[:count]:
+        group.train()
 
 
 def unused(params: Params) -> Collection[str]:
-    """A tracked model brings its own network and size; what learnt nothing is not kept frozen."""
-    if is_own(params):
+    """Return the parameters that are ignored under the given (possibly partial) values."""
+    weights = params.get("weights")
+    if is_tracked(weights):  # it brings its own network and image size
         return ("backbone", "image_size")
-    return ("thaw",) if params.get("weights") == "none" else ()
+    return ("thaw",) if weights == "none" else ()  # without features nothing is frozen
 
 
 def _check(network: nn.Module, params: Params) -> None:
-    """Raise ModelsError for a backbone that does not take such pictures."""
+    """Raise ModelsError if the backbone does not take images of 28x28."""
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(2, 1, 28, 28))
     except Exception as error:  # any network's forward may raise anything
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        size = "" if is_own(params) else f" at image_size={params['image_size']}"
-        whose = "weights" if is_own(params) else "backbone"
+        tracked = is_tracked(params["weights"])
+        size = "" if tracked else f" at image_size={params['image_size']}"
+        argument = "weights" if tracked else "backbone"
         raise ModelsError(
-            f"{whose}={params[whose]!r} does not take pictures of 28x28{size}: "
-            f"{why[:200].rstrip('.')}."
+            f"{argument}={params[argument]!r} does not take images of 28x28{size}: "
+            f"{first_line(error)[:200].rstrip('.')}."
         ) from error
     network.train()
 
 
 RECIPE = Recipe(
     name="transfer",
-    summary="a backbone of torchvision, or a tracked model, frozen, with a new head",
+    summary="a frozen torchvision backbone or tracked model, with a new head",
     load=load_images,
     build=build,
     weights=weights,
@@ -156,7 +192,7 @@ RECIPE = Recipe(
         **{name: CLASSIFIER_PARAMETERS[name] for name in ("batch_size", "shuffle", "schedule")},
         "lr": Parameter(
             default=0.001,
-            help="Adam's learning rate, of a schedule the highest",
+            help="learning rate of Adam; the peak of a schedule",
             search=Range(low=1e-4, high=1e-2, log=True),
             grid=(0.003, 0.001),
         ),
@@ -165,12 +201,12 @@ RECIPE = Recipe(
         "thaw": Parameter(
             default=0,
             least=0,
-            help="epochs until one more group of layers is trained; 0: the head alone is",
+            help="unfreeze one more layer group every THAW epochs; 0: train the head only",
             search=(0, 1, 2),
             grid=(0, 1),
         ),
         "image_size": Parameter(
-            default=64, least=8, most=1024, help="pixels of a side, for a torchvision backbone"
+            default=64, least=8, most=1024, help="side length in pixels for a torchvision backbone"
         ),
         **AUGMENTATION,
     },

@@ -1,1 +1,1 @@
-"""What people run: `python -m studies.train`."""
+"""Command line programs: `python -m studies.train` and its siblings."""

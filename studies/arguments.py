@@ -1,4 +1,4 @@
-"""Argument types that say in one sentence what is allowed."""
+"""Options that the commands share, and argument types whose errors say what is allowed."""
 
 from __future__ import annotations
 
@@ -13,58 +13,112 @@ from models.recipe import Parameter, Range, Recipe, Value
 
 RAW = argparse.RawDescriptionHelpFormatter
 DEFAULT_MODEL = "fashion-cnn"
-_PREFIX = "parameter."  # what they are in the parsed arguments
+_PREFIX = "parameter."  # of hyperparameters in the parsed arguments
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0."""
+    return _whole(text, 0)
+
+
+def seed(text: str) -> int:
+    """Parse a seed that torch accepts."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def _whole(text: str, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        end = "" if most is None else f" to {most}"
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; it must be a whole number from 1"
+            f"{text!r} is not allowed; it must be a whole number from {least}{end}"
         )
     return value
 
 
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; it must be a whole number from 0"
-        )
-    return int(text)
+def boolean(text: str) -> bool:
+    """Parse `true` or `false`, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be true or false")
+    return text.lower() == "true"
+
+
+def add_tracking_uri(parser: argparse.ArgumentParser) -> None:
+    """Add `--tracking-uri`."""
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="where MLflow stores runs; default: MLflow's own"
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add `--seed`."""
+    parser.add_argument("--seed", type=seed, default=0, help=f"{help}; default: 0")
 
 
 def add_model(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Recipe:
-    """Add the options of every training; returns the recipe that `arguments` name.
+    """Add the options of every training; exit with a message if the model is unknown.
 
-    Exits with a sentence for a model that is not known.
+    Args:
+        parser: The command's parser.
+        arguments: The command line, which `--model` is read from.
+
+    Returns:
+        The recipe that `--model` names.
     """
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=_known())
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=_models_help())
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model", nargs="?", default=DEFAULT_MODEL)
     try:
         recipe = find(finder.parse_known_args(arguments)[0].model or "")
     except ModelsError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    parser.add_argument("--dataset", default=recipe.dataset, help=recipe.datasets)
-    parser.add_argument("--data-dir", default="data", help="where data sets lie or go")
     parser.add_argument(
-        "--epochs", type=positive_int, default=recipe.epochs, help=f"by default {recipe.epochs}"
+        "--dataset",
+        default=recipe.dataset,
+        help=_escaped(f"{recipe.datasets}; default: {recipe.dataset}"),
     )
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
-    parser.add_argument("--experiment", help="by default MLFLOW_EXPERIMENT_NAME, else Default")
-    parser.add_argument("--offline", action="store_true", default=None, help="for `tracker sync`")
+    parser.add_argument(
+        "--data-dir",
+        default="data",
+        metavar="FOLDER",
+        help="where data sets are read from and downloaded to; default: data",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=recipe.epochs,
+        metavar="N",
+        help=f"epochs to train; default: {recipe.epochs}",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if available), cpu or cuda; default: auto"
+    )
+    add_seed(parser, "seed of the weights, the order of samples and the validation split")
+    add_tracking_uri(parser)
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME",
+        help="MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, or Default if that is unset",
+    )
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        default=None,
+        help='keep the run on disk until "tracker sync" uploads it',
+    )
     return recipe
 
 
 def add_logged_model(parser: argparse.ArgumentParser) -> None:
-    """Add the argument `model`, which becomes a model's URI."""
+    """Add the positional argument `model`, which is parsed into a model URI."""
     parser.add_argument(
         "model",
         type=lambda text: text if ":/" in text else f"runs:/{text}/model",
@@ -76,70 +130,76 @@ def add_logged_model(parser: argparse.ArgumentParser) -> None:
 def add_parameters(
     parser: argparse.ArgumentParser,
     recipe: Recipe,
-    kind: Callable[[Parameter], Callable[[str], Any]],
-    usual: Callable[[Parameter], str],
-    how: str = "",
+    parse: Callable[[Parameter], Callable[[str], Any]],
+    describe_default: Callable[[Parameter], str],
+    syntax: str = "",
 ) -> None:
-    """Add an option for each of the recipe's hyperparameters, read as `kind` says.
+    """Add an option for each of a recipe's hyperparameters.
 
-    `usual` says what it is by default, and `how` what may be written.
+    Args:
+        parser: The command's parser; it exits with a message if an option's name is taken.
+        recipe: The recipe.
+        parse: Returns the argument type for a hyperparameter.
+        describe_default: Says what a hyperparameter is by default.
+        syntax: Appended to the group's description: how values are written.
     """
-    group = parser.add_argument_group(recipe.name, f"{recipe.summary}{how}")
+    group = parser.add_argument_group(recipe.name, _escaped(f"{recipe.summary}{syntax}"))
     for name, parameter in recipe.parameters.items():
-        text = f"{parameter.help}; by default {usual(parameter)}"
         try:
             group.add_argument(
                 option(name),
                 dest=_PREFIX + name,
-                type=kind(parameter),
-                help=text.replace("%", "%%"),
-                metavar=name.upper(),
+                type=parse(parameter),
+                help=_escaped(f"{parameter.help}; default: {describe_default(parameter)}"),
+                metavar="true|false" if isinstance(parameter.default, bool) else name.upper(),
             )
         except argparse.ArgumentError:
             parser.exit(
                 2,
                 f"{parser.prog}: recipe {recipe.name!r} has a parameter {name!r}, which is an "
-                "option of the command; it needs another name.\n",
+                "option of the command; rename the parameter.\n",
             )
 
 
 def given_parameters(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    """The hyperparameters that were given."""
-    every = {name: getattr(given, _PREFIX + name) for name in recipe.parameters}
-    return {name: value for name, value in every.items() if value is not None}
+    """Return the hyperparameters that the command line sets."""
+    values = {name: getattr(given, _PREFIX + name) for name in recipe.parameters}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_unused(
-    parser: argparse.ArgumentParser, asked: Iterable[str], unused: Collection[str]
+    parser: argparse.ArgumentParser, given: Iterable[str], unused: Collection[str]
 ) -> None:
-    """Exit with a sentence where a hyperparameter was asked for that has no effect."""
-    for name in asked:
+    """Exit with a message if the command line sets a hyperparameter that is ignored."""
+    for name in given:
         if name in unused:
-            parser.error(f"argument {option(name)}: it has no effect beside the other arguments")
+            parser.error(f"argument {option(name)}: it has no effect with the other arguments")
 
 
-def usual_value(parameter: Parameter) -> str:
-    """What a hyperparameter of a training is by default."""
-    return str(parameter.default)
+def default_value(parameter: Parameter) -> str:
+    """Describe the default of a hyperparameter in a training."""
+    return _shown(parameter.default) or "empty"
 
 
-def usual_domain(parameter: Parameter) -> str:
-    """What a study searches of a hyperparameter by default, spelt as `domain` reads it."""
-    drawn, points = _spelt(parameter.search), _spelt(parameter.grid)
-    if drawn is None and points is None:
-        return usual_value(parameter)
-    fixed = usual_value(parameter)
-    return f"{drawn or fixed}, in a grid {points or fixed}" if drawn != points else drawn or fixed
+def default_domain(parameter: Parameter) -> str:
+    """Describe what a study searches by default, in the syntax that `domain` parses."""
+    fixed = default_value(parameter)
+    sampled, points = _spelt(parameter.search) or fixed, _spelt(parameter.grid) or fixed
+    return sampled if sampled == points else f"{sampled}, in a grid {points}"
 
 
-def _spelt(searched: Range | tuple[Value, ...] | None) -> str | None:
-    if isinstance(searched, Range):
-        return f"{searched.low:g}:{searched.high:g}{':log' if searched.log else ''}"
-    return None if searched is None else ",".join(map(str, searched))
+def _spelt(values: Range | tuple[Value, ...] | None) -> str | None:
+    if isinstance(values, Range):
+        return f"{values.low:g}:{values.high:g}{':log' if values.log else ''}"
+    return None if values is None else ",".join(map(_shown, values))
+
+
+def _shown(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def value(parameter: Parameter) -> Callable[[str], Value]:
-    """Reads one value of a hyperparameter."""
+    """Return an argument type for one value of a hyperparameter."""
 
     def read(text: str) -> Value:
         try:
@@ -151,9 +211,9 @@ def value(parameter: Parameter) -> Callable[[str], Value]:
 
 
 def domain(parameter: Parameter) -> Callable[[str], list[Value] | BaseDistribution]:
-    """Reads values, `A,B,C`, or the range between two numbers, `LOW:HIGH`, `:log` by ratio.
+    """Return an argument type for values `A,B,C`, or a range `LOW:HIGH` or `LOW:HIGH:log`.
 
-    Texts may hold commas: those that are no choice of a few are split at `|`.
+    Free text may contain commas, so it is split at `|` instead.
     """
     one = value(parameter)
 
@@ -180,55 +240,48 @@ def domain(parameter: Parameter) -> Callable[[str], list[Value] | BaseDistributi
 
 
 def default_space(recipe: Recipe, *, grid: bool) -> dict[str, list[Value] | BaseDistribution]:
-    """What a study over the recipe searches where nothing else is asked for."""
+    """Return the search space of a study whose command line sets no hyperparameter.
+
+    Args:
+        recipe: The recipe.
+        grid: Whether the study's sampler is a grid.
+    """
     space: dict[str, list[Value] | BaseDistribution] = {}
     for name, parameter in recipe.parameters.items():
-        usual = parameter.grid if grid else parameter.search
-        if isinstance(usual, Range):
-            space[name] = distribution(usual)
-        elif usual is not None:
-            space[name] = list(usual)
+        values = parameter.grid if grid else parameter.search
+        if isinstance(values, Range):
+            space[name] = distribution(values)
+        elif values is not None:
+            space[name] = list(values)
     return space
 
 
-def distribution(given: Range) -> BaseDistribution:
-    """Optuna's word for a range."""
-    if isinstance(given.low, int) and isinstance(given.high, int):
-        return IntDistribution(given.low, given.high, log=given.log)
-    return FloatDistribution(given.low, given.high, log=given.log)
+def distribution(values: Range) -> BaseDistribution:
+    """Return Optuna's distribution for a range."""
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log)
+    return FloatDistribution(values.low, values.high, log=values.log)
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--batch_size`, as `mlflow run -P batch_size=1` has it, as options."""
-    return [
-        option(word[2:].partition("=")[0]) + word[len(word.partition("=")[0]) :]
-        if word.startswith("--")
-        else word
-        for word in arguments
-    ]
+    """Spell options with hyphens: `mlflow run -P batch_size=1` passes `--batch_size`."""
+    words = []
+    for word in arguments:
+        name, equals, text = word.partition("=")
+        words.append(f"{name.replace('_', '-')}{equals}{text}" if word[:2] == "--" else word)
+    return words
 
 
 def option(name: str) -> str:
-    """The option of a hyperparameter."""
+    """Return the option that sets a hyperparameter."""
     return "--" + name.replace("_", "-")
 
 
-def _known() -> str:
+def _models_help() -> str:
     known = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
-    return f"{known}; or package.module:object, a Recipe of your own".replace("%", "%%")
+    return _escaped(f"{known}; or your own Recipe, package.module:object; default: {DEFAULT_MODEL}")
 
 
-def seed(text: str) -> int:
-    """A seed that torch takes: a whole number from 0 to 2**63 - 1."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; it must be a whole number from 0 to 2**63 - 1"
-        )
-    return int(text)
-
-
-def boolean(text: str) -> bool:
-    """`true` or `false`, in any case."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be true or false")
-    return text.lower() == "true"
+def _escaped(text: str) -> str:
+    """Argparse formats help texts with %."""
+    return text.replace("%", "%%")

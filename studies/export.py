@@ -1,4 +1,4 @@
-"""Write the model that a run has logged as one file for other programs.
+"""Export a logged model to a single file for other programs.
 
 python -m studies.export RUN_ID --to torchscript
 python -m studies.export models:/fashion@champion --to onnx --output fashion.onnx
@@ -13,32 +13,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from studies.arguments import RAW, add_logged_model
+from studies.arguments import RAW, add_logged_model, add_tracking_uri
 from tracker import TrackerError, load_trained
 from tracker.arguments import OneSentenceParser
 from tracker.deploy import CHECKED_SIZES, FORMATS, deploy
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `model` is a URI, and `output` is set."""
+    """Parse the command line; `model` is a model URI, and `output` is set."""
     formats = "\n".join(f"  {name:12} {each.summary}" for name, each in FORMATS.items())
     parser = OneSentenceParser(
         prog="studies.export",
-        description=f"{__doc__}\nThe file needs no Python class, takes any batch size, and is "
-        "compared with the logged\nmodel before it is there. Formats, and who reads them:\n\n"
+        description=f"{__doc__}\nThe file needs none of this project's Python classes and takes "
+        "any batch size. It is\ncompared with the logged model before it is written. Formats:\n\n"
         + formats,
         formatter_class=RAW,
     )
     add_logged_model(parser)
-    parser.add_argument("--to", choices=list(FORMATS), required=True, help="the format")
+    parser.add_argument("--to", choices=list(FORMATS), required=True, help="format of the file")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
-        help="the file, by default named after RUN_ID and the format; a file that is there is "
-        "replaced, once the new one has passed its check",
+        help="the file to write, replaced if it exists; default: RUN_ID with the format's suffix",
     )
-    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    add_tracking_uri(parser)
     given = parser.parse_args(arguments)
     if given.output is None:
         name = re.sub(r"\W+", "-", given.model.removesuffix("/model").partition(":/")[2]).strip("-")
@@ -47,7 +46,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 where there is no file."""
+    """Run the command and return its exit code; 2: nothing was exported."""
     given = parse(arguments)
     try:
         program = load_trained(given.model, given.tracking_uri).program
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = ", ".join(str(size) for size in CHECKED_SIZES)
     print(f"file        {given.output}")
     print(f"size        {given.output.stat().st_size:,} bytes")
-    print(f"difference  {difference:.2g} at most from the logged model, on batches of {sizes}")
+    print(f"difference  at most {difference:.2g} from the logged model, on batches of {sizes}")
     return 0
 
 

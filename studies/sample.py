@@ -1,4 +1,4 @@
-"""Let a char-lstm that was trained by `studies.train` write text.
+"""Generate text with a char-lstm that studies.train has trained.
 
 python -m studies.sample RUN_ID --prime "Anna" --length 400 --temperature 0.8 --top-k 5
 """
@@ -16,67 +16,101 @@ import torch
 from models import ModelsError, parse_spec, rebuild
 from models.char_lstm import RECIPE, CharLSTM, sample
 from models.text import Vocabulary
-from studies.arguments import RAW, add_logged_model, natural, positive_int, seed
+from studies.arguments import (
+    RAW,
+    add_logged_model,
+    add_seed,
+    add_tracking_uri,
+    natural,
+    positive_int,
+)
 from studies.training import SPEC
 from tracker import TrackerError, load_trained
 from tracker.arguments import OneSentenceParser, positive_float
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what is None is as the run has it."""
+    """Parse the command line; None means that the value comes from the run."""
     parser = OneSentenceParser(prog="studies.sample", description=__doc__, formatter_class=RAW)
     add_logged_model(parser)
-    parser.add_argument("--prime", help="the text to go on from; by default the run's")
+    parser.add_argument("--prime", metavar="TEXT", help="text to continue; default: the run's")
     parser.add_argument(
-        "--length", type=positive_int, default=400, help="characters, by default 400"
+        "--length",
+        type=positive_int,
+        default=400,
+        metavar="N",
+        help="characters to generate; default: 400",
     )
-    parser.add_argument("--temperature", type=positive_float, help="by default the run's")
-    parser.add_argument("--top-k", type=natural, help="0: all; by default the run's")
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--tracking-uri", help="by default the one that MLflow itself would use")
+    parser.add_argument(
+        "--temperature",
+        type=positive_float,
+        metavar="T",
+        help="below 1: more predictable; default: the run's",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=natural,
+        metavar="K",
+        help="draw from the K most likely characters; 0: from all; default: the run's",
+    )
+    add_seed(parser, "seed of the draws")
+    add_tracking_uri(parser)
     return parser.parse_args(arguments)
 
 
 def write(given: argparse.Namespace) -> str:
-    """The prime, and the text that goes on from it.
+    """Return the prime followed by the generated text.
 
-    Raises StoreError for a run that is not there or has no model, and ModelsError for one that
-    trained something else, or for a prime with characters that the network does not know.
+    Args:
+        given: The parsed command line.
+
+    Raises:
+        StoreError: The run does not exist or has no model.
+        ModelsError: The model is not a char-lstm, or does not know a character of the prime.
     """
     network, spec = load(given.model, given.tracking_uri)
-    asked = {name: getattr(given, name) for name in ("prime", "temperature", "top_k")}
+    options = {name: getattr(given, name) for name in ("prime", "temperature", "top_k")}
     chosen = {
-        name: spec["params"][name] if value is None else value for name, value in asked.items()
+        name: spec["params"][name] if value is None else value for name, value in options.items()
     }
-    drawn = sample(
+    text = sample(
         network,
         Vocabulary(spec["facts"]["characters"]),
         length=given.length,
         generator=torch.Generator().manual_seed(given.seed),
         **chosen,
     )
-    return str(chosen["prime"]) + drawn
+    return str(chosen["prime"]) + text
 
 
 def load(model: str, tracking_uri: str | None = None) -> tuple[CharLSTM, dict[str, Any]]:
-    """The network of a run's or a registered model, on the CPU, and what describes it.
+    """Load a logged char-lstm.
 
-    Raises StoreError or ModelsError, as `write` does.
+    Args:
+        model: A model URI.
+        tracking_uri: Where the model is stored; by default MLflow's own.
+
+    Returns:
+        The network, on the CPU in evaluation mode, and its spec.
+
+    Raises:
+        StoreError: The model does not exist.
+        ModelsError: The model is not a char-lstm.
     """
     trained = load_trained(model, tracking_uri)
     if SPEC not in trained.files:
         raise ModelsError(
-            f"model={model!r} was not logged by studies.train; allowed: one of {RECIPE.name}."
+            f"model={model!r} was not logged by studies.train; allowed: a {RECIPE.name}."
         )
     spec = parse_spec(trained.files[SPEC], {RECIPE.name}, f"model={model!r}")
     network = rebuild(spec)
     assert isinstance(network, CharLSTM)
     network.load_state_dict(trained.program.state_dict)
-    return network, spec
+    return network.eval(), spec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+    """Run the command and return its exit code; 2: invalid arguments."""
     given = parse(arguments)
     try:
         print(write(given))

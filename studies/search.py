@@ -1,4 +1,4 @@
-"""Search the hyperparameters of one recipe, each trial a tracked run.
+"""Search the hyperparameters of one recipe; each trial is a tracked run.
 
 python -m studies.search --sampler grid --workers 2 --epochs 1 --dataset digits
 python -m studies.search --model char-lstm --dataset TEXT --sampler tpe --pruner median --trials 20
@@ -17,13 +17,14 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
 from models import ModelsError, find
-from models.recipe import Source
+from models.recipe import Recipe, Source
 from studies import training
 from studies.arguments import (
     RAW,
     add_model,
     add_parameters,
     boolean,
+    default_domain,
     default_space,
     domain,
     given_parameters,
@@ -31,7 +32,6 @@ from studies.arguments import (
     natural,
     positive_int,
     refuse_unused,
-    usual_domain,
 )
 from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
@@ -42,70 +42,106 @@ from tracker.search.sampler import PRUNERS, SAMPLERS
 from tracker.search.storage import DEFAULT
 from tracker.store.uri import resolve
 
-_TRIALS = 20  # of a sampler that has no end of its own
+_TRIALS = 20  # default budget of a sampler without a natural end
 
 
-def parse(
-    arguments: Sequence[str] | None = None, prog: str = "studies.search", study_name: str = ""
-) -> argparse.Namespace:
-    """The command line; `space` is what is searched, `fixed` the other hyperparameters."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; `space` is what is searched, `fixed` the other hyperparameters."""
     arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
     parser = OneSentenceParser(
-        prog=prog, description=__doc__, formatter_class=RAW, allow_abbrev=False
+        prog="studies.search", description=__doc__, formatter_class=RAW, allow_abbrev=False
     )
     recipe = add_model(parser, arguments)
-    study = parser.add_argument_group("the study")
-    study.add_argument("--sampler", default="tpe", help=", ".join(SAMPLERS))
-    study.add_argument("--pruner", default="none", help=", ".join(PRUNERS))
+    _add_study_options(parser, recipe)
+    syntax = "; a value, several (A,B) or a range (LOW:HIGH[:log])"
+    add_parameters(parser, recipe, domain, default_domain, syntax)
+    given = parser.parse_args(arguments)
+    defaults = recipe.defaults()
+    searched = default_space(recipe, grid=given.sampler == "grid")
+    explicit = given_parameters(given, recipe)
+    domains = searched | explicit
+    # A single value fixes a hyperparameter, unless it is searched by default.
+    single = {
+        name: values[0]
+        for name, values in domains.items()
+        if name not in searched and isinstance(values, list) and len(values) == 1
+    }
+    fixed = {n: single.get(n, d) for n, d in defaults.items() if n not in domains or n in single}
+    unused = recipe.unused(fixed)
+    refuse_unused(parser, explicit, unused)
+    given.space = {
+        name: domains[name]
+        for name in recipe.parameters
+        if name in domains and name not in single and name not in unused
+    }
+    given.fixed = {n: single.get(n, d) for n, d in defaults.items() if n not in given.space}
+    return given
+
+
+def _add_study_options(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    study = parser.add_argument_group("study")
+    study.add_argument("--sampler", default="tpe", help=f"{', '.join(SAMPLERS)}; default: tpe")
+    study.add_argument("--pruner", default="none", help=f"{', '.join(PRUNERS)}; default: none")
     study.add_argument(
-        "--trials", type=_budget, help=f"how many in all; auto: the whole grid, else {_TRIALS}"
+        "--trials",
+        type=_budget,
+        metavar="N",
+        help=f"trials in all; default: auto, the whole grid or {_TRIALS}",
     )
-    study.add_argument("--workers", type=positive_int, default=1, help="trials at a time")
-    name = study_name or recipe.name.replace(":", ".")
-    study.add_argument("--study", default=name, help=f"its name, by default {name}")
-    study.add_argument("--storage", type=_or_auto, help=f"where it lies, by default {DEFAULT}")
     study.add_argument(
-        "--resume", type=boolean, nargs="?", const=True, default=False, help="if it exists"
+        "--workers", type=positive_int, default=1, metavar="N", help="trials at a time; default: 1"
     )
-    study.add_argument("--retries", type=natural, default=0, help="of a trial that fails")
-    study.add_argument("--grace-seconds", type=positive_float, default=GRACE_SECONDS)
+    name = recipe.name.replace(":", ".")
+    study.add_argument("--study", default=name, metavar="NAME", help=f"its name; default: {name}")
+    study.add_argument(
+        "--storage", type=_or_auto, metavar="URI", help=f"where it is stored; default: {DEFAULT}"
+    )
+    study.add_argument(
+        "--resume",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false",
+        help="continue the study if it exists; default: false",
+    )
+    study.add_argument(
+        "--retries",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="how often a failed trial is repeated; default: 0",
+    )
+    study.add_argument(
+        "--grace-seconds",
+        type=positive_float,
+        default=GRACE_SECONDS,
+        metavar="S",
+        help="silence after which another machine's search counts as dead; "
+        f"default: {GRACE_SECONDS:g}",
+    )
+    metrics = list(recipe.metrics)
     study.add_argument(
         "--metric",
         nargs="+",
-        default=list(recipe.metrics)[:1],
-        help=", ".join(recipe.metrics),
+        default=metrics[:1],
         metavar="NAME",
+        help=f"objectives, of {', '.join(metrics)}; default: {metrics[0]}",
     )
-    study.add_argument("--warm-start-study", metavar="NAME", help="begin with its trials")
-    study.add_argument("--warm-start-experiment", metavar="NAME", help="begin with its runs")
-    study.add_argument("--models", default="best", help="which are kept: best, all, none")
-    study.add_argument("--register", metavar="NAME", help="register the best model")
-    study.add_argument("--alias", help="the alias that it gets")
-    study.add_argument("--replay", type=natural, metavar="TRIAL", help="train one again")
-    add_parameters(
-        parser, recipe, domain, usual_domain, "; a value, several (A,B) or a range (LOW:HIGH[:log])"
+    study.add_argument(
+        "--warm-start-study", metavar="NAME", help="start with the trials of another study"
     )
-    given = parser.parse_args(arguments)
-    usual = default_space(recipe, grid=given.sampler == "grid")
-    explicit = given_parameters(given, recipe)
-    asked = usual | explicit
-    # A single value of what is not searched by default is not a search either.
-    once = {
-        name: values[0]
-        for name, values in asked.items()
-        if name not in usual and isinstance(values, list) and len(values) == 1
-    }
-    searched = asked.keys() - once
-    told = {n: once.get(n, d) for n, d in recipe.defaults().items() if n not in searched}
-    refuse_unused(parser, explicit, recipe.unused(told))
-    searched -= set(recipe.unused(told))
-    given.space = {name: asked[name] for name in recipe.parameters if name in searched}
-    given.fixed = {
-        name: once.get(name, default)
-        for name, default in recipe.defaults().items()
-        if name not in given.space
-    }
-    return given
+    study.add_argument(
+        "--warm-start-experiment", metavar="NAME", help="start with the runs of an experiment"
+    )
+    study.add_argument(
+        "--models", default="best", help="models to keep: best, all or none; default: best"
+    )
+    study.add_argument("--register", metavar="NAME", help="register the best model under NAME")
+    study.add_argument("--alias", help="alias of the registered model")
+    study.add_argument(
+        "--replay", type=natural, metavar="TRIAL", help="train one trial again instead of searching"
+    )
 
 
 def _budget(text: str) -> int | None:
@@ -118,7 +154,7 @@ def _or_auto(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Trains one trial; the same in each worker."""
+    """Trains one trial. Workers in other processes receive a copy."""
 
     model: str
     fixed: Mapping[str, Any]
@@ -129,10 +165,10 @@ class Objective:
     tracking_uri: str | None
 
     def __call__(self, trial: Trial) -> list[float]:
-        """Train with the trial's hyperparameters; returns its metrics after the last epoch."""
+        """Train with the trial's hyperparameters and return its metrics after the last epoch."""
         task = self.task(trial.params)
         with trial.manager(model=task.recipe.is_model) as manager:
-            # The one that an earlier attempt may have ended with.
+            # A retry may start from a checkpoint of the last epoch, with nothing left to train.
             metrics = manager.checkpoint.metrics if manager.checkpoint else {}
             _, epochs = training.begin(
                 manager,
@@ -151,18 +187,27 @@ class Objective:
         return [metrics[name] for name in self.metrics]
 
     def task(self, params: Mapping[str, Any]) -> training.Task:
-        """The recipe and its data, split by the study's seed: the same for every trial."""
+        """Load the recipe and its data, split by the study's seed: the same for every trial."""
         params = {**self.fixed, **params}
         return training.Task.of(self.model, params, self.source, self.tracking_uri)
 
 
-def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Study:
-    """The study that the command line describes; ArgumentError where it cannot be."""
+def make(given: argparse.Namespace, arguments: Sequence[str]) -> Study:
+    """Make the study that the command line describes.
+
+    Args:
+        given: The parsed command line.
+        arguments: The command line, which replays a trial if `--replay` is added.
+
+    Raises:
+        ArgumentError: An option is not allowed.
+        ModelsError: The recipe or its data is absent or unsuitable.
+    """
     recipe = find(given.model)
     for name in given.metric:
         if name not in recipe.metrics:
             raise ArgumentError(
-                f"metric={name!r} is not known; allowed: {', '.join(recipe.metrics)}."
+                f"metric={name!r} is unknown; allowed: {', '.join(recipe.metrics)}."
             )
     objective = Objective(
         given.model,
@@ -174,12 +219,14 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         given.tracking_uri,
     )
     if given.register and not recipe.is_model:
-        raise ArgumentError(f"register={given.register!r}: {recipe.name} makes no model.")
+        raise ArgumentError(
+            f"register={given.register!r} is not allowed: {recipe.name} does not make a model."
+        )
     choose_device(given.device)
-    # What is wrong with it shows now, not in every trial.
+    # Fail now rather than in every trial.
     objective.task({name: _first(values) for name, values in given.space.items()}).check()
     is_grid = given.sampler == "grid"
-    command = public_command(["python", "-m", prog, *arguments])
+    command = public_command(["python", "-m", "studies.search", *arguments])
     study = Study(
         given.study,
         objective,
@@ -199,7 +246,7 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
         register=given.register,
         alias=given.alias,
         replay=command + " --replay {number}",
-        # Without the defaults: a parameter that a later version has is no other study.
+        # Without defaults: a parameter added by a later version does not make it another study.
         fixed={
             "model": given.model,
             "dataset": given.dataset,
@@ -216,7 +263,7 @@ def make(given: argparse.Namespace, arguments: Sequence[str], prog: str) -> Stud
 
 
 def _first(values: list[Any] | BaseDistribution) -> Any:
-    """A value that a trial may have."""
+    """A value that a trial may take."""
     if isinstance(values, list):
         return values[0]
     assert isinstance(values, (FloatDistribution, IntDistribution))
@@ -224,7 +271,7 @@ def _first(values: list[Any] | BaseDistribution) -> Any:
 
 
 def report(study: optuna.Study, given: argparse.Namespace) -> None:
-    """Print what the study came to."""
+    """Print a study's outcome."""
     states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
     print("trials        " + ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states))))
     if "COMPLETE" in states:
@@ -237,33 +284,31 @@ def report(study: optuna.Study, given: argparse.Namespace) -> None:
             print(f"best          trial {trial.number}: {values} with {params}")
     uri = public_uri(resolve(given.tracking_uri))
     print(f"tracking URI  {uri}")
-    print(f"look at it    {ui_command(uri)}")
+    print(f"compare runs  {ui_command(uri)}")
 
 
-def main(
-    arguments: Sequence[str] | None = None, prog: str = "studies.search", study_name: str = ""
-) -> int:
-    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; 2: invalid arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = parse(arguments, prog, study_name)
+    given = parse(arguments)
     try:
-        study = make(given, _without_resume(arguments), prog)
+        study = make(given, _without_resume(arguments))
         if given.replay is not None:
             values = study.replay(given.replay)
-            print(f"values        {'none: it failed' if values is None else list(values)}")
+            print(f"values        {'none, the trial failed' if values is None else list(values)}")
             return 0 if values is not None else 1
         report(study.run(workers=given.workers, resume=given.resume), given)
     except (TrackerError, ModelsError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"studies.search: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:  # which carries the name of another signal
-        print(f"{prog}: stopped; --resume goes on from here.", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # its message is the name of a signal other than SIGINT
+        print("studies.search: stopped; continue with --resume.", file=sys.stderr)
         return 128 + signal.Signals[str(stop) or "SIGINT"]
     return 0
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:
-    """The command line of a study that begins: what trains one of its trials again."""
+    """The command line of a new study, which is what a replay repeats."""
     words = [word for word in arguments if not word.startswith("--resume=")]
     while "--resume" in words:
         at = words.index("--resume")

@@ -1,4 +1,4 @@
-"""Train one network on one data set, tracked.
+"""Train one network on one data set, as a tracked run.
 
 python -m studies.train --model fashion-cnn --dataset auto --lr 0.01 --epochs 3
 python -m studies.train --model char-lstm --help
@@ -22,11 +22,11 @@ from studies.arguments import (
     RAW,
     add_model,
     add_parameters,
+    default_value,
     given_parameters,
     hyphenated,
     positive_int,
     refuse_unused,
-    usual_value,
     value,
 )
 from tracker import ArgumentError, Keep, RunManager, TrackerError, choose_device, set_seed
@@ -35,7 +35,7 @@ from tracker.redaction import public_uri
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `params` holds the recipe's hyperparameters."""
+    """Parse the command line; `params` holds the recipe's hyperparameters."""
     arguments = hyphenated(sys.argv[1:] if arguments is None else arguments)
     parser = OneSentenceParser(
         prog="studies.train", description=__doc__, formatter_class=RAW, allow_abbrev=False
@@ -43,18 +43,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     recipe = add_model(parser, arguments)
     parser.add_argument("--resume", metavar="RUN_ID", help="continue a run from its checkpoint")
     parser.add_argument(
-        "--checkpoints", type=positive_int, default=1, help="how many of the last epochs' to keep"
+        "--checkpoints",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="keep the checkpoints of the last N epochs; default: 1",
     )
-    add_parameters(parser, recipe, value, usual_value)
+    add_parameters(parser, recipe, value, default_value)
     given = parser.parse_args(arguments)
-    asked = given_parameters(given, recipe)
-    given.params = recipe.defaults() | asked
-    refuse_unused(parser, asked, recipe.unused(given.params))
+    explicit = given_parameters(given, recipe)
+    given.params = recipe.defaults() | explicit
+    refuse_unused(parser, explicit, recipe.unused(given.params))
     return given
 
 
 def train(given: argparse.Namespace) -> tuple[str | None, str]:
-    """Train as `given` says; returns the run's id and tracking URI."""
+    """Train.
+
+    Args:
+        given: The parsed command line.
+
+    Returns:
+        The run's id, None if it is not uploaded yet, and its tracking URI.
+    """
     device = choose_device(given.device)
     set_seed(given.seed)
     source = Source(given.dataset, given.data_dir, given.seed)
@@ -85,26 +96,27 @@ def train(given: argparse.Namespace) -> tuple[str | None, str]:
         return run.run_id, run.tracking_uri
 
 
-def _check_same(task: training.Task, seed: int, earlier: Mapping[str, str]) -> None:
-    """Raise ArgumentError where the run that is continued began with something else."""
-    told = {"model": task.name, "dataset": task.data.name, "seed": seed, **task.params}
-    for name, now in told.items():
+def _check_same(task: training.Task, seed: int, logged: Mapping[str, str]) -> None:
+    """Raise ArgumentError if an option differs from the params of the run to resume."""
+    options = {"model": task.name, "dataset": task.data.name, "seed": seed, **task.params}
+    for name, current in options.items():
         parameter = task.recipe.parameters.get(name)
-        # What had begun to train without a parameter did as its default does.
-        missing = parameter.default if parameter and "optimizer" in earlier else now
-        had = earlier.get(name, str(missing))
-        with suppress(ValueError):  # `mlflow run -P lr=1e-2` has it as it was typed
-            if parameter is not None and parameter.parse(had) == now:
+        # A run older than the parameter trained as the default does. Without "optimizer" the run
+        # ended before it logged its params.
+        missing = parameter.default if parameter and "optimizer" in logged else current
+        before = logged.get(name, str(missing))
+        with suppress(ValueError):  # `mlflow run -P lr=1e-2` logs the value as typed
+            if parameter is not None and parameter.parse(before) == current:
                 continue
-        if had != str(now):
+        if before != str(current):
             raise ArgumentError(
-                f"{name}={now!r} is not what the run began with, {had!r}; "
-                "it goes on with the same options."
+                f"{name}={current!r} differs from the run to resume, which has {before!r}; "
+                "repeat its options."
             )
 
 
 def ui_command(tracking_uri: str) -> str:
-    """The command that shows the runs at `tracking_uri`."""
+    """Return the command, or address, that shows the runs at `tracking_uri`."""
     mlflow = Path(sys.executable).with_name("mlflow")
     if mlflow.is_relative_to(Path.cwd()):
         mlflow = mlflow.relative_to(Path.cwd())
@@ -115,7 +127,7 @@ def ui_command(tracking_uri: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for a mistake in the arguments."""
+    """Run the command and return its exit code; 2: invalid arguments."""
     given = parse(arguments)
     try:
         run_id, tracking_uri = train(given)
@@ -124,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(f"run           {run_id or 'not delivered yet: tracker status'}")
+    print(f"run           {run_id or 'not uploaded yet, see: tracker status'}")
     tracking_uri = public_uri(tracking_uri)
     print(f"tracking URI  {tracking_uri}")
     print(f"compare runs  {ui_command(tracking_uri)}")

@@ -1,4 +1,4 @@
-"""What `studies.train` and the studies have in common: one recipe, trained and tracked."""
+"""One recipe, trained and tracked: the common part of `studies.train` and `studies.search`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import models
+from models.backbones import is_tracked
 from models.recipe import Data, Loop, Params, Picture, Recipe, Source
 from tracker import (
     ArgumentError,
@@ -29,52 +30,62 @@ from tracker import (
 from tracker.training.device import evaluation_mode
 
 SPEC = "recipe.json"
-"""What travels with a model: all that `models.rebuild` needs."""
-_CANDIDATES, _CHECKED = 64, 8  # texts that a predictor is checked on
+"""A file logged with each model, from which `models.rebuild` builds its network."""
+_CANDIDATES, _CHECKED = 64, 8  # validation texts considered for, and used in, a predictor's check
 
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe with its data and hyperparameters, ready to be trained."""
+    """A recipe with its data and hyperparameters, ready to train."""
 
     name: str
+    """The recipe's name, as given to `--model`."""
     recipe: Recipe
     params: Params
     data: Data[Any]
     backbone: Trained | None = None
+    """The tracked model whose weights training starts from."""
 
     @classmethod
     def of(cls, model: str, params: Params, source: Source, tracking_uri: str | None) -> Task:
-        """Find the recipe, its data and the weights that it begins with.
+        """Find the recipe, and load its data and initial weights.
 
-        Raises ModelsError or StoreError where one of them is not to be had.
+        Args:
+            model: The recipe's name.
+            params: A value for each of its parameters.
+            source: The data to load.
+            tracking_uri: Where a tracked model in `params` is stored; by default MLflow's own.
+
+        Raises:
+            ModelsError: The recipe or its data is absent or unsuitable.
+            StoreError: The tracked model that `params["weights"]` names does not exist.
         """
         recipe = models.find(model)
         weights = params.get("weights")
         trained = None
-        if isinstance(weights, str) and weights.startswith(("runs:/", "models:/")):
-            trained = load_trained(weights, tracking_uri)
+        if is_tracked(weights):
+            trained = load_trained(str(weights), tracking_uri)
             if SPEC not in trained.files:
                 raise models.ModelsError(
-                    f"weights={weights!r} is not a model of studies.train: it has no {SPEC}."
+                    f"weights={weights!r} was not logged by studies.train: it has no {SPEC}."
                 )
         data = recipe.load(source, params)
         if recipe.loop is None and recipe.scores is not None and "classes" not in data.facts:
             raise models.ModelsError(
-                f"recipe {recipe.name!r} is a classifier whose data has no facts['classes']; "
-                "with scores=None it is none."
+                f"recipe {recipe.name!r} is a classifier whose data lacks facts['classes']; "
+                "add them, or pass scores=None."
             )
         return cls(model, recipe, params, data, trained)
 
     def check(self) -> None:
-        """Raise ModelsError where the network does not fit its hyperparameters or its data."""
+        """Raise ModelsError if the network does not fit its hyperparameters or its data."""
         network = self.network()
         if self.recipe.loop is not None:
             self.recipe.loop(network, self.data, self.params)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `models.rebuild` needs to make this network."""
+        """The description from which `models.rebuild` builds this network."""
         facts = dict(self.data.facts)
         if self.backbone is not None:
             facts["backbone"] = models.parse_spec(
@@ -85,7 +96,7 @@ class Task:
         return models.spec(self.name, self.params, facts)
 
     def network(self) -> nn.Module:
-        """A fresh network; what of it is random is drawn from torch's generator."""
+        """Build a network with its initial weights, drawn from torch's global generator."""
         network = models.rebuild(self.spec)
         if self.recipe.weights is not None:
             state = None if self.backbone is None else self.backbone.program.state_dict
@@ -102,11 +113,25 @@ def begin(
     params: Mapping[str, Any],
     final: bool,
 ) -> tuple[Run, Iterator[Epoch]]:
-    """Begin to train in a run of `manager`: the run, and its epochs.
+    """Begin a run and prepare its epochs.
 
-    Each epoch is logged and checkpointed, and after the last one the run ends. A run that was cut
-    off goes on where `manager.checkpoint` is. `params` are logged besides those of the recipe.
-    With `final` the network is tested after the last epoch, and a classifier's mistakes logged.
+    Each epoch is logged and checkpointed, and the run ends after the last one. A manager with a
+    checkpoint continues from there.
+
+    Args:
+        manager: Begins the run.
+        task: What to train.
+        epochs: Epochs in all, those before the checkpoint included.
+        device: Where to train.
+        params: Logged in addition to the recipe's.
+        final: After the last epoch, evaluate the test part and log a classifier's mistakes.
+
+    Returns:
+        The run, and an iterator that trains one epoch at a time.
+
+    Raises:
+        ModelsError: The network does not fit its hyperparameters or its data.
+        ArgumentError: The checkpoint's learning rate schedule is for other epochs.
     """
     recipe, data = task.recipe, task.data
     network = task.network().to(device)
@@ -118,7 +143,7 @@ def begin(
         optimizer = recipe.optimizer(network, task.params)
         loader = DataLoader(data.train, size, shuffle=task.params.get("shuffle", True))
         scheduler = models.recipe.scheduler(optimizer, task.params, loader, epochs)
-    told = {
+    logged = {
         "model": task.name,
         "dataset": data.name,
         "epochs": epochs,
@@ -128,7 +153,7 @@ def begin(
     }
     if scheduler is not None:
         _check_same_epochs(manager, epochs)
-    run = manager.begin_run(told | dict(params), network, loader)
+    run = manager.begin_run(logged | dict(params), network, loader)
     for context, part in (("validation", data.validation), ("test", data.test)):
         if part is not None and (final or context != "test"):
             run.log_dataset(part, context)
@@ -140,9 +165,14 @@ def begin(
     def train() -> Iterator[Epoch]:
         numbers = {"epochs": epochs, "done": manager.epoch_count}
         if loop is not None:
+
+            def validate() -> Mapping[str, float]:
+                with evaluation_mode(network):
+                    return loop.validate()
+
             passes = run_epochs(
                 lambda number: manager.progress(loop.train(number), len(loader)),
-                validate=loop.validate,
+                validate=validate,
                 **numbers,
             )
         else:
@@ -164,11 +194,14 @@ def begin(
             epoch = next(passes)
             manager.log_epoch(epoch)
             if loop is not None:
-                _show(run, loop, number)
+                with evaluation_mode(network):
+                    _show(run, loop, number)
             manager.save_checkpoint(optimizer=optimizer, scheduler=scheduler)
             yield epoch
         if final:
-            if tested := _test(network, task, device) if loop is None else loop.test():
+            with evaluation_mode(network):
+                tested = _test(network, task, device) if loop is None else loop.test()
+            if tested:
                 run.log_metrics(tested, epochs)
             _log_mistakes(run, network, task)
         manager.end_run(
@@ -180,47 +213,48 @@ def begin(
 
 
 def _check_same_epochs(manager: RunManager, epochs: int) -> None:
-    """Raise ArgumentError where a run with a schedule goes on to another end."""
-    had = manager.resumed_params.get("epochs", str(epochs))
-    if had != str(epochs):
+    """Raise ArgumentError if a run with a schedule is resumed for another number of epochs."""
+    before = manager.resumed_params.get("epochs", str(epochs))
+    if before != str(epochs):
         raise ArgumentError(
-            f"epochs={epochs} is not what the run began with, {had!r}; its schedule ends there."
+            f"epochs={epochs} differs from the run to resume, whose learning rate schedule ends "
+            f"after {before}."
         )
 
 
 def _predictor(network: nn.Module, task: Task, device: torch.device) -> Predictor | None:
-    """The recipe's predictor, with what the network says of texts of the validation part."""
+    """The recipe's predictor, with validation texts and the network's answers to check it."""
     recipe, part = task.recipe, task.data.validation
     if recipe.predictor is None or recipe.scores is None or part is None:
         return None
     inputs = torch.stack([part[index][0] for index in range(min(_CANDIDATES, len(part)))])
     with evaluation_mode(network), torch.no_grad():
-        sure, number = recipe.scores(network(inputs.to(device))).softmax(dim=1).max(dim=1)
-    # The surest of them: no rounding turns their labels.
-    chosen = sure.argsort(descending=True)[:_CHECKED].tolist()
+        probability, label = recipe.scores(network(inputs.to(device))).softmax(dim=1).max(dim=1)
+    # The most confident answers: rounding cannot change their labels.
+    chosen = probability.argsort(descending=True)[:_CHECKED].tolist()
     classes = task.data.facts["classes"]
     expected = pd.DataFrame(
         {
-            "label": [classes[number[index].item()] for index in chosen],
-            "probability": sure[chosen].double().cpu().numpy(),
+            "label": [classes[label[index].item()] for index in chosen],
+            "probability": probability[chosen].double().cpu().numpy(),
         }
     )
     return Predictor(recipe.predictor, [part.texts[index] for index in chosen], expected)
 
 
 def _show(run: Run, loop: Loop, epoch: int) -> None:
-    for thing in loop.show(epoch):
-        if isinstance(thing, Picture):
-            run.log_image(thing.name, thing.image, step=epoch)
+    for item in loop.show(epoch):
+        if isinstance(item, Picture):
+            run.log_image(item.name, item.image, step=epoch)
         else:
-            run.log_text(thing.content, thing.path)
+            run.log_text(item.content, item.path)
 
 
 def _test(network: nn.Module, task: Task, device: torch.device) -> Mapping[str, float]:
-    """The metrics on the test part."""
+    """The metrics of the test part, if there is one."""
     if task.data.test is None:
         return {}
-    found = evaluate(
+    metrics = evaluate(
         network,
         DataLoader(task.data.test, task.params["batch_size"]),
         task.recipe.loss,
@@ -228,11 +262,11 @@ def _test(network: nn.Module, task: Task, device: torch.device) -> Mapping[str, 
         accuracy=task.recipe.scores is not None,
         scores=task.recipe.scores,
     )
-    return {f"test_{name}": value for name, value in found.items()}
+    return {f"test_{name}": value for name, value in metrics.items()}
 
 
 def _log_mistakes(run: Run, network: nn.Module, task: Task) -> None:
-    """Log what a classifier takes for something else, of the validation part."""
+    """Log a classifier's misclassifications of the validation part."""
     recipe, part = task.recipe, task.data.validation
     if recipe.loop is None and recipe.scores is not None and part is not None:
         run.log_mistakes(

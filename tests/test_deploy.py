@@ -1,4 +1,4 @@
-"""`python -m studies.export`: a logged model as a file for programs without this project."""
+"""`python -m studies.export` writes a logged model for programs without this project."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ np.save("logits.npy", logits)
 
 
 class Trained:
-    """Networks trained for an epoch on the digits, each once, in one store."""
+    """Networks trained for one epoch on the digits, each at most once, in one store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,7 +127,9 @@ def test_the_file_runs_in_a_process_that_cannot_import_this_project(
         np.testing.assert_allclose(np.load("logits.npy"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_registered_model_is_named_by_its_alias(trained: Trained, tmp_path: Path) -> None:
+def test_a_registered_model_is_exported_under_its_name_and_alias(
+    trained: Trained, tmp_path: Path
+) -> None:
     run_id = trained.run_id("fashion-cnn")
     client = MlflowClient(trained.uri, trained.uri)
     (output,) = client.get_run(run_id).outputs.model_outputs
@@ -141,7 +143,7 @@ def test_a_registered_model_is_named_by_its_alias(trained: Trained, tmp_path: Pa
 
 
 class Tokens(nn.Module):
-    """Reads its batch's size from its input, twice: for the LSTM's state, and to index."""
+    """Reads the size of its batch from its input for the LSTM's state and as an index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class Tokens(nn.Module):
 def program_of(network: nn.Module, example: Tensor) -> ExportedProgram:
     free = ({0: torch.export.Dim.AUTO},)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, on its LSTM
+        warnings.simplefilter("ignore")  # torch warns about its own LSTM
         return torch.export.export(network.eval(), (example,), dynamic_shapes=free)
 
 
@@ -173,7 +175,7 @@ def program_of(network: nn.Module, example: Tensor) -> ExportedProgram:
         pytest.param("aoti", marks=pytest.mark.slow),
     ],
 )
-def test_an_lstm_over_tokens_takes_any_batch_size(to: str, tmp_path: Path) -> None:
+def test_an_exported_lstm_over_tokens_accepts_any_batch_size(to: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Tokens()
     program = program_of(network, torch.randint(0, 50, (2, 12)))
@@ -187,7 +189,7 @@ def test_an_lstm_over_tokens_takes_any_batch_size(to: str, tmp_path: Path) -> No
 
 
 class Drifting(Pt2):
-    """What it loads is not what was written."""
+    """Loads another model than it wrote."""
 
     def load(self, path: Path) -> Callable[[Tensor], Tensor]:
         loaded = super().load(path)
@@ -213,7 +215,7 @@ class FullDisk(Pt2):
 
 
 @pytest.mark.parametrize(
-    ("form", "message"),
+    ("target", "message"),
     [
         (Drifting(), "differs by 0.001 on a batch of 7; nothing was written."),
         (NotANumber(), "differs by nan on a batch of 1"),
@@ -222,23 +224,23 @@ class FullDisk(Pt2):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_file_that_fails_its_check_never_replaces_one_that_was_there(
-    form: Pt2, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_fails_its_check_does_not_replace_an_existing_one(
+    target: Pt2, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FORMATS, "pt2", form)  # type: ignore[arg-type]
+    monkeypatch.setitem(FORMATS, "pt2", target)  # type: ignore[arg-type]
     path = tmp_path / "model.pt2"
-    path.write_text("the one before")
+    path.write_text("the old one")
     with pytest.raises(DeployError) as raised:
         deploy(program_of(nn.Linear(4, 3), torch.rand(2, 4)), path, "pt2")
     assert message in str(raised.value)
-    assert path.read_text() == "the one before"
+    assert path.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @torchscript_is_deprecated
-def test_a_file_that_was_there_is_replaced(tmp_path: Path) -> None:
+def test_a_file_that_passes_its_check_replaces_an_existing_one(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    path.write_text("the one before")
+    path.write_text("the old one")
     network = nn.Linear(4, 3)
     assert deploy(program_of(network, torch.rand(2, 4)), path, "torchscript") == 0
     assert torch.equal(
@@ -246,13 +248,13 @@ def test_a_file_that_was_there_is_replaced(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_of_two_inputs_is_one_sentence(tmp_path: Path) -> None:
+def test_a_model_with_two_inputs_is_refused_in_one_sentence(tmp_path: Path) -> None:
     class Two(nn.Module):
         def forward(self, one: Tensor, other: Tensor) -> Tensor:
             return one + other
 
     program = torch.export.export(Two(), (torch.rand(2), torch.rand(2)))
-    with pytest.raises(DeployError, match="does not have one tensor as its input"):
+    with pytest.raises(DeployError, match="must have one tensor as its input"):
         deploy(program, tmp_path / "model.pt2", "pt2")
     assert list(tmp_path.iterdir()) == []
 
@@ -278,10 +280,10 @@ def test_a_model_of_two_inputs_is_one_sentence(tmp_path: Path) -> None:
         ),
         ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has not the model"),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
-        ("RUN --to aoti", "needs a C++ compiler, and there is no '/no/compiler'."),
+        ("RUN --to aoti", "format='aoti' needs the C++ compiler '/no/compiler'."),
     ],
 )
-def test_a_mistake_is_one_sentence_exit_code_2_and_no_file(
+def test_a_mistake_exits_with_code_2_and_one_sentence_and_writes_no_file(
     trained: Trained,
     arguments: str,
     message: str,
@@ -289,7 +291,7 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_file(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # imports as if not installed
     monkeypatch.setenv("CXX", "/no/compiler")
     run_id = trained.run_id("fashion-cnn")
     if "EMPTY" in arguments:
@@ -310,7 +312,9 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_model_is_reported_in_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with start_run(tracking_uri=uri) as run:
         run.log_model(nn.Linear(4, 3), torch.rand(2, 4))
@@ -330,7 +334,7 @@ def test_a_damaged_model_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFi
     not (shutil.which("cmake") and shutil.which(os.environ.get("CXX", "c++"))),
     reason="this machine has no cmake or no C++ compiler",
 )
-def test_a_program_in_c_plus_plus_prints_the_same_logits(trained: Trained, tmp_path: Path) -> None:
+def test_the_c_plus_plus_example_prints_the_same_logits(trained: Trained, tmp_path: Path) -> None:
     source, build = ROOT / "examples/cpp", tmp_path / "build"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     strict = "-DCMAKE_CXX_FLAGS=-Werror"
@@ -346,7 +350,7 @@ def test_a_program_in_c_plus_plus_prints_the_same_logits(trained: Trained, tmp_p
     Path("short.pgm").write_bytes(b"P5 28 28 255\n1234")
     Path("text.pgm").write_text("P2 28 28 255\n" + "0 " * 784)
     for model in ("fashion-cnn", "fashion-mlp"):
-        live = trained.live(model)  # trains where it is the first to ask: not without gradients
+        live = trained.live(model)  # may train, so it needs gradients
         with torch.no_grad():
             expected = live(pixels.float().div(255)[None, None])[0]
         for to, name in (("torchscript", "m.pt"), ("aoti", "m.pt2")):

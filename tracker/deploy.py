@@ -1,6 +1,6 @@
-"""A logged model as one file for other programs, checked against the model before it is there.
+"""Writes a logged model as one file for other programs, checked against the model.
 
-No file needs a Python class, and each takes any batch size. `FORMATS` has what can be written.
+No file needs a Python class, and each takes any batch size.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,63 +23,64 @@ from torch.export import ExportedProgram
 from tracker.errors import TrackerError
 from tracker.logs import muted
 
+Model = Callable[[Tensor], Tensor]
+
 TOLERANCE = 1e-5
-"""The largest difference allowed, as a share of the largest output, or of 1 below that."""
+"""Maximum difference, relative to the largest output if that is above 1."""
 CHECKED_SIZES = (1, 2, 3, 7)
-"""The batches on which a file is compared with the model."""
+"""Sizes of the batches on which a file is compared with the model."""
 
 
 class DeployError(TrackerError):
-    """A model cannot be written in a format, or what was written computes something else."""
+    """A model cannot be written in a format, or computes something else in it."""
 
 
 class Format(Protocol):
-    """A kind of file, and the runtime that reads it."""
+    """A file format, and the runtime that loads it."""
 
     suffix: str
     summary: str
-    """Who reads it."""
+    """Programs that read it, and its drawbacks."""
 
-    def lacks(self) -> str | None:
-        """What this machine needs for it and does not have; None if it has all."""
+    def missing(self) -> str | None:
+        """Return what the format needs and this machine lacks, if anything."""
 
     def write(self, program: ExportedProgram, path: Path) -> None:
-        """Write `program` to the new file `path`. Raises whatever torch does."""
+        """Write `program` to the new file `path`; raises whatever torch raises."""
 
-    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
-        """What is in the file, run by the format's own runtime."""
+    def load(self, path: Path) -> Model:
+        """Return the model in the file, run by the format's own runtime."""
 
 
 class TorchScript:
-    """The model as a script with its weights."""
+    """A script with its weights."""
 
     suffix = ".pt"
     summary = "libtorch in C++; torch has deprecated it"
 
-    def lacks(self) -> str | None:  # noqa: D102
+    def missing(self) -> str | None:  # noqa: D102
         return None
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
         torch.jit.save(torch.jit.script(_scriptable(program)), path)
 
-    def load(self, path: Path) -> Callable[[Tensor], Tensor]:  # noqa: D102
-        loaded: Callable[[Tensor], Tensor] = torch.jit.load(path)
-        return loaded
+    def load(self, path: Path) -> Model:  # noqa: D102
+        return cast(Model, torch.jit.load(path))
 
 
 class Pt2:
-    """The graph itself."""
+    """The graph, as torch.export saves it."""
 
     suffix = ".pt2"
     summary = "torch.export.load in Python"
 
-    def lacks(self) -> str | None:  # noqa: D102
+    def missing(self) -> str | None:  # noqa: D102
         return None
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
         torch.export.save(program, path)
 
-    def load(self, path: Path) -> Callable[[Tensor], Tensor]:  # noqa: D102
+    def load(self, path: Path) -> Model:  # noqa: D102
         return torch.export.load(path).module()
 
 
@@ -88,28 +90,22 @@ class Onnx:
     suffix = ".onnx"
     summary = "ONNX Runtime and others, without torch"
 
-    def lacks(self) -> str | None:  # noqa: D102
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-        if not missing:
-            return None
-        return f"{' and '.join(missing)}: pip install 'mlflow-runmanager[onnx]'"
+    def missing(self) -> str | None:  # noqa: D102
+        names = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+        install = "pip install 'mlflow-runmanager[onnx]'"
+        return f"{' and '.join(names)}: {install}" if names else None
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
         exported = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert exported is not None  # it is None with dynamo=False
+        assert exported is not None  # only with dynamo=False
         exported.save(path)
 
-    def load(self, path: Path) -> Callable[[Tensor], Tensor]:  # noqa: D102
+    def load(self, path: Path) -> Model:  # noqa: D102
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (name,) = (one.name for one in session.get_inputs())
-
-        def run(batch: Tensor) -> Tensor:
-            (output,) = session.run(None, {name: batch.numpy()})
-            return torch.from_numpy(output)
-
-        return run
+        (name,) = (each.name for each in session.get_inputs())
+        return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 
 
 class Aoti:
@@ -118,20 +114,17 @@ class Aoti:
     suffix = ".aoti.pt2"
     summary = "libtorch in C++; machine code for processors like this one"
 
-    def lacks(self) -> str | None:  # noqa: D102
+    def missing(self) -> str | None:  # noqa: D102
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler):
-            return None
-        return f"a C++ compiler, and there is no {compiler!r}"
+        return None if shutil.which(compiler) else f"the C++ compiler {compiler!r}"
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
-        # It warns of a CUDA toolkit without a GPU: nothing to a model on the CPU.
+        # It warns about a CUDA toolkit without a GPU, which a model on the CPU does not need.
         with muted("torch.utils.cpp_extension"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
-    def load(self, path: Path) -> Callable[[Tensor], Tensor]:  # noqa: D102
-        loaded: Callable[[Tensor], Tensor] = torch._inductor.aoti_load_package(str(path))
-        return loaded
+    def load(self, path: Path) -> Model:  # noqa: D102
+        return cast(Model, torch._inductor.aoti_load_package(str(path)))
 
 
 FORMATS: Mapping[str, Format] = {
@@ -143,50 +136,58 @@ FORMATS: Mapping[str, Format] = {
 
 
 def deploy(program: ExportedProgram, path: Path, to: str) -> float:
-    """Write `program` to the file `path` in the format `to`, one of `FORMATS`.
+    """Write `program` to a file, which it replaces only if the new one computes the same.
 
-    A file that is there is replaced, in one step and only by one that computes what `program` does.
-    Returns the largest difference found. Raises DeployError, in one sentence; nothing is then
-    written.
+    Args:
+        program: The exported model.
+        path: The file to write.
+        to: Its format, a key of `FORMATS`.
+
+    Returns:
+        The largest difference between an output of the file and of the model.
+
+    Raises:
+        DeployError: The format cannot express the model, or the file cannot be written.
     """
-    form = FORMATS[to]
-    if (lacking := form.lacks()) is not None:
-        raise DeployError(f"format={to!r} needs {lacking}.")
+    target = FORMATS[to]
+    if (missing := target.missing()) is not None:
+        raise DeployError(f"format={to!r} needs {missing}.")
     if os.path.isdir(path):
         raise DeployError(f"output={str(path)!r} is a folder; it must be a file.")
     batches = _batches(program)
-    try:
-        beside = TemporaryDirectory(prefix=".export-", dir=path.parent)
-    except OSError as error:
-        raise DeployError(f"output={str(path)!r} cannot be written: {error.strerror}.") from error
-    with beside as folder, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit's deprecation, and what its exporters tell
-        file = Path(folder, f"model{form.suffix}")
+    with _writing(path) as folder, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and exporters are talkative
+        file = folder / f"model{target.suffix}"
         try:
-            form.write(program, file)
-            loaded = form.load(file)
-        except Exception as error:  # what exporters and runtimes raise on what they do not have
+            target.write(program, file)
+            loaded = target.load(file)
+        except Exception as error:  # exporters and runtimes raise errors of any kind
             raise DeployError(f"The model cannot be written as {to}: {_line(error)}.") from error
         worst = _compare(program.module(), loaded, batches, to)
-        try:
-            file.replace(path)
-        except OSError as error:
-            raise DeployError(
-                f"output={str(path)!r} cannot be written: {error.strerror}."
-            ) from error
+        file.replace(path)
     return worst
 
 
-def _batches(program: ExportedProgram) -> Iterator[Tensor]:
-    """Batches of the sizes to check, of values that the model's own example has.
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `path`."""
+    try:
+        with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise DeployError(f"output={str(path)!r} cannot be written: {error.strerror}.") from error
 
-    A sample is one of the example's with its values moved on: none is like another, pixels stay
-    pixels and tokens stay within the vocabulary.
+
+def _batches(program: ExportedProgram) -> Iterator[Tensor]:
+    """Make the batches to check from the model's example.
+
+    Each sample is one of the example with its values rotated: all differ, yet pixels remain pixels
+    and tokens remain in the vocabulary.
     """
-    given: Any = program.example_inputs or ((), {})
-    arguments, keywords = given
+    inputs: Any = program.example_inputs or ((), {})
+    arguments, keywords = inputs
     if keywords or len(arguments) != 1 or not isinstance(arguments[0], Tensor):
-        raise DeployError("The model does not have one tensor as its input, with an example of it.")
+        raise DeployError("The model must have one tensor as its input, with an example of it.")
     example = arguments[0]
 
     def sample(number: int) -> Tensor:
@@ -196,47 +197,37 @@ def _batches(program: ExportedProgram) -> Iterator[Tensor]:
     return (torch.stack([sample(i) for i in range(size)]) for size in CHECKED_SIZES)
 
 
-def _compare(
-    live: Callable[[Tensor], Tensor],
-    loaded: Callable[[Tensor], Tensor],
-    batches: Iterator[Tensor],
-    to: str,
-) -> float:
-    """The largest difference. Raises DeployError where it is too large, or a batch is refused."""
+def _compare(live: Model, loaded: Model, batches: Iterator[Tensor], to: str) -> float:
+    """Return the largest difference; raise DeployError if it is too large."""
     worst = 0.0
     for batch in batches:
+        size = f"a batch of {len(batch)}"
         try:
             expected = live(batch)
-        except Exception as error:  # torch.export may have taken two for the least, in any words
+        except Exception as error:  # torch.export may have required a batch of at least 2
             if len(batch) == 1:
                 continue
-            raise DeployError(
-                f"The model itself does not take a batch of {len(batch)}: {_line(error)}."
-            ) from error
+            raise DeployError(f"The model does not accept {size}: {_line(error)}.") from error
         try:
-            got = loaded(batch)
-        except Exception as error:  # each runtime has its own
+            output = loaded(batch)
+        except Exception as error:  # each runtime has its own errors
             raise DeployError(
-                f"The model as {to} does not take a batch of {len(batch)}: {_line(error)}."
+                f"The model as {to} does not accept {size}: {_line(error)}."
             ) from error
-        if got.shape != expected.shape or got.dtype != expected.dtype:
+        if output.shape != expected.shape or output.dtype != expected.dtype:
             raise DeployError(
-                f"The model as {to} returns {got.dtype} {tuple(got.shape)} for a batch of "
-                f"{len(batch)}; it must be {expected.dtype} {tuple(expected.shape)}."
+                f"The model as {to} returns {output.dtype} {tuple(output.shape)} for {size}; it "
+                f"must be {expected.dtype} {tuple(expected.shape)}."
             )
-        difference = _largest(torch.where(_same(got, expected), 0, got.double() - expected))
-        # Written so that NaN, which compares as false, is refused.
+        same = (output == expected) | (output.isnan() & expected.isnan())
+        difference = _largest(torch.where(same, 0, output.double() - expected))
+        # NaN, which compares as false, must be refused.
         if not difference <= TOLERANCE * max(1.0, _largest(expected.nan_to_num(0, 0, 0))):
             raise DeployError(
-                f"The model as {to} differs by {difference:.2g} on a batch of {len(batch)}; "
-                "nothing was written."
+                f"The model as {to} differs by {difference:.2g} on {size}; nothing was written."
             )
         worst = max(worst, difference)
     return worst
-
-
-def _same(one: Tensor, other: Tensor) -> Tensor:
-    return (one == other) | (one.isnan() & other.isnan())
 
 
 def _largest(values: Tensor) -> float:
@@ -244,29 +235,28 @@ def _largest(values: Tensor) -> float:
 
 
 def _scriptable(program: ExportedProgram) -> torch.fx.GraphModule:
-    """The program as a module that torch.jit.script can read.
+    """Return the program as a module that torch.jit.script can read.
 
-    Not torch.jit.trace: it makes constants of the sizes that a graph reads from its input, and an
-    LSTM's batch would be fixed.
+    torch.jit.trace would fix the sizes that a graph reads from its input, such as an LSTM's batch.
     """
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
     graph = module.graph
-    graph.set_codegen(torch.fx.graph.CodeGen())  # takes and returns tensors, not trees of them
+    graph.set_codegen(torch.fx.graph.CodeGen())  # tensors in and out, not trees
     end = graph.output_node()
     (outputs,) = end.args
     assert isinstance(outputs, tuple | list)
     end.args = (outputs[0],)
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
-            node.target = node.target.overloadpacket  # TorchScript finds the overload by the types
+            node.target = node.target.overloadpacket  # TorchScript resolves the overload
         device = node.kwargs.get("device")
-        if isinstance(device, torch.device):  # written as `device(type='cpu')`, unknown to it
+        if isinstance(device, torch.device):  # TorchScript does not know its repr
             node.kwargs = {**node.kwargs, "device": str(device)}
     return torch.fx.GraphModule(module, graph)
 
 
 def _line(error: Exception) -> str:
-    """The first line of what an error says, without its full stop."""
-    said = (line.strip() for line in str(error).splitlines())
-    return next((line for line in said if line), type(error).__name__)[:200].rstrip(".:")
+    """Return the first line of an error's message, without its full stop."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:200].rstrip(".:")

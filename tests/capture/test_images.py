@@ -1,4 +1,4 @@
-"""Pictures come out as they went in, whatever holds them."""
+"""Pictures are converted exactly, from any container."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tracker.capture.images import image_grid, mlflow_image_files, to_pil
 patient = settings(deadline=None, max_examples=50)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-SIDES = st.integers(5, 12)  # longer than there are channels: which axis is which is plain
+SIDES = st.integers(5, 12)  # longer than the number of channels, so that the axes are unambiguous
 
 
 @st.composite
@@ -43,13 +43,13 @@ def pixels(picture: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def grey(values: Any) -> list[int]:
-    """The bytes that a row of numbers becomes."""
+    """The bytes made of a row of numbers."""
     return pixels(to_pil(values)).ravel().tolist()
 
 
 # -- one picture ---------------------------------------------------------------------------------
 
-WAYS: dict[str, Callable[[npt.NDArray[np.uint8]], Any]] = {
+CONTAINERS: dict[str, Callable[[npt.NDArray[np.uint8]], Any]] = {
     "array (H, W, C)": lambda bytes_: bytes_,
     "array (C, H, W)": lambda bytes_: bytes_.transpose(2, 0, 1),
     "array of floats": lambda bytes_: bytes_ / 255,
@@ -63,13 +63,13 @@ WAYS: dict[str, Callable[[npt.NDArray[np.uint8]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("convert", CONTAINERS.values(), ids=CONTAINERS)
 @given(picture=pictures())
 @patient
-def test_every_pixel_arrives(
-    way: Callable[[npt.NDArray[np.uint8]], Any], picture: npt.NDArray[np.uint8]
+def test_every_pixel_is_converted_exactly(
+    convert: Callable[[npt.NDArray[np.uint8]], Any], picture: npt.NDArray[np.uint8]
 ) -> None:
-    found = to_pil(way(picture))
+    found = to_pil(convert(picture))
 
     assert found.mode == MODES[picture.shape[2]]
     np.testing.assert_array_equal(pixels(found), picture)
@@ -77,22 +77,22 @@ def test_every_pixel_arrives(
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6)))
 @patient
-def test_two_dimensions_are_shades_of_grey(picture: npt.NDArray[np.uint8]) -> None:
-    for way in (picture, torch.from_numpy(picture), picture / 255):
-        found = to_pil(way)
+def test_a_two_dimensional_picture_is_grey(picture: npt.NDArray[np.uint8]) -> None:
+    for held in (picture, torch.from_numpy(picture), picture / 255):
+        found = to_pil(held)
 
         assert (found.mode, found.size) == ("L", picture.shape[::-1])
         np.testing.assert_array_equal(np.asarray(found), picture)
 
 
-def test_a_picture_is_itself() -> None:
+def test_a_pil_image_is_returned_unchanged() -> None:
     picture = Image.new("P", (3, 2))
 
     assert to_pil(picture) is picture
 
 
 @pytest.mark.parametrize("holder", [np.array, torch.tensor], ids=["array", "tensor"])
-def test_numbers_beyond_black_and_white_are_clipped(holder: Callable[[Any], Any]) -> None:
+def test_floats_outside_0_and_1_are_clipped(holder: Callable[[Any], Any]) -> None:
     row = [[-math.inf, -1.0, 0.0, 0.5, 1.0, 7.0, math.inf, math.nan]]
 
     assert grey(holder(row)) == [0, 0, 0, 128, 255, 255, 255, 0]
@@ -104,16 +104,16 @@ def test_a_mask_is_black_and_white(holder: Callable[[Any], Any]) -> None:
     assert grey(holder([[1, 0]])) == [255, 0]
 
 
-def test_bytes_are_bytes_however_dark() -> None:
+def test_dark_bytes_are_not_taken_for_a_mask() -> None:
     assert grey(torch.tensor([[0, 1, 2]], dtype=torch.uint8)) == [0, 1, 2]
     assert grey(np.array([[0, 1, 2]], dtype=np.uint8)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3), (3, 4, 4), (3, 8, 1), (4, 1, 3), (1, 5, 4)], ids=str)
-def test_a_tensor_s_channels_come_first_where_sizes_leave_it_open(
+def test_a_tensor_s_channels_come_first_if_the_shape_is_ambiguous(
     shape: tuple[int, int, int],
 ) -> None:
-    """A kernel of three by three, for one."""
+    """Such as a kernel of 3 by 3."""
     tensor = torch.randint(256, shape, dtype=torch.uint8)
 
     found = to_pil(tensor)
@@ -122,7 +122,7 @@ def test_a_tensor_s_channels_come_first_where_sizes_leave_it_open(
     np.testing.assert_array_equal(pixels(found), tensor.permute(1, 2, 0).numpy())
 
 
-def test_looking_at_a_tensor_does_not_change_it() -> None:
+def test_conversion_does_not_change_the_tensor() -> None:
     tensor = torch.tensor([[-1.0, math.nan, 0.25, 9.0]])
     before = tensor.numpy().tobytes()
 
@@ -136,9 +136,7 @@ SHAPES = [(), (5,), (2, 5, 5), (5, 5, 2), (5, 6, 7), (1, 1, 5, 5), (0, 5), (3, 0
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("holder", [np.zeros, torch.zeros], ids=["array", "tensor"])
-def test_any_other_shape_is_refused_by_name(
-    holder: Callable[[Any], Any], shape: tuple[int, ...]
-) -> None:
+def test_any_other_shape_is_refused(holder: Callable[[Any], Any], shape: tuple[int, ...]) -> None:
     sentence = rf"^image has the shape {re.escape(str(shape))}; allowed are \(H, W\), .*channels\.$"
 
     with pytest.raises(ArgumentError, match=sentence):
@@ -149,7 +147,7 @@ def test_any_other_shape_is_refused_by_name(
 
 
 def cells(grid: Image.Image, rows: int, columns: int, side: int) -> list[npt.NDArray[np.uint8]]:
-    """The pictures of a grid as they were before they were enlarged, row by row."""
+    """The pictures of a grid before they were enlarged, row by row."""
     wide, high = columns * (side + 2) + 2, rows * (side + 2) + 2
     factor = grid.width // wide
     assert grid.size == (wide * factor, high * factor)
@@ -164,11 +162,11 @@ def cells(grid: Image.Image, rows: int, columns: int, side: int) -> list[npt.NDA
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("number", "rows", "columns"), [(2, 1, 2), (4, 2, 2), (7, 3, 3)])
-def test_a_grid_has_every_picture_row_by_row_on_white(
+def test_a_grid_shows_every_picture_row_by_row_on_white(
     number: int, rows: int, columns: int, channels: int
 ) -> None:
     batch = torch.randint(256, (number, channels, 8, 8), dtype=torch.uint8)
-    batch[0, :, 0, 0], batch[-1, :, -1, -1] = 0, 255  # the range that pictures are scaled to
+    batch[0, :, 0, 0], batch[-1, :, -1, -1] = 0, 255  # the range of the batch
 
     grid = image_grid(batch)
 
@@ -182,7 +180,7 @@ def test_a_grid_has_every_picture_row_by_row_on_white(
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (4.0, -2.0), (1e-3, 5.0), (1e4, 0.0)])
 def test_a_grid_is_scaled_to_its_own_range(scale: float, shift: float) -> None:
-    """Data sets come normalised to all sorts of ranges."""
+    """Data sets are normalised to various ranges."""
     ramp = torch.linspace(0, 1, 64, dtype=torch.float64).reshape(1, 1, 8, 8).expand(4, 1, 8, 8)
 
     grid = image_grid(ramp * scale + shift)
@@ -203,13 +201,13 @@ def test_one_picture_fills_the_grid(side: int, channels: int) -> None:
     assert grid is not None
     factor = grid.width // side
     assert grid.size == (side * factor, side * factor)
-    if side > 1:  # else there may be no contrast
+    if side > 1:  # a single pixel may have no contrast
         small = np.asarray(grid.convert("RGB"))[::factor, ::factor]
         expected = batch[0].permute(1, 2, 0).expand(side, side, 3)
         np.testing.assert_allclose(small.astype(int), expected, atol=1)
 
 
-def test_a_batch_without_contrast_is_a_picture_too() -> None:
+def test_a_batch_without_contrast_has_a_grid() -> None:
     for value in (0.0, 3.0, math.nan):
         grid = image_grid(torch.full((4, 1, 8, 8), value))
 
@@ -220,11 +218,11 @@ def test_a_batch_without_contrast_is_a_picture_too() -> None:
 @pytest.mark.parametrize(
     "shape", [(4, 2, 8, 8), (4, 4, 8, 8), (8, 8), (4, 8, 8), (0, 1, 8, 8), (4, 1, 0, 8), (4, 10)]
 )
-def test_what_is_no_batch_of_pictures_has_no_grid(shape: tuple[int, ...]) -> None:
+def test_a_batch_of_another_shape_has_no_grid(shape: tuple[int, ...]) -> None:
     assert image_grid(torch.zeros(shape)) is None
 
 
-def test_a_grid_leaves_the_batch_alone() -> None:
+def test_a_grid_does_not_change_the_batch() -> None:
     batch: Tensor = torch.randn(4, 1, 8, 8)
     before = batch.clone()
 
@@ -237,9 +235,7 @@ def test_a_grid_leaves_the_batch_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["faces", "faces/fake", "a.b-c_d e"])
-def test_files_are_named_as_mlflow_s_own_client_names_them(
-    store: Store, tmp_path: Path, name: str
-) -> None:
+def test_files_are_named_as_by_mlflow_s_client(store: Store, tmp_path: Path, name: str) -> None:
     picture = Image.new("RGB", (300, 200), (10, 20, 30))
     run = store.client.create_run("0")
     store.client.log_image(
@@ -254,7 +250,7 @@ def test_files_are_named_as_mlflow_s_own_client_names_them(
     assert all("UUID" in path for path in anonymous(ours))
 
 
-def test_one_file_is_the_picture_and_one_a_preview_that_is_not_larger() -> None:
+def test_the_files_are_the_picture_and_a_smaller_preview() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8))
 
     (png, full), (webp, preview) = mlflow_image_files("noise", picture, 0, 1)
@@ -279,7 +275,7 @@ def test_a_small_picture_is_its_own_preview() -> None:
     assert preview.getpixel((3, 3)) == 77
 
 
-def test_pictures_of_one_step_do_not_replace_each_other() -> None:
+def test_pictures_of_the_same_step_have_different_files() -> None:
     picture = Image.new("L", (2, 2))
 
     paths = [path for _ in range(2) for path, _ in mlflow_image_files("x", picture, 1, 1)]

@@ -1,4 +1,4 @@
-"""What a traced network looks like, and that tracing leaves no trace in the network."""
+"""Traces, layer tables and graphs of networks, and that tracing does not change a network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Convolutional(nn.Module):
 class LSTMClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(50, 8, max_norm=0.1)  # writes to its weight in forward
+        self.embedding = nn.Embedding(50, 8, max_norm=0.1)  # modifies its weight in forward
         self.lstm = nn.LSTM(8, 16, num_layers=2, batch_first=True, dropout=0.5)
         self.head = nn.Linear(16, 3)
 
@@ -73,7 +73,7 @@ class TwoInputs(nn.Module):
 
 
 class Stubborn(nn.Module):
-    """Does in forward whatever a careful network would not do in evaluation mode."""
+    """Does in forward everything that a network should not do in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def kinds(traced: Trace) -> list[str]:
 
 
 def readers(traced: Trace) -> list[tuple[str, str]]:
-    """The edges by name, `(from, to)`."""
+    """The edges as pairs of names, (from, to)."""
     names = kinds(traced)
     return [
         (names[i], name)
@@ -136,7 +136,7 @@ def readers(traced: Trace) -> list[tuple[str, str]]:
 
 
 def dims(shape: str) -> str:
-    """`shape` as it is shown, with multiplication signs."""
+    """`shape` with multiplication signs, as displayed."""
     return shape.replace("x", "\N{MULTIPLICATION SIGN}")
 
 
@@ -171,7 +171,7 @@ class TestTrace:
         ]
         assert [call.inputs for call in traced.calls] == [(), *((i,) for i in range(13))]
 
-    def test_counts_frozen_parameters_apart(self) -> None:
+    def test_counts_frozen_parameters_separately(self) -> None:
         layer = nn.Linear(4, 2)
         layer.bias.requires_grad_(False)
         _, call, _ = trace(layer, torch.zeros(1, 4)).calls
@@ -186,7 +186,7 @@ class TestTrace:
             ("add", "output"),
         ]
 
-    def test_an_identity_does_not_stand_between_its_input_and_other_readers(self) -> None:
+    def test_readers_of_an_identity_s_input_do_not_seem_to_read_its_output(self) -> None:
         def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
             shortcut = F.dropout(m["skip"](x), training=False)
             return m["fc"](x) + shortcut
@@ -195,7 +195,7 @@ class TestTrace:
         assert ("input", "fc") in readers(trace(network, torch.zeros(1, 4)))
         assert ("skip", "dropout") in readers(trace(network, torch.zeros(1, 4)))
 
-    def test_what_is_written_in_place_comes_from_who_wrote_it(self) -> None:
+    def test_the_last_in_place_modification_produces_a_tensor(self) -> None:
         def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
             y = m["fc"](x)
             m["act"](y)
@@ -212,9 +212,9 @@ class TestTrace:
             ("setitem", "output"),
         ]
 
-    def test_a_constant_is_not_taken_for_a_tensor_that_is_gone(self) -> None:
+    def test_a_constant_is_not_mistaken_for_a_deleted_tensor(self) -> None:
         def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
-            x.exp()  # python gives the id of what is dropped to what comes next
+            x.exp()  # Python may reuse the id of the deleted result
             return m["fc"](torch.from_numpy(np.zeros((1, 4), np.float32)))
 
         network = functional(forward, fc=nn.Linear(4, 4))
@@ -229,11 +229,11 @@ class TestTrace:
         expected = ["input", "neg", "T", "matmul", "pow", "div", "sub", "output"]
         assert kinds(trace(network, torch.ones(2, 2))) == expected
 
-    def test_reading_attributes_is_no_call(self) -> None:
+    def test_reading_attributes_is_not_a_call(self) -> None:
         network = functional(lambda m, x: x if x.dim() + x.shape[0] else x.dtype, unused=nn.ReLU())
         assert kinds(trace(network, torch.zeros(1, 4))) == ["input", "output"]
 
-    def test_what_happens_inside_a_layer_is_part_of_it(self) -> None:
+    def test_calls_inside_a_layer_are_part_of_it(self) -> None:
         parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
         network = nn.Sequential(nn.MultiheadAttention(16, 4), parametrised)
         network.forward = lambda x: network[1](network[0](x, x, x)[0])
@@ -266,7 +266,7 @@ class TestTrace:
         network = functional(forward, fc=nn.Linear(4, 4)).train()
         assert kinds(trace(network, torch.zeros(1, 4))) == ["input", "fc", "exp", "output"]
 
-    def test_compiled_networks_are_not_compiled_for_it(self) -> None:
+    def test_tracing_does_not_compile_a_network(self) -> None:
         def never(*args: object) -> Any:
             raise AssertionError("compiled")
 
@@ -275,28 +275,28 @@ class TestTrace:
         traced = trace(network, torch.zeros(1, 4))
         assert [call.kind for call in traced.calls] == ["input", "Linear", "ReLU", "output"]
 
-    def test_the_example_stays_as_it_was(self) -> None:
+    def test_the_example_is_not_changed(self) -> None:
         example = -torch.ones(1, 4, requires_grad=True)
         trace(nn.ReLU(inplace=True), example)
         assert torch.equal(example, -torch.ones(1, 4))
 
     @pytest.mark.cuda
-    def test_the_example_is_taken_to_the_device_of_the_network(self) -> None:
+    def test_the_example_is_moved_to_the_network_s_device(self) -> None:
         trace(LSTMClassifier().cuda(), torch.zeros(2, 7, dtype=torch.long))
 
     @pytest.mark.parametrize("layer", [nn.LazyLinear(3), nn.LazyBatchNorm1d()])
-    def test_refuses_parameters_that_have_no_shape_yet(self, layer: nn.Module) -> None:
+    def test_refuses_lazy_parameters(self, layer: nn.Module) -> None:
         with pytest.raises(ArgumentError, match=r"0\.weight.*run a batch"):
             trace(nn.Sequential(layer), torch.zeros(2, 4))
         assert all(map(nn.parameter.is_lazy, layer.parameters()))
 
 
-class TestNothingIsLeftBehind:
-    """Training after a trace is, bit for bit, training without one."""
+class TestNetworkIsUnchanged:
+    """Training after a trace equals training without one, bit for bit."""
 
     @staticmethod
     def everything(network: nn.Module) -> tuple[Any, ...]:
-        """Attributes (hooks and modes are some) by identity; tensors and generators by value."""
+        """Attributes (including hooks and modes) by identity; tensors and generators by value."""
         attributes = [
             {key: dict(value) if isinstance(value, dict) else value for key, value in attrs.items()}
             for attrs in map(vars, network.modules())
@@ -314,7 +314,7 @@ class TestNothingIsLeftBehind:
 
     def test_after_a_trace(self, network_and_example: tuple[nn.Module, Any]) -> None:
         network, example = network_and_example
-        for i, module in enumerate(network.modules()):  # modes and gradients of all sorts
+        for i, module in enumerate(network.modules()):  # mixed modes, and gradients for some
             module.training = i % 2 == 0
         for parameter in list(network.parameters())[::2]:
             parameter.grad = torch.ones_like(parameter)
@@ -330,7 +330,7 @@ class TestNothingIsLeftBehind:
             trace(network, torch.eye(4))
         assert self.everything(network) == before
 
-    def test_a_layer_that_raises_and_is_caught_does_not_hide_the_rest(self) -> None:
+    def test_after_the_network_caught_a_layer_s_error(self) -> None:
         def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
             try:
                 return m["wrong"](x)
@@ -382,7 +382,7 @@ class TestLayerTable:
         assert table["layer"].tolist() == ["fc", "fc", "total"]
         assert table["parameters"].tolist() == [20, 20, 20]
 
-    def test_parameters_beside_layers_have_a_row_before_them(self) -> None:
+    def test_a_module_with_children_and_parameters_has_a_row_before_them(self) -> None:
         network = nn.Sequential(nn.ReLU(), Encoder())
         table = layer_table(network, trace(network, torch.zeros(2, 5, 16)))
         rows = table[["layer", "type", "parameters"]].values.tolist()
@@ -398,7 +398,7 @@ class TestLayerTable:
         assert table["layer"].tolist() == ["used", "unused", "total"]
         assert table["output shape"].tolist() == [dims("Nx4"), "", ""]
 
-    def test_parameters_without_a_shape_count_nothing(self) -> None:
+    def test_lazy_parameters_count_as_zero(self) -> None:
         table = layer_table(nn.Sequential(nn.LazyLinear(3)), None)
         assert table["parameters"].tolist() == [0, 0]
 
@@ -419,7 +419,7 @@ def boxes(svg: str) -> list[tuple[float, float, float, float]]:
 
 
 def graph(inputs: list[tuple[int, ...]]) -> Trace:
-    """A graph of layers with the given edges."""
+    """A graph of layers with these inputs."""
     return Trace(
         tuple(
             Call(f"layer{i}", "Linear", edges, (2, 4), (2, 4), 20, 20)
@@ -451,7 +451,7 @@ class TestGraph:
             shown
         )
 
-    def test_stands_alone(self) -> None:
+    def test_is_self_contained(self) -> None:
         svg = graph_svg(trace(resnet18(), torch.zeros(1, 3, 64, 64)), "ResNet-18")
         root = ET.fromstring(svg)
         assert {element.tag.removeprefix(SVG) for element in root.iter()} == {
@@ -468,12 +468,12 @@ class TestGraph:
             assert x < left < right < x + width
             assert y < top < bottom < y + height
 
-    def test_escapes_what_xml_cannot_hold(self) -> None:
+    def test_escapes_characters_that_xml_does_not_allow(self) -> None:
         call = Call("<a & b>", "x", (), None, None, 0, 0)
         shown = texts(graph_svg(Trace((call,)), 'a < b & "c"\0'))
         assert shown == ['a < b & "c"\N{REPLACEMENT CHARACTER}', "<a & b>", "x"]
 
-    def test_leaves_out_functions_that_nothing_reads(self) -> None:
+    def test_omits_functions_whose_results_are_unused(self) -> None:
         def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
             assert (x.abs() < 9).all()
             return m["fc"](x)
@@ -484,7 +484,7 @@ class TestGraph:
 
     @settings(deadline=None, max_examples=60)
     @given(graphs())
-    def test_boxes_are_apart_and_below_what_they_read(self, traced: Trace) -> None:
+    def test_boxes_do_not_overlap_and_are_below_their_inputs(self, traced: Trace) -> None:
         placed = boxes(graph_svg(traced, ""))
         assert len(placed) == len(traced.calls)
         for i, (left, top, right, bottom) in enumerate(placed):
@@ -497,14 +497,14 @@ class TestGraph:
                 )
             assert all(placed[source][3] < top for source in traced.calls[i].inputs)
 
-    def test_a_chain_with_shortcuts_is_a_straight_column(self) -> None:
+    def test_a_chain_with_shortcuts_is_drawn_straight(self) -> None:
         traced = graph([(), (0,), (1,), (0, 2), (3,), (1, 4)])
         assert len({left for left, *_ in boxes(graph_svg(traced, ""))}) == 1
 
     @pytest.mark.timeout(20)
-    def test_thousands_of_calls_are_drawn_in_seconds(self) -> None:
+    def test_thousands_of_calls_are_drawn_without_their_longest_edges(self) -> None:
         steps = range(1, 3001)
         traced = graph([(), *((i - 1,) for i in steps), tuple(steps)])  # a loop, and all its states
         svg = graph_svg(traced, "")
         assert len(boxes(svg)) == 3002
-        assert re.search("[0-9,]+ of the longest edges are left out", texts(svg)[0])
+        assert re.search("[0-9,]+ of the longest edges are omitted", texts(svg)[0])

@@ -1,4 +1,4 @@
-"""What a classifier takes for what: counted, ranked, and logged with the run."""
+"""Confusion matrix and worst misclassifications: computed, and logged with the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = ["cat", "dog", "bird"]
 
 
 class Scores(nn.Module):
-    """Gives the scores that a sample holds."""
+    """Returns the scores contained in a sample."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.flatten(start_dim=1)[:, :3]
@@ -36,7 +36,7 @@ def loader(inputs: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
 
 @given(st.integers(0, 2**31), st.integers(1, 60))
 @settings(deadline=None, max_examples=30)
-def test_the_counts_are_scikit_learn_s_and_the_worst_come_first(seed: int, samples: int) -> None:
+def test_counts_equal_scikit_learn_s_and_the_worst_come_first(seed: int, samples: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(samples, 3, generator=generator)
     labels = torch.randint(3, (samples,), generator=generator)
@@ -57,7 +57,7 @@ def test_the_counts_are_scikit_learn_s_and_the_worst_come_first(seed: int, sampl
     assert not found.pictures
 
 
-def test_one_logit_and_texts() -> None:
+def test_scores_can_be_made_of_one_logit_and_samples_have_texts() -> None:
     logits = torch.tensor([[2.0], [-3.0], [0.5]])
     found = find_mistakes(
         nn.Identity(),
@@ -70,7 +70,7 @@ def test_one_logit_and_texts() -> None:
     assert found.worst["text"].tolist() == ["gorgeous", "dull"]
 
 
-def test_a_run_holds_tables_and_pictures(store: Store, workdir: Path) -> None:
+def test_tables_and_pictures_are_logged(store: Store, workdir: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     pictures = torch.rand(40, 1, 8, 8, generator=generator)
     labels = torch.randint(3, (40,), generator=generator)
@@ -94,10 +94,10 @@ def test_a_run_holds_tables_and_pictures(store: Store, workdir: Path) -> None:
             logged.info.run_id, f"mistakes/{name}.png", str(workdir)
         )
         with Image.open(path) as picture:
-            assert np.ptp(np.asarray(picture)) > 100  # it shows something
+            assert np.ptp(np.asarray(picture)) > 100  # it is not blank
 
 
-def test_a_loader_that_shuffles_shows_the_samples_that_were_wrong() -> None:
+def test_a_shuffled_loader_shows_the_misclassified_samples() -> None:
     pictures = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(60) % 3
     shuffled = DataLoader(TensorDataset(pictures, labels), batch_size=7, shuffle=True)
@@ -114,14 +114,14 @@ def test_an_empty_loader_has_no_mistakes() -> None:
     assert found.confusion.to_numpy().sum() == len(found.worst) == len(found.pictures) == 0
 
 
-def test_a_classifier_without_a_mistake_has_no_worst(store: Store) -> None:
+def test_a_perfect_classifier_has_no_picture_of_mistakes(store: Store) -> None:
     perfect = torch.eye(3).repeat(4, 1)
     with start_run() as run:
         run.log_mistakes(Scores(), loader(perfect, torch.arange(12) % 3), classes=CLASSES)
     assert "mistakes/worst.png" not in store.artifacts(store.run())
 
 
-def test_classes_of_another_number_are_refused() -> None:
+def test_a_wrong_number_of_classes_is_refused() -> None:
     scores = torch.eye(3)
-    with pytest.raises(ArgumentError, match=r"^classes has 2 names, and the scores have the shape"):
+    with pytest.raises(ArgumentError, match=r"^classes has 2 names, but the scores have the shape"):
         find_mistakes(Scores(), loader(scores, torch.arange(3)), classes=["a", "b"])

@@ -21,9 +21,9 @@ import torch
 
 import tracker
 from tracker.errors import StoreError
-from tracker.journal.reader import FLUSH_SECONDS, Journal
+from tracker.journal.reader import Journal
 from tracker.journal.records import Begin, End, Entry, Epoch, Metrics, Point, Signal, now
-from tracker.journal.writer import JournalWriter
+from tracker.journal.writer import FLUSH_SECONDS, JournalWriter
 
 PROJECT = Path(tracker.__file__).parents[1]
 
@@ -462,7 +462,7 @@ def test_a_journal_that_cannot_be_created_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "journals").mkdir()
-    monkeypatch.setattr("tracker.journal.reader._SCHEMA", "CREATE TABLE records (")
+    monkeypatch.setattr("tracker.journal.database._SCHEMA", "CREATE TABLE records (")
 
     with pytest.raises(StoreError, match=r"cannot hold the journal \(incomplete input\)"):
         JournalWriter(tmp_path / "journals")

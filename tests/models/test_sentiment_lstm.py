@@ -473,7 +473,7 @@ def load(network, files):
     [
         (PREDICTOR, None),
         (PREDICTOR.replace("upper", "title") + "\n#", None),
-        (PREDICTOR.replace("upper", "lower"), "it predicts something else than it must"),
+        (PREDICTOR.replace("upper", "lower"), "its predictions differ from the expected ones"),
         ("def load(network, files):\n    return files['vocabulary']", "'vocabulary'"),
         ("import no_such_module", "No module named 'no_such_module'"),
         ("this is no python", "invalid syntax"),

@@ -233,7 +233,7 @@ def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Pat
     program = (
         "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
         "run.log_metrics({'loss': 0.5}, 1)\nrun.flush()\nrun.log_metrics({'loss': 0.25}, 2)\n"
-        "import threading; from tracker.journal.reader import FLUSH_SECONDS\n"
+        "import threading; from tracker.journal.writer import FLUSH_SECONDS\n"
         "threading.Event().wait(5 * FLUSH_SECONDS); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program], check=False, timeout=120)

@@ -1,4 +1,4 @@
-"""Under torchrun, loss and accuracy are those of the whole data set, and rank 0 alone writes."""
+"""Under torchrun, loss and accuracy cover the whole data set, and only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from tests.helpers import Store
-from tracker import evaluate, fit
+from tracker import Epoch, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
 ROOT = Path(__file__).parents[2]
 RUN_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 
-Batch = tuple[float | None, int, int | None]  # mean loss, samples, right ones
+Batch = tuple[float | None, int, int | None]  # mean loss, samples, correct predictions
 Case = list[list[Batch]]  # the batches of each rank
 
 
@@ -46,7 +46,7 @@ def classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-# The ranks make the same of it as this process, without importing pytest.
+# The ranks share this code, without importing pytest.
 SHARED = "\n".join(
     [
         "from __future__ import annotations",
@@ -70,7 +70,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from shared import classifier, points
-from tracker import evaluate, fit
+from tracker import RunManager, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
@@ -80,7 +80,7 @@ if backend != "gloo":
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
 who = [(rank(), world_size(), is_main())]
-dist.init_process_group(backend, timeout=timedelta(seconds=30))
+dist.init_process_group(backend, timeout=timedelta(seconds=120))
 who.append((rank(), world_size(), is_main()))
 me, ranks = rank(), world_size()
 
@@ -128,9 +128,45 @@ def trained():
     alone = DataLoader(held_out, batch_size=4) if me == 0 else []
     return epochs, evaluate(network, alone, F.cross_entropy, accuracy=True)
 
+def tracked():
+    data = points(22, seed=0)
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False))
+    network = DistributedDataParallel(classifier())
+    optimizer = SGD(network.parameters(), lr=0.5)
+    with RunManager(batch_loss=True) as manager:
+        run = manager.begin_run({"lr": 0.5}, network, loader)
+        manager.run_id
+        run.run_id
+        for _ in range(2):
+            manager.begin_epoch()
+            for batch in loader:
+                inputs, labels = batch
+                preds = network(inputs)
+                loss = F.cross_entropy(preds, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                manager.track_loss(loss, batch)
+                manager.track_num_correct(preds, labels)
+            manager.end_epoch({"lr_now": 0.5})
+        for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
+            manager.log_epoch(epoch)
+        run.log_params({"writer": me})
+        run.log_metrics({"writer": me}, step=1)
+        run.set_tags({"writer": me})
+        run.log_text(f"rank {me}", "writer.txt")
+        run.log_image(torch.zeros(4, 4), "writer.png")
+        run.log_artifact("shared.py", f"rank{me}")
+        run.log_dataset(data, "validation")
+        manager.save(f"results{me}")
+        manager.end_run()
+        manager.run_id
+
 if backend == "gloo":
     found["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
     found["fit"], found["evaluate"] = trained()
+    found["collectives"] = list(collectives)
+    tracked()
 
 dist.barrier()
 dist.destroy_process_group()
@@ -141,11 +177,10 @@ Path(f"rank{me}.json").write_text(json.dumps(found | {"who": who}))
 DRAWN = [(11, 4, False), (11, 4, True), (12, 3, False), (5, 8, True), (1, 2, False)]
 
 
-def torchrun(
-    program: str, folder: Path, *arguments: str, processes: int = 2
-) -> list[dict[str, Any]]:
-    """What each rank of `program` wrote to its `rankN.json`."""
-    (folder / "program.py").write_text(program)
+def torchrun(folder: Path, *arguments: str, processes: int = 2) -> list[dict[str, Any]]:
+    """The contents of each rank's `rankN.json`, after RANKS has run under torchrun."""
+    (folder / "cases.json").write_text(json.dumps(cases(processes)))
+    (folder / "program.py").write_text(RANKS)
     (folder / "shared.py").write_text(SHARED)
     process = subprocess.Popen(
         [
@@ -153,15 +188,19 @@ def torchrun(
             *("--nproc-per-node", str(processes), "program.py", *arguments),
         ],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRACKER_INLINE": "1"},
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
-        process.terminate()  # it ends the ranks, which a kill would leave behind
+        process.terminate()  # a kill would leave the ranks behind
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     return [json.loads((folder / f"rank{n}.json").read_text()) for n in range(processes)]
@@ -171,7 +210,7 @@ def torchrun(
 
 
 def cases(ranks: int) -> list[Case]:
-    """Batches of unequal sizes and numbers; some ranks have none, some lack a loss or labels."""
+    """Batches of various sizes; some ranks have no batch, no loss or no labels."""
     dice = random.Random(0)
 
     def batches() -> list[Batch]:
@@ -193,7 +232,7 @@ def cases(ranks: int) -> list[Case]:
 
 
 def by_hand(case: Case) -> dict[str, float]:
-    """The metrics of one process that saw all batches."""
+    """The metrics of a single process with all batches."""
     batches = [batch for share in case for batch in share]
     losses = [(loss, size) for loss, size, _ in batches if loss is not None]
     answers = [(right, size) for _, size, right in batches if right is not None]
@@ -207,15 +246,18 @@ def by_hand(case: Case) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks found, of all that the tests below ask for: a launch takes seconds."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "cases.json").write_text(json.dumps(cases(2)))
-    return torchrun(RANKS, folder, "gloo", json.dumps(DRAWN))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks ran."""
+    return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.timeout(180)
-def test_loss_and_accuracy_are_those_of_all_samples_on_every_rank(
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """The results of two ranks for all tests below: a launch takes many seconds."""
+    return torchrun(folder, "gloo", json.dumps(DRAWN))
+
+
+def test_every_rank_computes_the_loss_and_accuracy_of_all_samples(
     found: list[dict[str, Any]],
 ) -> None:
     first, second = found
@@ -226,7 +268,6 @@ def test_loss_and_accuracy_are_those_of_all_samples_on_every_rank(
             assert metrics["accuracy"] == by_hand(case)["accuracy"]
 
 
-@pytest.mark.timeout(180)
 def test_an_epoch_costs_one_collective(found: list[dict[str, Any]]) -> None:
     for one in found:
         assert one["collectives"][: len(cases(2))] == ["cpu"] * len(cases(2))
@@ -234,13 +275,11 @@ def test_an_epoch_costs_one_collective(found: list[dict[str, Any]]) -> None:
         assert len(one["collectives"]) == len(cases(2)) + 1 + len(DRAWN) + 2 * 3 + 1
 
 
-@pytest.mark.timeout(180)
 def test_counts_are_exact(found: list[dict[str, Any]]) -> None:
     assert [one["large"] for one in found] == [[2.0**52 + 1, 1.0]] * 2
 
 
-@pytest.mark.timeout(180)
-def test_torchrun_tells_the_rank_with_and_without_a_process_group(
+def test_the_rank_is_known_before_during_and_after_the_process_group(
     found: list[dict[str, Any]],
 ) -> None:
     assert [one["who"] for one in found] == [[[0, 2, True]] * 3, [[1, 2, False]] * 3]
@@ -258,7 +297,7 @@ def share(data: Dataset[Any], size: int, number: int, drop_last: bool) -> DataLo
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 4, 10])
 @pytest.mark.parametrize("number", [1, 8, 11, 16])
-def test_the_loader_of_a_rank_knows_that_its_last_batch_is_smaller(
+def test_the_last_batch_of_a_rank_s_share_counts_as_smaller(
     number: int, size: int, drop_last: bool
 ) -> None:
     loader = share(points(number, 2), size, 1, drop_last)
@@ -271,9 +310,8 @@ def test_the_loader_of_a_rank_knows_that_its_last_batch_is_smaller(
     assert meter.sizes.tolist() == sizes
 
 
-@pytest.mark.timeout(180)
-def test_a_sample_that_two_ranks_saw_counts_twice(found: list[dict[str, Any]]) -> None:
-    """A DistributedSampler repeats some where the number of samples is odd."""
+def test_a_sample_seen_by_two_ranks_counts_twice(found: list[dict[str, Any]]) -> None:
+    """A DistributedSampler repeats some samples if their number is odd."""
     for number, arguments in enumerate(DRAWN):
         samples, size, drop_last = arguments
         data = points(samples, 2)
@@ -287,23 +325,27 @@ def test_a_sample_that_two_ranks_saw_counts_twice(found: list[dict[str, Any]]) -
 # -- the training loop ---------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(180)
-def test_fit_and_evaluate_find_what_one_process_finds_on_the_whole(
-    found: list[dict[str, Any]],
-) -> None:
-    """Gradients are averaged over two ranks: their batches of 4 are one batch of 8."""
-    data, held_out = points(22, 0), points(15, 1)
+@pytest.fixture(scope="module")
+def alone() -> tuple[nn.Module, list[Epoch]]:
+    """A network trained by one process on all the data: two batches of 4 make one of 8."""
     network = classifier()
     training = fit(
         network,
-        DataLoader(data, batch_size=8),
+        DataLoader(points(22, 0), batch_size=8),
         SGD(network.parameters(), lr=0.5),
         F.cross_entropy,
         epochs=3,
-        val_loader=DataLoader(held_out, batch_size=15),
+        val_loader=DataLoader(points(15, 1), batch_size=15),
         accuracy=True,
     )
-    for number, epoch in enumerate(training):
+    return network, list(training)
+
+
+def test_fit_and_evaluate_equal_one_process_on_all_the_data(
+    found: list[dict[str, Any]], alone: tuple[nn.Module, list[Epoch]]
+) -> None:
+    network, epochs = alone
+    for number, epoch in enumerate(epochs):
         expected = {k: v for k, v in epoch.metrics.items() if k != "epoch_duration"}
         for one in found:
             metrics, _ = one["fit"][number]
@@ -311,8 +353,34 @@ def test_fit_and_evaluate_find_what_one_process_finds_on_the_whole(
             assert metrics == pytest.approx(expected, rel=1e-9), number
         each = [one["fit"][number][1] for one in found]  # a rank's own batches
         np.testing.assert_allclose(np.mean(each, axis=0), epoch.batch_losses)
-    whole = evaluate(network, DataLoader(held_out, batch_size=15), F.cross_entropy, accuracy=True)
+    held_out = DataLoader(points(15, 1), batch_size=15)
+    whole = evaluate(network, held_out, F.cross_entropy, accuracy=True)
     assert [one["evaluate"] for one in found] == [pytest.approx(whole, rel=1e-9)] * 2
+
+
+@pytest.mark.usefixtures("found")
+def test_two_ranks_are_one_run_written_by_rank_0(
+    folder: Path, tmp_path: Path, alone: tuple[nn.Module, list[Epoch]]
+) -> None:
+    store = Store(f"sqlite:///{folder / 'mlflow.db'}")
+    run = store.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.5"
+    assert run.data.params["writer"] == run.data.tags["writer"] == "0"
+    assert store.history(run, "writer") == [(1, 0.0)]
+    assert len(store.history(run, "batch_loss")) == 3 * 3  # those of rank 0
+    assert len(run.outputs.model_outputs) == 1
+    assert store.history(run, "lr_now") == [(1, 0.5), (2, 0.5)]
+    artifacts = store.artifacts(run)
+    assert {"writer.txt", "writer.png", "rank0/shared.py"} <= artifacts
+    assert not any(path.startswith("rank1") for path in artifacts)
+    assert store.text(run, "writer.txt", tmp_path) == "rank 0"
+    assert (folder / "results0.csv").exists()
+    assert not (folder / "results1.csv").exists()
+
+    for name in ("loss", "accuracy"):
+        expected = {epoch.number: epoch.metrics[name] for epoch in alone[1]}
+        assert dict(store.history(run, name)) == pytest.approx(expected, rel=1e-9)
 
 
 # -- one process ---------------------------------------------------------------------------------
@@ -320,7 +388,7 @@ def test_fit_and_evaluate_find_what_one_process_finds_on_the_whole(
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield
     dist.destroy_process_group()
@@ -335,7 +403,7 @@ def no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_collective")
-def test_one_process_is_rank_0_and_sums_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_is_rank_0_without_any_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = {name for name in sys.modules if name.startswith("torch.distributed")}
@@ -350,22 +418,22 @@ def test_one_process_is_rank_0_and_sums_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("group", "no_collective")
-@pytest.mark.timeout(60)
-def test_a_process_group_of_one_sums_nothing() -> None:
+def test_a_process_group_of_one_needs_no_collective() -> None:
     assert (rank(), world_size(), is_main()) == (0, 1, True)
     assert sum_over_ranks([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.timeout(60)
-def test_a_process_group_knows_better_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_group_takes_precedence_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, value in zip(RUN_VARIABLES, ("1", "5", "8"), strict=True):
         monkeypatch.setenv(name, value)
 
     assert (rank(), world_size(), is_main()) == (0, 1, True)
 
 
-def test_the_environment_tells_where_all_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_s_variables_count_only_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(RUN_VARIABLES, ("1", "5", "8"), strict=True):
         monkeypatch.setenv(name, value)
     assert (rank(), world_size(), is_main()) == (5, 8, False)
@@ -380,111 +448,13 @@ def test_the_environment_tells_where_all_of_it_is_there(monkeypatch: pytest.Monk
 
 
 @pytest.mark.cuda
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
-def test_ranks_on_gpus_sum_too(backend: str, tmp_path: Path) -> None:
-    """NCCL wants a GPU for each rank; with both backends the sums go over the CPU."""
+def test_ranks_on_gpus_compute_the_same_sums(backend: str, tmp_path: Path) -> None:
+    """NCCL needs one GPU per rank; with both backends the CPU computes the sums."""
     ranks = torch.cuda.device_count() if backend == "nccl" else 2
-    (tmp_path / "cases.json").write_text(json.dumps(cases(ranks)))
 
-    for one in torchrun(RANKS, tmp_path, backend, processes=ranks):
+    for one in torchrun(tmp_path, backend, processes=ranks):
         for metrics, case in zip(one["cases"], cases(ranks), strict=True):
             assert metrics == pytest.approx(by_hand(case), rel=1e-12, abs=1e-12), case
         kinds = {device.partition(":")[0] for device in one["collectives"]}
         assert kinds == (set() if ranks == 1 else {"cuda"} if backend == "nccl" else {"cpu"})
-
-
-# -- RunManager ----------------------------------------------------------------------------------
-
-MANAGER = """
-import json
-from datetime import timedelta
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
-from torch.utils.data import DataLoader, DistributedSampler
-
-from shared import classifier, points
-from tracker import RunManager, fit
-
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-me = dist.get_rank()
-data = points(22, seed=0)
-loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False))
-network = DistributedDataParallel(classifier())
-optimizer = SGD(network.parameters(), lr=0.5)
-with RunManager(batch_loss=True) as manager:
-    run = manager.begin_run({"lr": 0.5}, network, loader)
-    manager.run_id
-    run.run_id
-    for _ in range(2):
-        manager.begin_epoch()
-        for batch in loader:
-            inputs, labels = batch
-            preds = network(inputs)
-            loss = F.cross_entropy(preds, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            manager.track_loss(loss, batch)
-            manager.track_num_correct(preds, labels)
-        manager.end_epoch({"lr_now": 0.5})
-    for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
-        manager.log_epoch(epoch)
-    run.log_params({"writer": me})
-    run.log_metrics({"writer": me}, step=1)
-    run.log_tags({"writer": me})
-    run.log_text(f"rank {me}", "writer.txt")
-    run.log_image("writer.png", torch.zeros(4, 4))
-    run.log_artifact("shared.py", f"rank{me}")
-    run.log_dataset(data, "validation")
-    manager.save(f"results{me}")
-    manager.end_run()
-    manager.run_id
-dist.destroy_process_group()
-Path(f"rank{me}.json").write_text("{}")
-"""
-
-
-@pytest.mark.timeout(180)
-def test_two_ranks_are_one_run_that_rank_0_writes(store: Store, tmp_path: Path) -> None:
-    torchrun(MANAGER, tmp_path)
-
-    run = store.run()
-    assert run.info.status == "FINISHED"
-    assert run.data.params["lr"] == "0.5"
-    assert run.data.params["writer"] == run.data.tags["writer"] == "0"
-    assert store.history(run, "writer") == [(1, 0.0)]
-    assert len(store.history(run, "batch_loss")) == 3 * 3  # those of rank 0
-    assert len(run.outputs.model_outputs) == 1
-    assert store.history(run, "lr_now") == [(1, 0.5), (2, 0.5)]
-    artifacts = store.artifacts(run)
-    assert {"writer.txt", "writer.png", "rank0/shared.py"} <= artifacts
-    assert not any(path.startswith("rank1") for path in artifacts)
-    assert store.text(run, "writer.txt", tmp_path) == "rank 0"
-    assert (tmp_path / "results0.csv").exists()
-    assert not (tmp_path / "results1.csv").exists()
-
-    network, data = classifier(), points(22, 0)
-    optimizer = SGD(network.parameters(), lr=0.5)
-    losses, accuracies = [], []
-    for _ in range(3):
-        loss_sum = right = 0.0
-        for inputs, labels in DataLoader(data, batch_size=8):
-            scores = network(inputs)
-            loss = F.cross_entropy(scores, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.item() * len(labels)
-            right += (scores.argmax(1) == labels).sum().item()
-        losses.append(loss_sum / 22)
-        accuracies.append(right / 22)
-    assert dict(store.history(run, "loss")) == pytest.approx(
-        dict(enumerate(losses, start=1)), rel=1e-9
-    )
-    assert store.history(run, "accuracy") == list(enumerate(accuracies, start=1))

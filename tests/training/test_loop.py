@@ -1,4 +1,4 @@
-"""The training loop does what the same lines written out would do, and says so in numbers."""
+"""The training loop computes what the same lines written by hand would."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def clouds(*sizes: int) -> Batches:
     ]
 
 
+def sgd(network: nn.Module, rate: float = 0.1) -> SGD:
+    return SGD(network.parameters(), lr=rate)
+
+
 def plane() -> nn.Linear:
     network = nn.Linear(2, 1).double()
     nn.init.constant_(network.weight, 0.5)
@@ -49,7 +53,7 @@ def plane() -> nn.Linear:
 
 
 class Descent:
-    """Least squares by gradient descent, with the derivatives worked out by hand."""
+    """Least squares by gradient descent, with derivatives computed by hand."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -57,7 +61,7 @@ class Descent:
         self.gradient = np.zeros((2, 1))
 
     def step(self, inputs: Array, targets: Array) -> float:
-        """The loss of a batch, before the step that it leads to."""
+        """Take a step, and return the loss before it."""
         error = inputs @ self.weight + self.bias - targets
         self.gradient = 2 * inputs.T @ error / len(inputs)
         self.weight = self.weight - self.rate * self.gradient
@@ -74,14 +78,14 @@ class Descent:
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 4))
 @patient
-def test_training_is_what_a_hand_computation_finds(sizes: list[int], epochs: int) -> None:
+def test_training_equals_a_computation_by_hand(sizes: list[int], epochs: int) -> None:
     """Batches of unequal sizes: the loss of an epoch is the mean over its samples."""
     batches, held_out = lines(*sizes), lines(7, 2, seed=1)
     network, by_hand = plane(), Descent(rate=0.05)
     training = fit(
         network,
         batches,
-        SGD(network.parameters(), lr=0.05),
+        sgd(network, 0.05),
         F.mse_loss,
         epochs=epochs,
         val_loader=held_out,
@@ -101,7 +105,7 @@ def test_training_is_what_a_hand_computation_finds(sizes: list[int], epochs: int
 def test_a_scheduler_steps_after_each_batch() -> None:
     batches = lines(5, 3)
     network, by_hand = plane(), Descent(rate=0.1)
-    optimizer = SGD(network.parameters(), lr=0.1)
+    optimizer = sgd(network)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     for _ in fit(network, batches, optimizer, F.mse_loss, epochs=2, scheduler=scheduler):
@@ -113,14 +117,14 @@ def test_a_scheduler_steps_after_each_batch() -> None:
     np.testing.assert_allclose(network.weight.detach(), by_hand.weight.T)
 
 
-def test_the_gradients_of_the_last_step_are_there_after_each_epoch() -> None:
+def test_the_last_step_s_gradients_are_available_after_each_epoch() -> None:
     batches = lines(5, 3)
     network, by_hand = plane(), Descent(rate=0.1)
 
     for _ in fit(
         network,
         batches,
-        SGD(network.parameters(), lr=0.1),
+        sgd(network),
         F.mse_loss,
         epochs=3,
         val_loader=lines(4, seed=1),
@@ -131,7 +135,7 @@ def test_the_gradients_of_the_last_step_are_there_after_each_epoch() -> None:
         np.testing.assert_allclose(network.weight.grad, by_hand.gradient.T)
 
 
-def test_accuracy_is_the_share_of_samples_that_were_right_when_their_turn_came() -> None:
+def test_accuracy_counts_each_sample_s_prediction_at_its_step() -> None:
     batches = clouds(40, 40, 7)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -160,9 +164,9 @@ def test_accuracy_is_the_share_of_samples_that_were_right_when_their_turn_came()
         assert epoch.metrics["val_accuracy"] == after / 87
 
 
-def test_metrics_are_those_that_were_asked_for() -> None:
+def test_only_the_requested_metrics_are_computed() -> None:
     network = nn.Linear(2, 3)
-    optimizer = SGD(network.parameters(), lr=0.1)
+    optimizer = sgd(network)
     batches = clouds(4, 4)
 
     def keys(**options: Any) -> list[str]:
@@ -177,12 +181,10 @@ def test_metrics_are_those_that_were_asked_for() -> None:
     ]
 
 
-def test_each_batch_has_its_time_and_each_epoch_its_duration() -> None:
+def test_batch_times_and_epoch_durations_are_recorded() -> None:
     network = plane()
     before, started = time.time(), time.perf_counter()
-    epochs = list(
-        fit(network, lines(4, 4, 1), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=2)
-    )
+    epochs = list(fit(network, lines(4, 4, 1), sgd(network), F.mse_loss, epochs=2))
     took, after = time.perf_counter() - started, time.time()
 
     times = [int(before * 1000), *(at for each in epochs for at in each.batch_times), after * 1000]
@@ -192,9 +194,9 @@ def test_each_batch_has_its_time_and_each_epoch_its_duration() -> None:
     assert sum(each.metrics["epoch_duration"] for each in epochs) <= took
 
 
-def test_an_epoch_is_not_changed_by_the_next() -> None:
+def test_the_next_epoch_does_not_change_the_previous_result() -> None:
     network = plane()
-    training = fit(network, lines(4, 4), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=2)
+    training = fit(network, lines(4, 4), sgd(network), F.mse_loss, epochs=2)
 
     first = next(training)
     losses, metrics = first.batch_losses.tolist(), dict(first.metrics)
@@ -206,63 +208,72 @@ def test_an_epoch_is_not_changed_by_the_next() -> None:
     assert second.metrics["loss"] < first.metrics["loss"]
 
 
-# -- how fit is left -----------------------------------------------------------------------------
+# -- how fit ends --------------------------------------------------------------------------------
 
 
 class Counted:
-    """Batches that know how many of them were taken."""
+    """Batches that count how many were read."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches, self.taken = batches, 0
+        self.batches, self.read = batches, 0
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            self.taken += 1
+            self.read += 1
             yield batch
 
 
-def test_nothing_is_trained_before_the_first_epoch_is_asked_for() -> None:
+def test_training_is_lazy() -> None:
     network, batches = plane(), Counted(lines(4, 4))
 
-    training = fit(network, batches, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=3)
-    assert batches.taken == 0
+    training = fit(network, batches, sgd(network), F.mse_loss, epochs=3)
+    assert batches.read == 0
 
     next(training)
-    assert batches.taken == 2
+    assert batches.read == 2
 
 
-def test_break_ends_the_training() -> None:
+def test_break_stops_training() -> None:
     network, batches = plane(), Counted(lines(4, 4))
 
-    for epoch in fit(network, batches, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=9):
+    for epoch in fit(network, batches, sgd(network), F.mse_loss, epochs=9):
         weight = network.weight.detach().clone()
         if epoch.number == 2:
             break
 
-    assert batches.taken == 4
+    assert batches.read == 4
     assert torch.equal(network.weight, weight)
 
 
-@pytest.mark.parametrize("epochs", [0, -1])
-def test_less_than_one_epoch_is_refused_at_once(epochs: int) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"epochs": 0}, r"^epochs=0 is not allowed; .* at least 1\.$"),
+        ({"epochs": -1}, r"^epochs=-1 is not allowed; .* at least 1\.$"),
+        ({"epochs": 3, "done": -1}, r"^done=-1 is not allowed; .* at least 0\.$"),
+    ],
+)
+def test_invalid_numbers_of_epochs_are_refused_at_once(
+    numbers: dict[str, int], message: str
+) -> None:
     network = plane()
 
-    with pytest.raises(ArgumentError, match=rf"^epochs={epochs} is not allowed; .* at least 1\.$"):
-        fit(network, lines(4), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=epochs)
+    with pytest.raises(ArgumentError, match=message):
+        fit(network, lines(4), sgd(network), F.mse_loss, **numbers)
 
 
-def test_an_error_of_the_network_is_the_user_s_to_see() -> None:
+def test_errors_of_the_network_are_passed_through() -> None:
     network = plane()
     wrong = [(torch.ones(4, 5, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64))]
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        list(fit(network, wrong, SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1))
+        list(fit(network, wrong, sgd(network), F.mse_loss, epochs=1))
 
 
-def test_an_epoch_without_batches_has_a_duration_alone() -> None:
+def test_an_epoch_without_batches_has_only_a_duration() -> None:
     network = plane()
 
-    (epoch,) = fit(network, [], SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1)
+    (epoch,) = fit(network, [], sgd(network), F.mse_loss, epochs=1)
 
     assert list(epoch.metrics) == ["epoch_duration"]
     assert epoch.batch_losses.tolist() == epoch.batch_times == []
@@ -272,7 +283,7 @@ def test_an_epoch_without_batches_has_a_duration_alone() -> None:
 
 
 class Witness(nn.Module):
-    """Notes the mode that it ran in, and whether a gradient was wanted."""
+    """Records its modes, and whether gradients were enabled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,15 +301,15 @@ def modes(network: nn.Module) -> list[bool]:
     return [module.training for module in network.modules()]
 
 
-def test_the_network_trains_in_its_own_mode_and_is_evaluated_in_evaluation_mode() -> None:
+def test_training_keeps_each_module_s_mode_and_validation_uses_evaluation_mode() -> None:
     network = Witness()
     before = modes(network)
-    assert len(set(before)) == 2  # a frozen layer among others
+    assert len(set(before)) == 2  # one layer is frozen
 
     for _ in fit(
         network,
         lines(3, 3),
-        SGD(network.parameters(), lr=0.1),
+        sgd(network),
         F.mse_loss,
         epochs=2,
         val_loader=lines(2),
@@ -309,15 +320,15 @@ def test_the_network_trains_in_its_own_mode_and_is_evaluated_in_evaluation_mode(
     assert network.seen == [training, training, evaluating] * 2
 
 
-def test_a_network_in_evaluation_mode_is_trained_in_it() -> None:
+def test_a_network_in_evaluation_mode_is_trained_in_that_mode() -> None:
     network = Witness().eval()
-    list(fit(network, lines(3), SGD(network.parameters(), lr=0.1), F.mse_loss, epochs=1))
+    list(fit(network, lines(3), sgd(network), F.mse_loss, epochs=1))
 
     assert network.seen == [(False, False, True)]
     assert not any(modes(network))
 
 
-def test_modes_come_back_after_a_failure() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     network = Witness()
     before = modes(network)
 
@@ -340,7 +351,7 @@ def test_evaluation_is_the_mean_over_all_samples() -> None:
     assert evaluate(network, batches, F.mse_loss) == {"loss": pytest.approx(expected)}
 
 
-def test_evaluation_counts_what_is_right() -> None:
+def test_evaluation_computes_loss_and_accuracy_over_all_samples() -> None:
     batches = clouds(8, 3)
     network = nn.Linear(2, 3)
 
@@ -353,7 +364,7 @@ def test_evaluation_counts_what_is_right() -> None:
     }
 
 
-def test_accuracy_of_segmentation_is_that_of_pixels() -> None:
+def test_segmentation_accuracy_is_per_pixel() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [
         (
@@ -370,7 +381,7 @@ def test_accuracy_of_segmentation_is_that_of_pixels() -> None:
     assert found["loss"] == pytest.approx(F.cross_entropy(inputs, labels).item(), rel=1e-5)
 
 
-def test_evaluation_leaves_the_network_as_it_was() -> None:
+def test_evaluation_does_not_change_the_network() -> None:
     network = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1)).double()
     network[0].weight.grad = torch.ones(1, 2, dtype=torch.float64)
     state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -382,7 +393,7 @@ def test_evaluation_leaves_the_network_as_it_was() -> None:
     assert network[1].training
 
 
-def test_an_evaluation_of_nothing_has_no_metrics() -> None:
+def test_evaluating_an_empty_loader_returns_no_metrics() -> None:
     assert evaluate(plane(), [], F.mse_loss, accuracy=True) == {}
 
 
@@ -390,7 +401,7 @@ def test_an_evaluation_of_nothing_has_no_metrics() -> None:
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
-def test_batches_go_where_the_network_is_or_where_they_are_told(device: Any) -> None:
+def test_batches_are_moved_to_the_network_s_or_the_given_device(device: Any) -> None:
     network, batches = plane(), lines(4)
 
     found = evaluate(network, batches, F.mse_loss, device=device)
@@ -399,7 +410,7 @@ def test_batches_go_where_the_network_is_or_where_they_are_told(device: Any) -> 
 
 
 @pytest.mark.parametrize("device", [None, "meta"])
-def test_a_network_without_parameters_is_where_one_says(device: str | None) -> None:
+def test_the_device_of_a_network_without_parameters_can_be_given(device: str | None) -> None:
     places: set[str] = set()
 
     class Nowhere(nn.Module):
@@ -420,11 +431,11 @@ def on_gpu(batches: Iterable[Any]) -> Batches:
 
 
 @pytest.mark.cuda
-def test_a_network_on_a_gpu_is_trained_there_with_batches_from_the_cpu() -> None:
+def test_training_on_a_gpu_equals_training_on_the_cpu() -> None:
     network, there = plane(), plane().cuda()
     options: dict[str, Any] = {"epochs": 3, "val_loader": lines(7, 2, seed=1)}
-    here = fit(network, lines(5, 3), SGD(network.parameters(), lr=0.1), F.mse_loss, **options)
-    away = fit(there, lines(5, 3), SGD(there.parameters(), lr=0.1), F.mse_loss, **options)
+    here = fit(network, lines(5, 3), sgd(network), F.mse_loss, **options)
+    away = fit(there, lines(5, 3), sgd(there), F.mse_loss, **options)
 
     for one, other in zip(here, away, strict=True):
         np.testing.assert_allclose(one.batch_losses, other.batch_losses)
@@ -439,7 +450,7 @@ def test_no_step_waits_for_the_gpu() -> None:
     steps: list[Tensor] = []
 
     def watched() -> Iterator[Any]:
-        yield batches[0]  # the first use of a kernel loads it
+        yield batches[0]  # loads the kernels
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield from batches
@@ -450,9 +461,7 @@ def test_no_step_waits_for_the_gpu() -> None:
         steps.append(outputs)
         return F.cross_entropy(outputs, targets)
 
-    (epoch,) = fit(
-        network, watched(), SGD(network.parameters(), lr=0.1), loss, epochs=1, accuracy=True
-    )
+    (epoch,) = fit(network, watched(), sgd(network), loss, epochs=1, accuracy=True)
 
     assert len(steps) == 4
     assert np.isfinite(epoch.batch_losses).all()

@@ -1,12 +1,12 @@
-"""A run that was cut off goes on as if it had never stopped."""
+"""A run that was interrupted continues as if it had never stopped."""
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from tests.helpers import Store
+from tests.programs import ForkServer
 from tracker import Keep, RunManager, StoreError
 from tracker.cli import main as tracker_command
-
-PROJECT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os, signal, sys
@@ -66,91 +65,104 @@ torch.save(network.state_dict(), out)
 """
 
 
-def train(folder: Path, epochs: int, die: str = "", resumed: str = "", lr: str = "0.01") -> Any:
-    """Train in a process of its own; returns the final weights, None where it was to die."""
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    out = folder / "weights.pt"
-    env = os.environ | {
-        "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(program), str(out), str(epochs), die, resumed, lr],
-        env=env,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == (-signal.SIGKILL if die else 0)
-    return None if die else torch.load(out, weights_only=True)
+@pytest.fixture(scope="module")
+def trainings() -> Iterator[ForkServer]:
+    """Starts trainings."""
+    server = ForkServer("tracker.manager", "tracker.store.client", "tests.helpers", "models")
+    yield server
+    server.close()
 
 
-def values(store: Store, run: Any, name: str) -> list[tuple[int, float]]:
-    return store.history(run, name)
+class Training:
+    """Runs PROGRAM in processes of its own, in one folder."""
+
+    def __init__(self, server: ForkServer, folder: Path, **environment: str) -> None:
+        self.server, self.folder, self.environment = server, folder, environment
+        folder.mkdir(exist_ok=True)
+
+    def run(self, epochs: int, *, die: str = "", resumed: str = "", lr: str = "0.01") -> Any:
+        """Train, and return the final weights; None if the process has to die."""
+        out = self.folder / "weights.pt"
+        arguments = (str(out), str(epochs), die, resumed, lr)
+        program = self.server.start(PROGRAM, self.folder, self.environment, *arguments)
+        assert program.wait() == (-signal.SIGKILL if die else 0), program.output()
+        return None if die else torch.load(out, weights_only=True)
+
+
+@pytest.fixture
+def training(tracking_uri: str, tmp_path: Path, trainings: ForkServer) -> Training:
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "TRACKER_INLINE": "1"}
+    return Training(trainings, tmp_path, **environment)
+
+
+SERIES = ("loss", "accuracy", "batch_loss")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, trainings: ForkServer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
+    """Weights, metrics and params of four epochs in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    environment = {"MLFLOW_TRACKING_URI": uri, "TRACKER_INLINE": "1"}
+    weights = Training(trainings, folder, **environment).run(4)
+    store = Store(uri)
+    run = store.run()
+    return weights, {name: store.history(run, name) for name in SERIES}, run.data.params
 
 
 @pytest.mark.parametrize("die", ["epoch 2", "step 12"])
-def test_two_epochs_then_killed_then_resumed_equal_four_epochs_straight(
-    store: Store, tmp_path: Path, die: str
+def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(
+    store: Store, tmp_path: Path, training: Training, uninterrupted: Any, die: str
 ) -> None:
-    (tmp_path / "straight").mkdir()
-    (tmp_path / "resumed").mkdir()
-    whole = train(tmp_path / "straight", 4)
-    (straight,) = store.runs()
-
-    train(tmp_path / "resumed", 4, die=die)
-    assert tracker_command(["sync"]) == 0  # in-line: nobody else tells of its end
-    (killed,) = [run for run in store.runs() if run.info.run_id != straight.info.run_id]
+    training.run(4, die=die)
+    assert tracker_command(["sync"]) == 0
+    killed = store.run()
     assert killed.info.status == "FAILED"
 
-    weights = train(tmp_path / "resumed", 4, resumed=killed.info.run_id)
-    assert weights.keys() == whole.keys()
-    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    resumed_weights = training.run(4, resumed=killed.info.run_id)
 
-    runs = store.runs()
-    assert len(runs) == 2
-    (resumed,) = [run for run in runs if run.info.run_id == killed.info.run_id]
-    assert resumed.info.status == "FINISHED"
-    assert "tracker.failure" not in resumed.data.tags
-    for name in ("loss", "accuracy", "batch_loss"):
-        assert values(store, resumed, name) == values(store, straight, name), name
-    assert len(values(store, resumed, "batch_loss")) == 20
-    assert [step for step, _ in values(store, resumed, "epoch_duration")] == [1, 2, 3, 4]
-    assert resumed.data.params == straight.data.params
-    table = store.text(resumed, "epochs.csv", tmp_path).splitlines()
+    weights, metrics, params = uninterrupted
+    assert resumed_weights.keys() == weights.keys()
+    assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
+    run = store.run()
+    assert run.info.status == "FINISHED"
+    assert "tracker.failure" not in run.data.tags
+    assert {name: store.history(run, name) for name in SERIES} == metrics
+    assert len(metrics["batch_loss"]) == 20
+    assert [step for step, _ in store.history(run, "epoch_duration")] == [1, 2, 3, 4]
+    assert run.data.params == params
+    table = store.text(run, "epochs.csv", tmp_path).splitlines()
     assert [line.split(",")[0] for line in table] == ["epoch", "1", "2", "3", "4"]
-    names = [path for path in store.artifacts(resumed) if path.startswith("histograms/")]
-    assert len(names) == 4
-    kept = {path.split("/")[1] for path in store.artifacts(resumed) if "checkpoints/" in path}
+    artifacts = store.artifacts(run)
+    assert len([path for path in artifacts if path.startswith("histograms/")]) == 4
+    kept = {path.split("/")[1] for path in artifacts if "checkpoints/" in path}
     assert kept == {"00000015", "00000020"}
 
 
-def test_a_changed_hyperparameter_is_recorded_and_not_refused(store: Store, tmp_path: Path) -> None:
-    train(tmp_path, 2, die="epoch 1")
-    assert tracker_command(["sync"]) == 0
-    train(tmp_path, 2, resumed=store.run().info.run_id, lr="0.5")
+def test_resuming_delivers_the_killed_process_s_journal_and_tags_a_changed_hyperparameter(
+    store: Store, tmp_path: Path, training: Training
+) -> None:
+    training.run(2, die="epoch 1")
+    assert store.run().info.status == "RUNNING"
+
+    training.run(2, resumed=store.run().info.run_id, lr="0.5")  # without `tracker sync` before
+
     run = store.run()
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.01"
     assert run.data.tags["tracker.param.lr"] == "0.5"
     assert run.data.tags["tracker.resumed"] == "true"
-
-
-def test_what_the_killed_process_left_is_delivered_before(store: Store, tmp_path: Path) -> None:
-    train(tmp_path, 2, die="epoch 1")
-    run_id = store.run().info.run_id
-    assert store.run().info.status == "RUNNING"
-    train(tmp_path, 2, resumed=run_id)  # without `tracker sync` in between
-    assert store.run().info.status == "FINISHED"
     assert list((tmp_path / ".tracker").iterdir()) == []
 
 
-def test_a_run_that_does_not_exist(store: Store) -> None:
+def test_a_missing_run_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match="could not read run 0000"):
         RunManager.resume("0000")
 
 
-def test_a_run_without_a_checkpoint_begins_anew(store: Store, loader: Any, network: Any) -> None:
+def test_a_run_without_a_checkpoint_starts_again(store: Store, loader: Any, network: Any) -> None:
     with RunManager(model=False) as manager:
         manager.begin_run({"lr": 1.0}, network, loader)
         manager.end_run()
@@ -162,7 +174,9 @@ def test_a_run_without_a_checkpoint_begins_anew(store: Store, loader: Any, netwo
     assert store.run().info.status == "FINISHED"
 
 
-def test_a_run_that_still_goes_on_is_not_resumed(store: Store, loader: Any, network: Any) -> None:
+def test_a_run_is_not_resumed_while_its_process_is_alive(
+    store: Store, loader: Any, network: Any
+) -> None:
     with RunManager(model=False) as manager:
         manager.begin_run({"lr": 1.0}, network, loader)
         with pytest.raises(StoreError, match="still goes on, in process"):
@@ -183,7 +197,7 @@ def test_studies_train_continues_a_run(store: Store, tmp_path: Path) -> None:
     assert run.data.tags["tracker.param.epochs"] == "2"
 
 
-def test_a_run_of_mlflow_run_goes_on_with_the_options_that_began_it(
+def test_a_run_started_by_mlflow_run_is_resumed_with_the_same_options(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from studies.train import main
@@ -192,7 +206,7 @@ def test_a_run_of_mlflow_run_goes_on_with_the_options_that_began_it(
     text.write_text("the cat sat on a mat and saw that it was good, or was it not? " * 60)
     run_id = store.client.create_run("0").info.run_id
     asked = {"dataset": f"'{text}'", "prime": "'the cat'", "hidden": "8", "lr": "2e-3"}
-    for name, value in asked.items():  # as `mlflow run` logs what it was given: with quotes
+    for name, value in asked.items():  # `mlflow run` logs its parameters with quotes
         store.client.log_param(run_id, name, value)
     arguments = ["--model", "char-lstm", "--dataset", str(text), "--prime", "the cat"]
     arguments += ["--hidden", "8", "--batch-size", "4", "--length", "20", "--lr", "2e-3"]
@@ -203,13 +217,13 @@ def test_a_run_of_mlflow_run_goes_on_with_the_options_that_began_it(
     assert [step for step, _ in store.history(store.run(), "val_loss")] == [1, 2]
 
 
-def test_a_run_that_goes_on_elsewhere_is_not_resumed(store: Store) -> None:
+def test_a_run_that_is_running_elsewhere_is_not_resumed(store: Store) -> None:
     run_id = store.client.create_run("0").info.run_id
     with pytest.raises(StoreError, match="is RUNNING: end its process, then deliver its journal"):
         RunManager.resume(run_id)
 
 
-def test_a_checkpoint_that_found_no_room_costs_none_that_is_there(
+def test_a_checkpoint_that_does_not_fit_on_the_disk_replaces_none(
     store: Store, loader: Any, network: Any
 ) -> None:
     with RunManager(model=False) as manager:
@@ -219,7 +233,7 @@ def test_a_checkpoint_that_found_no_room_costs_none_that_is_there(
             manager.track_loss(torch.tensor(1.0), 1)
             manager.end_epoch()
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
-            if epoch == 2:  # a disk that takes no more
+            if epoch == 2:  # a full disk
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
             manager.save_checkpoint()
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -228,7 +242,9 @@ def test_a_checkpoint_that_found_no_room_costs_none_that_is_there(
     assert kept == {"checkpoints/00000001/tensors.pt"}
 
 
-def test_the_best_by_a_metric_before_there_is_one(store: Store, loader: Any, network: Any) -> None:
+def test_checkpoints_are_saved_before_the_best_metric_exists(
+    store: Store, loader: Any, network: Any
+) -> None:
     with RunManager(model=False, checkpoints=Keep(best="val_loss")) as manager:
         manager.begin_run({"lr": 1.0}, network, loader)
         manager.begin_epoch()
@@ -242,7 +258,7 @@ def test_the_best_by_a_metric_before_there_is_one(store: Store, loader: Any, net
     assert kept == {"00000002"}
 
 
-def test_an_offline_run_in_the_folder_is_none_of_its_concern(
+def test_resuming_ignores_another_offline_run_in_the_folder(
     store: Store, tmp_path: Path, loader: Any, network: Any
 ) -> None:
     program = "from tracker import start_run\nwith start_run(offline=True): pass"

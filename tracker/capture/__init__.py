@@ -1,1 +1,1 @@
-"""What is taken from a training: objects in, records or files out."""
+"""What is recorded about a training: pure functions from objects to records or files."""

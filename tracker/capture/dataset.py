@@ -1,4 +1,4 @@
-"""What a loader feeds to a network, looked at without touching either."""
+"""Samples, name and digest of a data set, read without side effects."""
 
 from __future__ import annotations
 
@@ -21,45 +21,48 @@ from tracker.training.rng import preserve_rng
 
 logger = logging.getLogger(__name__)
 
-_DIGEST_SAMPLES = 64  # enough to tell data sets apart that must be decoded item by item
+_DIGEST_SAMPLES = 64  # enough to distinguish data sets whose samples must be decoded
 
 
 def sample_batch(loader: Any, size: int) -> Any:
-    """The first `size` samples, batched as `loader` batches them; None for a stream.
+    """Return the first samples, batched the way `loader` does it.
 
-    Reads the data set, not the loader: no order is advanced, no worker started, and every random
-    generator is left as it was. A stream (IterableDataset, a generator) would lose what is read.
+    Reads the data set, not the loader: this advances no order, starts no workers and leaves all
+    random generators unchanged.
+
+    Args:
+        loader: A DataLoader, or a list or tuple of batches.
+        size: Maximum number of samples. If each item is a batch already, one item is returned.
+
+    Returns:
+        The batch; None if there are no samples, if the data set fails, or for a stream
+        (IterableDataset, generator), which would lose what is read.
     """
     if isinstance(loader, (list, tuple)):
         return loader[0] if loader else None
     dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or not _is_finite(dataset):
         return None
-    with _untouched(dataset):
+    with _preserve_generators(dataset):
         try:
-            if loader.batch_size is None and loader.batch_sampler is None:  # samples are batches
+            if loader.batch_size is None and loader.batch_sampler is None:  # items are batches
                 return loader.collate_fn(dataset[0]) if len(dataset) else None
             samples = [dataset[index] for index in range(min(size, len(dataset)))]
             return loader.collate_fn(samples) if samples else None
-        except Exception as error:  # noqa: BLE001 - a data set of the user's, with keys of its own
-            logger.warning("There are no sample pictures: %r from the data set.", error)
+        except Exception as error:  # noqa: BLE001 - the user's data set may raise anything
+            logger.warning("Sample pictures are not logged: the data set raised %r.", error)
             return None
 
 
-def _is_finite(dataset: Any) -> bool:
-    """Whether its samples can be asked for by number, and how many there are."""
-    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
-
-
 def inputs_of(batch: Any, size: int) -> Tensor | None:
-    """The input tensor of a batch, its first `size` samples; None where it has none."""
+    """Return the first `size` samples of a batch's first tensor, (N, …); None without one."""
     while isinstance(batch, (list, tuple)) and batch:
         batch = batch[0]
     return batch[:size] if isinstance(batch, Tensor) and batch.dim() > 0 else None
 
 
 def dataset_name(dataset: Any) -> str:
-    """The data set's own `name`, else its class; that of the whole for a part of one."""
+    """Return the data set's `name`, else its class; a Subset is named after the whole."""
     if isinstance(dataset, Subset):
         return dataset_name(dataset.dataset)
     name = getattr(dataset, "name", None)
@@ -67,23 +70,24 @@ def dataset_name(dataset: Any) -> str:
 
 
 class DatasetInput(NamedTuple):
-    """What MLflow records of a data set: the fields of mlflow.entities.Dataset but the name."""
+    """The fields of mlflow.entities.Dataset that describe the content."""
 
     digest: str
-    """36 hexadecimal digits at most."""
+    """Up to 36 hexadecimal digits."""
     profile: dict[str, Any]
+    """Class and, if known, number of samples."""
 
 
 def describe_dataset(dataset: Any) -> DatasetInput:
-    """A digest of what `dataset` holds, and its length.
+    """Return a digest of the data set's content, and its class and length.
 
-    Tensors are read whole. A data set that makes its samples one by one is known by its length and
-    64 of them, made with the generators at a fixed state and left as they were. One whose samples
-    are encoded, by a vocabulary say, tells what they were made of in its attribute `digest_of`.
+    Tensors are hashed completely. Of a data set that creates its samples one by one, the length
+    and 64 samples are hashed, created with seeded generators that are restored afterwards. If a
+    data set has an attribute `digest_of`, that is hashed instead: a text rather than its codes.
     """
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(type(dataset).__name__.encode())
-    _feed(hasher, _content(dataset))
+    _hash(hasher, _content(dataset))
     profile: dict[str, Any] = {"class": type(dataset).__name__}
     if hasattr(dataset, "__len__"):
         profile["samples"] = len(dataset)
@@ -91,34 +95,39 @@ def describe_dataset(dataset: Any) -> DatasetInput:
 
 
 def _content(dataset: Any) -> Any:
-    """The parts of a data set that make it what it is."""
-    if (told := getattr(dataset, "digest_of", None)) is not None:
-        return told
+    """The values that identify a data set."""
+    if (source := getattr(dataset, "digest_of", None)) is not None:
+        return source
     if isinstance(dataset, TensorDataset):
         return dataset.tensors
     if isinstance(dataset, Subset):
         return _content(dataset.dataset), list(dataset.indices)
     data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
-    if isinstance(data, (Tensor, np.ndarray)) and targets is not None:  # torchvision's
+    if isinstance(data, (Tensor, np.ndarray)) and targets is not None:  # torchvision
         return data, targets
     if not _is_finite(dataset):
         return None
     length = len(dataset)
     step = -(-length // _DIGEST_SAMPLES) or 1
-    with _untouched(dataset):
+    with _preserve_generators(dataset):
         random.seed(0)
         np.random.seed(0)
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA's too
-        chosen = itertools.islice(range(0, length, step), _DIGEST_SAMPLES)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA too
+        indices = itertools.islice(range(0, length, step), _DIGEST_SAMPLES)
         try:
-            return length, [dataset[index] for index in chosen]
-        except Exception:  # noqa: BLE001 - a data set of the user's, with keys of its own
+            return length, [dataset[index] for index in indices]
+        except Exception:  # noqa: BLE001 - the user's data set may raise anything
             return length
 
 
+def _is_finite(dataset: Any) -> bool:
+    """Whether samples can be read by index, and their number is known."""
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+
+
 @contextmanager
-def _untouched(dataset: Any) -> Iterator[None]:
-    """Leave the global generators, and those that a data set holds, as they were found."""
+def _preserve_generators(dataset: Any) -> Iterator[None]:
+    """Restore the global generators, and those held by the data set, on exit."""
     held = list(_generators(dataset))
     states = [copy.deepcopy(_state(generator)) for generator in held]
     try:
@@ -130,7 +139,7 @@ def _untouched(dataset: Any) -> Iterator[None]:
 
 
 def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
-    """The random generators in the attributes of a data set, its parts and its transforms."""
+    """Random generators in the attributes of a data set, its parts and its transforms."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     values = owner if isinstance(owner, (list, tuple)) else getattr(owner, "__dict__", {}).values()
     for value in list(values)[:_DIGEST_SAMPLES]:
@@ -141,7 +150,7 @@ def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
 
 
 def _state(generator: Any, state: Any = None) -> Any:
-    """The state of a generator of any of the four kinds; sets it where one is given."""
+    """Return the state of a generator of any of these kinds; with `state`, set it."""
     if isinstance(generator, np.random.Generator):
         if state is not None:
             generator.bit_generator.state = state
@@ -151,15 +160,15 @@ def _state(generator: Any, state: Any = None) -> Any:
     return generator.get_state() if state is None else generator.set_state(state)
 
 
-def _feed(hasher: Any, value: Any) -> None:
-    """Add `value` to the digest, by content and type."""
+def _hash(hasher: Any, value: Any) -> None:
+    """Add the content and the type of `value` to the digest."""
     if isinstance(value, Tensor):
         dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
         plain = dense.cpu().resolve_conj().resolve_neg().contiguous()
         hasher.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         hasher.update(plain.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, np.ndarray) and value.dtype == object:
-        _feed(hasher, [value.shape, value.tolist()])
+        _hash(hasher, [value.shape, value.tolist()])
     elif isinstance(value, (np.ndarray, np.generic)):
         hasher.update(f"array {value.dtype} {value.shape};".encode())
         hasher.update(np.ascontiguousarray(value).tobytes())
@@ -167,12 +176,12 @@ def _feed(hasher: Any, value: Any) -> None:
         hasher.update(f"image {value.mode} {value.size} {value.getpalette()};".encode())
         hasher.update(value.tobytes())
     elif isinstance(value, Mapping):
-        _feed(hasher, list(value.items()))
+        _hash(hasher, list(value.items()))
     elif isinstance(value, (list, tuple)):
         hasher.update(f"{len(value)} items;".encode())
         for item in value:
-            _feed(hasher, item)
+            _hash(hasher, item)
     elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
         hasher.update(f"{type(value).__name__} {value!r};".encode())
-    else:  # its repr may hold an address
+    else:  # its repr may contain an address
         hasher.update(f"{type(value).__qualname__};".encode())

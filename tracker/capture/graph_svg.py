@@ -1,8 +1,8 @@
-"""Drawing of a directed graph in ranks, from top to bottom, as SVG.
+"""Drawing of a directed graph in ranks from top to bottom, as SVG.
 
-The steps are those of Sugiyama, Tagawa and Toda (1981): ranks by longest path, a point wherever an
-edge passes a rank, order within the ranks by barycentres, then horizontal places. One longest path
-is drawn as a straight line, the trunk, and everything else beside it.
+The steps follow Sugiyama, Tagawa and Toda (1981): ranks by longest path, a point in each rank that
+an edge passes, order within the ranks by barycentres, then horizontal positions. One longest path,
+the trunk, is drawn as a straight line, and everything else beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import pairwise
-from operator import add, sub
 from statistics import fmean
 from typing import Literal
 from xml.sax.saxutils import escape
@@ -21,28 +20,28 @@ from xml.sax.saxutils import escape
 
 @dataclass(frozen=True)
 class Box:
-    """A node of the graph, with its text."""
+    """A node of the graph with its text."""
 
     heading: str
     shape: str
-    """At the right of the heading."""
+    """To the right of the heading."""
     detail: str
-    """Second line, none if empty."""
+    """Second line; omitted if empty."""
     role: Literal["terminal", "layer", "function"]
     inputs: tuple[int, ...]
-    """Places of the boxes with an edge to this one, all smaller than its own."""
+    """Indices of the boxes with an edge to this one, all smaller than its own."""
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """Nodes in ranks: the boxes come first, then points, through which long edges pass."""
+    """Nodes in ranks: first the boxes, then the points through which long edges pass."""
 
     rows: list[list[int]]  # the nodes of each rank from left to right
     parents: list[list[int]]  # of each node, one rank above
     children: list[list[int]]  # of each node, one rank below
     trunk: set[int]  # one box per rank
     boxes: int
-    left_out: int  # edges
+    omitted: int  # edges
 
     def is_point(self, node: int) -> bool:
         return node >= self.boxes
@@ -50,9 +49,8 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the nodes of a graph are, in pixels: a box at its middle, a point without a width."""
+    """Positions of the nodes in pixels: x of a box is its middle; a point has no width."""
 
-    graph: _Graph
     x: list[float]
     tops: list[float]
     bottoms: list[float]
@@ -61,17 +59,17 @@ class _Layout:
 
 # Lengths are in pixels.
 _MARGIN = 20.0
-_TITLE = 44.0  # height of the title with the note
+_TITLE = 44.0  # height of title and note
 _RANK_GAP = 26.0
 _COLUMN_GAP = 26.0
 _POINT_GAP = 14.0  # on either side of an edge that passes a box or another edge
 _PADDING = 10.0
 _LINE = 17.0
-_HEADING_CHARACTER = 7.4  # monospaced at 12 px: 0.6 em, and a little for wider fonts
+_HEADING_CHARACTER = 7.4  # monospaced at 12 px: 0.6 em, with some room for wider fonts
 _SMALL_CHARACTER = 6.8  # at 11 px
 _TITLE_CHARACTER = 9.3  # at 15 px
 
-_MOST_POINTS = 50_000  # a loop that keeps its thousand states would have half a million
+_MAX_POINTS = 50_000  # a loop that keeps its thousand states would need half a million
 
 _STYLE = """
 text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
@@ -87,32 +85,36 @@ text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mo
 
 
 def draw(boxes: Sequence[Box], title: str, note: str) -> str:
-    """An SVG document of `boxes`, with `title` and a small `note` above them.
+    """Draw a graph as an SVG document that also works in an <img> element.
 
-    It needs no scripts and nothing from outside, so it also works in an <img> element.
+    Args:
+        boxes: The nodes, each after those it has edges from.
+        title: Heading of the picture.
+        note: A small line below the title.
     """
     graph = _ranked(boxes)
     _sort_rows(graph)
-    if graph.left_out:
-        note = f"{note} · {graph.left_out:,} of the longest edges are left out".removeprefix(" · ")
+    if graph.omitted:
+        note = f"{note} · {graph.omitted:,} of the longest edges are omitted".removeprefix(" · ")
     layout = _placed(graph, boxes)
-    half = [0.0 if graph.is_point(node) else layout.box_width / 2 for node in range(len(layout.x))]
-    left = min(map(sub, layout.x, half), default=0.0)
-    right = max(map(add, layout.x, half), default=0.0)
+    half = layout.box_width / 2
+    middles, points = layout.x[: len(boxes)], layout.x[len(boxes) :]
+    left = min([*(x - half for x in middles), *points], default=0.0)
+    right = max([*(x + half for x in middles), *points], default=0.0)
     width = max(right - left, len(title) * _TITLE_CHARACTER) + 2 * _MARGIN
     height = _TITLE + max(layout.bottoms, default=0.0) + 2 * _MARGIN
     x, y = left - _MARGIN, -_TITLE - _MARGIN
-    frame = f'width="{width:.0f}" height="{height:.0f}"'
+    size = f'width="{width:.0f}" height="{height:.0f}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {frame} '
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size} '
             f'viewBox="{x:.0f} {y:.0f} {width:.0f} {height:.0f}">',
             f"<title>{_escaped(title)}</title>",
             f"<style>{_STYLE}</style>",
-            f'<rect x="{x:.0f}" y="{y:.0f}" {frame} fill="#ffffff"/>',
+            f'<rect x="{x:.0f}" y="{y:.0f}" {size} fill="#ffffff"/>',
             _text("title", left, 14 - _TITLE, title),
             _text("small", left, 31 - _TITLE, note),
-            *_edges(layout),
+            *_edges(graph, layout),
             *(_drawn(box, layout, node) for node, box in enumerate(boxes)),
             "</svg>\n",
         ]
@@ -120,19 +122,19 @@ def draw(boxes: Sequence[Box], title: str, note: str) -> str:
 
 
 def _ranked(boxes: Sequence[Box]) -> _Graph:
-    """Each box below all that it reads from; edges over several ranks get a point in each.
+    """Put each box below its inputs, and a point in each rank that an edge passes.
 
-    The edges that leave a box share their points, so that they are drawn as one that branches.
+    The edges that leave a box share their points, so they are drawn as one edge that branches.
     """
     rank, trunk = _ranks(boxes)
     rows: list[list[int]] = [[] for _ in range(max(rank, default=-1) + 1)]
     readers: list[list[int]] = [[] for _ in boxes]
     for node, box in enumerate(boxes):
         rows[rank[node]].append(node)
-        for read in box.inputs:
-            readers[read].append(node)
+        for source in box.inputs:
+            readers[source].append(node)
     edges = sum(map(len, readers))
-    readers = _short_enough(readers, rank)
+    readers = _short_edges(readers, rank)
 
     parents: list[list[int]] = [[] for _ in boxes]
     children: list[list[int]] = [[] for _ in boxes]
@@ -154,31 +156,31 @@ def _ranked(boxes: Sequence[Box]) -> _Graph:
 
 
 def _ranks(boxes: Sequence[Box]) -> tuple[list[int], set[int]]:
-    """The rank of each box, and the boxes of one longest path."""
+    """Return the rank of each box, and the boxes of one longest path."""
     depth = [0] * len(boxes)
-    constant = [False] * len(boxes)  # depends on no terminal
+    constant = [False] * len(boxes)  # does not depend on a terminal
     first_reader: dict[int, int] = {}  # its rank
     for node, box in enumerate(boxes):
-        depth[node] = max((depth[read] + 1 for read in box.inputs), default=0)
-        constant[node] = box.role != "terminal" and all(constant[read] for read in box.inputs)
+        depth[node] = max((depth[source] + 1 for source in box.inputs), default=0)
+        constant[node] = box.role != "terminal" and all(constant[source] for source in box.inputs)
     rank = list(depth)
     for node in reversed(range(len(boxes))):
         if constant[node] and node in first_reader:  # not at the top, but just above its reader
             rank[node] = first_reader[node] - 1
-        for read in boxes[node].inputs:
-            first_reader[read] = min(rank[node], first_reader.get(read, rank[node]))
+        for source in boxes[node].inputs:
+            first_reader[source] = min(rank[node], first_reader.get(source, rank[node]))
 
     trunk: set[int] = set()
     end = rank.index(max(rank)) if rank else None
     while end is not None:
         trunk.add(end)
         above = rank[end] - 1
-        end = next((read for read in boxes[end].inputs if depth[read] == rank[read] == above), None)
+        end = next((node for node in boxes[end].inputs if depth[node] == rank[node] == above), None)
     return rank, trunk
 
 
-def _short_enough(readers: list[list[int]], rank: list[int]) -> list[list[int]]:
-    """The readers of each box, without the farthest if the edges would need too many points."""
+def _short_edges(readers: list[list[int]], rank: list[int]) -> list[list[int]]:
+    """Return the readers of each box, without the farthest if they need too many points."""
 
     def within(longest: int) -> list[list[int]]:
         return [[r for r in row if rank[r] - rank[n] <= longest] for n, row in enumerate(readers)]
@@ -187,13 +189,13 @@ def _short_enough(readers: list[list[int]], rank: list[int]) -> list[list[int]]:
         return sum(max(rank[r] for r in row) - rank[n] - 1 for n, row in enumerate(kept) if row)
 
     longest = len(rank)
-    while points(within(longest)) > _MOST_POINTS:
+    while points(within(longest)) > _MAX_POINTS:
         longest //= 2
     return within(longest)
 
 
 def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
-    """Order each row by the mean place of the neighbours, and keep the order that crosses least."""
+    """Order each row by its neighbours' mean position; keep the order with fewest crossings."""
     place = {node: i for row in graph.rows for i, node in enumerate(row)}
 
     def crossings() -> int:
@@ -201,10 +203,10 @@ def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
         for row in graph.rows:
             ends: list[int] = []
             for node in row:
-                here = [place[child] for child in graph.children[node]]
-                total += sum(len(ends) - bisect_right(ends, end) for end in here)
-                for end in here:
-                    insort(ends, end)
+                targets = [place[child] for child in graph.children[node]]
+                total += sum(len(ends) - bisect_right(ends, target) for target in targets)
+                for target in targets:
+                    insort(ends, target)
         return total
 
     fewest, best = crossings(), [list(row) for row in graph.rows]
@@ -223,11 +225,11 @@ def _sort_rows(graph: _Graph, sweeps: int = 8) -> None:
     graph.rows[:] = best
 
 
-def _horizontal_places(graph: _Graph, box_width: float) -> list[float]:
-    """The x of each node: the trunk at 0, and each column as close to it as the others allow."""
+def _horizontal_positions(graph: _Graph, box_width: float) -> list[float]:
+    """Return the x of each node: the trunk at 0, and each column as close to it as possible."""
     column = _columns(graph)
     side = dict.fromkeys(column, 1)
-    # By column, those next to it on the trunk's side and how far away it must be from each.
+    # For each column, its neighbours on the trunk's side and the least distance to each of them.
     inner: dict[int, dict[int, float]] = {head: {} for head in column}
     for row in graph.rows:
         middle = next(place for place, node in enumerate(row) if node in graph.trunk)
@@ -245,10 +247,11 @@ def _horizontal_places(graph: _Graph, box_width: float) -> list[float]:
 
 
 def _columns(graph: _Graph) -> list[int]:
-    """For each node the highest one of its column, the nodes straight above and below it.
+    """Return for each node the top node of its column: the nodes straight above and below it.
 
-    A column follows edges that cross no other column's, so that columns can be put side by side:
-    first the trunk's, then those of long edges, then those between boxes (Brandes and Köpf, 2001).
+    A column follows edges that do not cross those of another column, so that columns can be placed
+    side by side: first the trunk's, then those of long edges, then those between boxes (Brandes
+    and Köpf, 2001).
     """
     place = {node: i for row in graph.rows for i, node in enumerate(row)}
     column = list(range(len(place)))
@@ -263,17 +266,17 @@ def _columns(graph: _Graph) -> list[int]:
         )
         kept: list[tuple[int, int]] = []
         for node, child in edges:
-            here = (place[node], place[child])
-            if all((here[0] - a) * (here[1] - b) > 0 for a, b in kept):
-                kept.append(here)
+            ends = (place[node], place[child])
+            if all((ends[0] - a) * (ends[1] - b) > 0 for a, b in kept):
+                kept.append(ends)
                 column[child] = column[node]
     return column
 
 
 def _placed(graph: _Graph, boxes: Sequence[Box]) -> _Layout:
-    """Each rank below the one before, its boxes centred, and more room above for wide curves."""
+    """Place each rank below the previous one, with more room above it for wide curves."""
     box_width = max((_box_width(box) for box in boxes), default=0.0)
-    x = _horizontal_places(graph, box_width)
+    x = _horizontal_positions(graph, box_width)
     tops, bottoms = [0.0] * len(x), [0.0] * len(x)
     y = 0.0
     for rank, row in enumerate(graph.rows):
@@ -286,47 +289,28 @@ def _placed(graph: _Graph, boxes: Sequence[Box]) -> _Layout:
             margin = (height - heights.get(node, height)) / 2
             tops[node], bottoms[node] = y + margin, y + height - margin
         y += height
-    return _Layout(graph, x, tops, bottoms, box_width)
+    return _Layout(x, tops, bottoms, box_width)
 
 
-def _edges(layout: _Layout) -> list[str]:
-    """A path for each edge, in one piece through its points, and an arrow where it ends."""
-    graph = layout.graph
-    leave = [_ports(layout, node, below) for node, below in enumerate(graph.children)]
-    enter = [_ports(layout, node, above) for node, above in enumerate(graph.parents)]
+def _edges(graph: _Graph, layout: _Layout) -> list[str]:
+    """Return a path for each edge, in one piece through its points, with an arrow at its end."""
     drawn: list[str] = []
-    begun: dict[int, str] = {}  # by point: the path so far
+    begun: dict[int, str] = {}  # the path as far as each point
     for node in (node for row in graph.rows for node in row):
-        top, bottom = layout.tops[node], layout.bottoms[node]
+        x, top, bottom = layout.x[node], layout.tops[node], layout.bottoms[node]
         for parent in graph.parents[node]:
-            start, end = leave[parent][node], enter[node][parent]
-            above = layout.bottoms[parent]
-            path = begun.pop(parent, f"M{start:.1f} {above:.1f}") + _curve(start, above, end, top)
+            start, above = layout.x[parent], layout.bottoms[parent]
+            path = begun.pop(parent, f"M{start:.1f} {above:.1f}") + _curve(start, above, x, top)
             if graph.is_point(node):
                 begun[node] = f"{path}V{bottom:.1f}"
             else:
                 drawn.append(f'<path class="edge" d="{path}"/>')
-                drawn.append(f'<path class="arrow" d="M{end:.1f} {top:.1f}l-3.5 -7h7z"/>')
+                drawn.append(f'<path class="arrow" d="M{x:.1f} {top:.1f}l-3.5 -7h7z"/>')
     return drawn
 
 
-def _ports(layout: _Layout, node: int, others: list[int]) -> dict[int, float]:
-    """By neighbour, the x where its edge touches `node`: spread over the side that it is on."""
-    x = layout.x
-    ports = dict.fromkeys(others, x[node])
-    if layout.graph.is_point(node):
-        return ports
-    for sign in (-1, 1):
-        side = [other for other in others if sign * (x[other] - x[node]) > 0]
-        side.sort(key=lambda other: abs(x[other] - x[node]))
-        for place, other in enumerate(side, 1):
-            reach = (layout.box_width / 2 - 2 * _PADDING) * place / len(side)
-            ports[other] += sign * min(reach, abs(x[other] - x[node]))
-    return ports
-
-
 def _curve(x0: float, y0: float, x1: float, y1: float) -> str:
-    """From (x0, y0), where the path is, to (x1, y1), vertical at both ends."""
+    """Continue a path from (x0, y0) to (x1, y1), vertical at both ends."""
     if abs(x0 - x1) < 0.1:
         return f"V{y1:.1f}"
     middle = (y0 + y1) / 2
@@ -367,5 +351,5 @@ def _text(style: str, x: float, y: float, text: str, attributes: str = "") -> st
 
 
 def _escaped(text: str) -> str:
-    """`text` as XML, with what XML cannot hold replaced."""
+    """Return `text` as XML, with characters that XML does not allow replaced."""
     return escape(re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\ufffd", text))

@@ -1,12 +1,12 @@
 """Histograms of all weights and gradients of a network: exact counts in fixed bins.
 
-The bin of a number is read off its bits: sign, exponent and the first three bits of the mantissa,
-eight bins an octave. Such bins need no range, so no pass for minimum and maximum and no wait for
-the device; they are the same for every tensor and epoch, and counts of several epochs or ranks add.
+The bin of a number follows from its bits: sign, exponent and the first three bits of the mantissa,
+which makes eight bins per octave. Fixed bins need no minimum and maximum, so nothing waits for the
+device, and the counts of several epochs or ranks can be added.
 
-Bins have numbers. Bin 0 is |x| < 2**-126, zero for short. Bin k > 0 covers
+Bin 0 contains |x| < 2**-126. Bin k > 0 covers
     [2**e * (1 + m/8), 2**e * (1 + (m+1)/8))   with   k - 1 = (e + 126) * 8 + m,   m = 0 … 7,
-and bin -k is its mirror image, (-right, -left].
+and bin -k covers its mirror image, (-right, -left].
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 _MANTISSA_BITS = 3
 _PER_OCTAVE = 1 << _MANTISSA_BITS
-_SMALLEST = -126  # exponent of the smallest normal float32, the first bin that is not zero's
-_INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # beyond the 2**14 bins of a float64 on either side
+_SMALLEST = -126  # exponent of the smallest normal float32, where bin 1 starts
+_INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # outside the 2**14 bins of a float64 on either side
 _STRIDE = 1 << 17
-_CHUNK = 1 << 17  # elements binned at a time
-_CHUNK_ON_DEVICE = 1 << 22  # there a launch costs more than a cache
+_CHUNK = 1 << 17  # elements to bin at a time
+_CHUNK_ON_DEVICE = 1 << 22  # a kernel launch costs more than a cache miss
 
 
 class _Layout(NamedTuple):
-    """How a float type's bits become a cell of its counts."""
+    """How the bits of a float type become an index into its counts."""
 
     integer: torch.dtype
-    shift: int  # drops all but sign, exponent and _MANTISSA_BITS
-    cells: int  # with either sign
+    shift: int  # leaves sign, exponent and _MANTISSA_BITS
+    cells: int  # of both signs together
     bias: int
 
 
@@ -46,57 +46,61 @@ _LAYOUTS = {
 
 
 class Histogram(NamedTuple):
-    """The distribution of one tensor's elements."""
+    """The distribution of one tensor's elements; a complex one counts as two."""
 
     bins: npt.NDArray[np.int64]
-    """Numbers of the bins that are not empty, ascending."""
+    """Numbers of the bins that are not empty, ascending, shape (bins,)."""
     counts: npt.NDArray[np.int64]
-    """How many elements each of them holds; together all the finite ones."""
+    """Finite elements in each of these bins, shape (bins,)."""
     nan: int
+    """Number of NaNs."""
     posinf: int
+    """Number of positive infinities."""
     neginf: int
+    """Number of negative infinities."""
 
 
 def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
-    """The histogram of each tensor: any shape, any real dtype, all on one device.
+    """Return the histogram of each tensor, with a single transfer to the host.
 
-    One transfer to the host for all of them.
+    Args:
+        tensors: Any shape and dtype, dense or sparse, all on one device.
     """
     if not tensors:
         return []
     rows = [_values(tensor) for tensor in tensors]
-    # Networks of one dtype, nearly all of them, are counted and decoded in one go.
+    # A network of one dtype, the usual case, is counted and decoded in one go.
     groups = [(_LAYOUTS[t], list(some)) for t, some in groupby(rows, lambda row: row[0].dtype)]
     counts = [_count(some, layout) for layout, some in groups]
     flat = (torch.cat(counts) if len(counts) > 1 else counts[0]).cpu().numpy()
-    found: list[Histogram] = []
+    result: list[Histogram] = []
     start = 0
     for layout, some in groups:
         end = start + len(some) * layout.cells
-        found += _decode(flat[start:end], layout)
+        result += _decode(flat[start:end], layout)
         start = end
-    return found
+    return result
 
 
 def _values(tensor: Tensor) -> tuple[Tensor, int]:
-    """The elements as one row of float32 or float64, and how many zeros stand beside them."""
+    """The elements as one row of float32 or float64, and the number of zeros left out of it."""
     tensor, zeros = tensor.detach(), 0
     if tensor.layout == torch.strided and tensor.dtype in _LAYOUTS:
         return tensor.resolve_neg().reshape(-1), 0
-    if tensor.layout != torch.strided:  # the gradient of nn.Embedding(sparse=True), for one
+    if tensor.layout != torch.strided:  # such as the gradient of nn.Embedding(sparse=True)
         tensor = tensor if tensor.layout == torch.sparse_coo else tensor.to_dense().to_sparse()
         size, tensor = tensor.numel(), tensor.coalesce().values()
         zeros = (size - tensor.numel()) * (2 if tensor.is_complex() else 1)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.dtype not in _LAYOUTS:  # half, bfloat16 and float8 are float32s with fewer bits
+    if tensor.dtype not in _LAYOUTS:  # every value of a shorter float type is a float32
         tensor = tensor.float() if tensor.is_floating_point() else tensor.double()
-        tensor.add_(0.0)  # makes a NaN of float8 a quiet one
+        tensor.add_(0.0)  # makes NaNs of float8 quiet
     return tensor.resolve_neg().reshape(-1), zeros
 
 
 def _count(rows: Sequence[tuple[Tensor, int]], layout: _Layout) -> Tensor:
-    """Counts by sign, exponent and mantissa bits, those of negative numbers first, row by row."""
+    """Counts by sign, exponent and mantissa bits, (rows * cells,); negative numbers first."""
     half = layout.cells // 2
     counts: list[Tensor | None] = [None] * len(rows)
     for numbers, pieces in _packs([values for values, _ in rows]):
@@ -113,10 +117,10 @@ def _count(rows: Sequence[tuple[Tensor, int]], layout: _Layout) -> Tensor:
 
 
 def _packs(rows: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """The rows, by number and piece, in packs of so many elements at most.
+    """Yield the rows in packs of limited size: numbers of the rows, and a piece of each.
 
-    Small tensors together, for an operation on each costs more than its elements; large ones in
-    pieces that stay in the cache and bound the memory that indices take.
+    Small tensors are packed together because an operation costs more than their elements. Large
+    ones are split into pieces that fit the cache and limit the memory of the indices.
     """
     numbers: list[int] = []
     pieces: list[Tensor] = []
@@ -135,7 +139,7 @@ def _packs(rows: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
 def _bincount(index: Tensor, cells: int) -> Tensor:
     if index.device.type == "cpu":
         return torch.bincount(index, minlength=cells)
-    # torch.bincount asks a GPU for the largest index, and waits for the answer.
+    # On a GPU, torch.bincount waits for the largest index.
     counts = torch.zeros(cells, dtype=torch.int64, device=index.device)
     one = torch.ones((), dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index.long(), one.expand_as(index))
@@ -143,28 +147,29 @@ def _bincount(index: Tensor, cells: int) -> Tensor:
 
 @cache
 def _bins(layout: _Layout) -> npt.NDArray[np.int64]:
-    """The bin of each cell; beyond the finite bins +-_INFINITE and _NAN."""
+    """The bin of each cell; +-_INFINITE and _NAN for values that are not finite."""
     half = layout.cells // 2
     magnitude = np.arange(half)
     first = (_SMALLEST + layout.bias) * _PER_OCTAVE
     bins = np.maximum(magnitude - first + 1, 0)
     infinite = (2 * layout.bias + 1) * _PER_OCTAVE
-    bins[infinite] = _INFINITE  # an infinity has no mantissa
-    bins[infinite + 1 :] = _NAN  # a NaN has, its first bit set
-    # As an integer a number with the sign bit set is negative: cell 0 is that of -0.0.
+    bins[infinite] = _INFINITE  # an infinity has mantissa 0
+    bins[infinite + 1 :] = _NAN  # a NaN has another, with its first bit set
+    # A float with the sign bit set is negative as an integer too: cell 0 is that of -0.0.
     return np.concatenate([np.where(bins == _NAN, bins, -bins), bins])
 
 
 def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
-    used = np.flatnonzero(flat != 0)  # of bools: twice as fast
+    """Turn the counts of all cells, (rows * cells,), into one histogram per row."""
+    used = np.flatnonzero(flat != 0)  # twice as fast on bools
     row, cell = np.divmod(used, layout.cells)
-    found = flat[used]
-    # One number for tensor and bin, so that one sort orders, and joins, the cells of a bin.
+    counts = flat[used]
+    # One key for tensor and bin: a single sort orders the cells and joins those of a bin.
     key = row * _STRIDE + _bins(layout)[cell] + _STRIDE // 2
     order = np.argsort(key, kind="stable")
-    key, found = key[order], found[order]
+    key, counts = key[order], counts[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1))
-    counts = np.add.reduceat(found, starts) if len(starts) else found
+    counts = np.add.reduceat(counts, starts) if len(starts) else counts
     row, bins = np.divmod(key[starts], _STRIDE)
     bins -= _STRIDE // 2
     ends = np.searchsorted(row, np.arange(len(flat) // layout.cells + 1))
@@ -175,7 +180,7 @@ def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
 
 
 def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histogram:
-    """Set what is not finite, at either end of the ascending bins, apart."""
+    """Separate the values that are not finite, at either end of the ascending bins."""
     special = {_NAN: 0, _INFINITE: 0, -_INFINITE: 0}
     start, end = 0, len(bins)
     while end > start and (last := int(bins[end - 1])) in special:
@@ -190,21 +195,25 @@ def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histog
 def network_histograms(
     network: nn.Module, step: int, frozen: dict[str, tuple[float, ...]] | None = None
 ) -> dict[str, Any]:
-    """The histograms of every parameter and gradient of `network`, as a record of the journal.
+    """Return the histograms of all parameters and gradients, as a journal record.
 
-    A parameter without a gradient, or not initialised yet, has none to show. `frozen` is kept from
-    one call to the next: norm and sum of the parameters that need no gradient. One that has the
-    same as before is left out.
+    Missing gradients and uninitialised parameters are skipped.
+
+    Args:
+        network: Its parameters and gradients are on one device.
+        step: The step of the record.
+        frozen: State from one call to the next, updated in place: norm and sum of each parameter
+            that requires no gradient. Those that have not changed are skipped.
     """
     tensors: list[tuple[str, str, Tensor]] = []
-    known = _unchanged(network, {} if frozen is None else frozen)
+    unchanged = _unchanged(network, {} if frozen is None else frozen)
     for name, parameter in network.named_parameters():
-        if nn.parameter.is_lazy(parameter) or name in known:
+        if nn.parameter.is_lazy(parameter) or name in unchanged:
             continue
         tensors.append((name, "weight", parameter))
         if parameter.grad is not None:
             tensors.append((name, "gradient", parameter.grad))
-    found = histograms([tensor for _, _, tensor in tensors])
+    results = histograms([tensor for _, _, tensor in tensors])
     return {
         "step": step,
         "histograms": [
@@ -217,15 +226,15 @@ def network_histograms(
                 "posinf": histogram.posinf,
                 "neginf": histogram.neginf,
             }
-            for (name, kind, _), histogram in zip(tensors, found, strict=True)
+            for (name, kind, _), histogram in zip(tensors, results, strict=True)
         ],
     }
 
 
 @torch.no_grad()
 def _unchanged(network: nn.Module, frozen: dict[str, tuple[float, ...]]) -> set[str]:
-    """The parameters that are frozen, and as they were; writes what they are into `frozen`."""
-    still = {
+    """Names of the frozen parameters with the norm and sum in `frozen`, which is updated."""
+    current = {
         name: parameter.detach()
         for name, parameter in network.named_parameters()
         if not (parameter.requires_grad or nn.parameter.is_lazy(parameter))
@@ -233,32 +242,32 @@ def _unchanged(network: nn.Module, frozen: dict[str, tuple[float, ...]]) -> set[
         and type(parameter.data) is Tensor
         and parameter.layout == torch.strided
     }
-    for name in frozen.keys() - still:  # it may be frozen again, elsewhere
+    for name in frozen.keys() - current:  # may be frozen again later
         del frozen[name]
-    if not still:
+    if not current:
         return set()
-    # Two passes over memory, a fifth of what a histogram costs.
-    found = {
+    # Two passes over memory: a fifth of the cost of a histogram.
+    summaries = {
         name: torch.stack([torch.linalg.vector_norm(tensor), tensor.sum()]).float()
-        for name, tensor in still.items()
+        for name, tensor in current.items()
     }
     before = dict(frozen)
-    for device in {each.device for each in found.values()}:
-        here = [name for name, each in found.items() if each.device == device]
-        values = torch.stack([found[name] for name in here]).tolist()  # waits once for a device
-        frozen.update(zip(here, map(tuple, values), strict=True))
-    return {name for name, each in frozen.items() if before.get(name) == each}
+    for device in {summary.device for summary in summaries.values()}:
+        names = [name for name, summary in summaries.items() if summary.device == device]
+        values = torch.stack([summaries[name] for name in names]).tolist()  # waits once per device
+        frozen.update(zip(names, map(tuple, values), strict=True))
+    return {name for name, summary in frozen.items() if before.get(name) == summary}
 
 
 def bin_edges(
     bins: Iterable[int],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Left and right edge of each bin, by its number."""
+    """Return the left and right edges of the bins with these numbers, shape (bins,) each."""
     number = np.asarray(list(bins), dtype=np.int64)
 
     def lower(k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         exponent, eighth = np.divmod(k - 1, _PER_OCTAVE)
-        with np.errstate(over="ignore"):  # the last bin of float64 ends at infinity
+        with np.errstate(over="ignore"):  # the last bin of a float64 ends at infinity
             edges: npt.NDArray[np.float64] = np.ldexp(
                 1 + eighth / _PER_OCTAVE, exponent + _SMALLEST
             )

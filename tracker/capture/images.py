@@ -20,24 +20,27 @@ _PREVIEW = 256  # pixels of the longer side; mlflow.tracking.multimedia, 3.17
 
 
 def to_pil(image: Any) -> Image.Image:
-    """A PIL image from one, or from a tensor or array of floats in [0, 1] or of bytes.
+    """Convert a tensor or an array to a PIL image.
 
-    Shapes: (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels; where both fit, a tensor has
-    its channels first and an array last. Floats beyond [0, 1] are clipped. Raises ArgumentError
-    for any other shape.
+    Args:
+        image: A PIL image, or a tensor or array of shape (H, W), (C, H, W) or (H, W, C) with 1, 3
+            or 4 channels. If both orders fit, a tensor has its channels first, an array last.
+            Values are uint8, masks of 0 and 1, or floats in [0, 1]; other floats are clipped.
+
+    Raises:
+        ArgumentError: The type, the dtype or the shape is not allowed.
     """
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, (Tensor, np.ndarray)):
         raise ArgumentError(
-            f"image={type(image).__name__} is not allowed; allowed are a tensor, an array and a "
-            "PIL image."
+            f"image={type(image).__name__} is not allowed; pass a tensor, an array or a PIL image."
         )
     is_bytes = image.dtype in (torch.uint8, np.dtype(np.uint8))
     is_whole = str(image.dtype).removeprefix("torch.").startswith(("int", "uint"))
-    if is_whole and not is_bytes and bool((image > 1).any()):  # no mask; is 255 white, then?
+    if is_whole and not is_bytes and bool((image > 1).any()):  # which value would be white?
         raise ArgumentError(
-            f"image has the type {image.dtype}; allowed are floats, uint8 and masks of 0 and 1."
+            f"image has the dtype {image.dtype}; allowed are floats, uint8 and masks of 0 and 1."
         )
     array = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else image
     first, last = (array.shape[i] in _MODES if array.ndim == 3 else False for i in (0, -1))
@@ -57,16 +60,20 @@ def to_pil(image: Any) -> Image.Image:
 
 
 def image_grid(batch: Tensor) -> Image.Image | None:
-    """The pictures of a batch (N, C, H, W) in rows, scaled to their own range; None if it is none.
+    """Arrange a batch in a grid, scaled to the batch's own range of values.
 
-    Small pictures are enlarged by a whole factor, so that pixels stay pixels.
+    Args:
+        batch: Pictures, (N, C, H, W) with 1 or 3 channels, of any dtype.
+
+    Returns:
+        The grid, enlarged by a whole factor if the pictures are small; None for another shape.
     """
     if batch.dim() != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape:
         return None
     grid = make_grid(
         batch.detach().cpu().float(),
         nrow=math.ceil(math.sqrt(len(batch))),
-        normalize=True,  # data sets come normalised to all sorts of ranges
+        normalize=True,  # data sets are normalised to various ranges
         padding=2,
         pad_value=1.0,
     )
@@ -80,17 +87,19 @@ def image_grid(batch: Tensor) -> Image.Image | None:
 def mlflow_image_files(
     name: str, picture: Image.Image, step: int, milliseconds: int
 ) -> Iterator[tuple[str, Image.Image]]:
-    """The files (artifact name, picture) that MLflow's UI shows by step.
+    """Yield the files that MLflow's UI shows by step, named as in `MlflowClient.log_image`, 3.17.
 
-    Their names are those of `MlflowClient.log_image(key=…)`, MLflow 3.17.
+    Args:
+        name: The key under which MLflow shows the picture.
+        picture: The picture.
+        step: The step of the picture.
+        milliseconds: When it was made, since 1970.
+
+    Yields:
+        Artifact path and picture: first the picture itself, then its preview.
     """
-    stem = "+".join(
-        (
-            f"images/{name.replace('/', '~')}",
-            *("step", str(step), "timestamp", str(milliseconds)),
-            str(uuid.uuid4()),
-        )
-    )
+    key = name.replace("/", "~")
+    stem = f"images/{key}+step+{step}+timestamp+{milliseconds}+{uuid.uuid4()}"
     yield f"{stem}.png", picture
     preview = picture.copy()
     preview.thumbnail((_PREVIEW, _PREVIEW))

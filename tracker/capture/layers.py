@@ -1,4 +1,4 @@
-"""A network as seen in one forward pass: its layers in a table, its graph in a picture."""
+"""A network traced in one forward pass: a table of its layers and a picture of its graph."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _OPERATOR = re.compile(
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a leaf module, or of a torch function outside one."""
+    """One call of a leaf module, or of a torch function outside any leaf module."""
 
     name: str
     """Dotted path of the module, `layer1.0.conv1`; empty for functions, inputs and outputs."""
     kind: str
     """Class of the module or name of the function: `Conv2d`, `relu`, `input`, `output`."""
     inputs: tuple[int, ...]
-    """Indices of the calls it reads from, all smaller than its own."""
+    """Indices of the calls whose results it reads, all smaller than its own."""
     input_shape: Shape | None
-    """Shape of the first tensor that it is given, None where there is none."""
+    """Shape of the first tensor argument."""
     shape: Shape | None
-    """Shape of the first tensor that it returns, None where there is none."""
+    """Shape of the first tensor in the result."""
     parameters: int
     """Number of parameters of the module, at each of its calls; 0 for functions."""
     trainable: int
@@ -51,7 +51,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """The calls of one forward pass in their order: inputs first, the output last."""
+    """The calls of one forward pass in order: inputs first, the output last."""
 
     calls: tuple[Call, ...]
 
@@ -63,19 +63,22 @@ class Trace:
 
 
 def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
-    """The calls that `network` makes on `example`, in evaluation mode and without gradients.
+    """Run `network` on `example` in evaluation mode without gradients, and record its calls.
 
-    `example` is a batch, or a tuple with one tensor per argument of forward; it is copied to the
-    network's device. A leaf module (one without children, or torch's MultiheadAttention) is one
-    call whatever happens inside it; outside, every torch function that returns a tensor is one.
+    A leaf module (one without children, or torch's MultiheadAttention) counts as one call.
+    Outside leaf modules, every torch function that returns a tensor is a call.
 
-    The network is left as it was found, also when forward raises: training modes, parameters,
-    gradients, buffers, hooks and attributes, as are the random states. Parameters and buffers are
-    copied for the pass, which needs as much memory as their gradients will. Beyond its reach are
-    the user's own hooks, which are called, and plain attributes that are changed in place.
+    The network stays unchanged even if forward raises: modes, parameters, gradients, buffers, hooks
+    and attributes, as well as all random states. Only attributes modified in place change, and the
+    user's own hooks are called. The pass copies parameters and buffers.
 
-    Raises ArgumentError, a ValueError, for a network with lazy parameters: giving them a shape here
-    would draw their initial values before training does. What forward raises passes through.
+    Args:
+        network: Wrapped or not.
+        example: A batch, or one tensor per argument of forward; moved to the network's device.
+
+    Raises:
+        ArgumentError: The network has lazy parameters; initialising them here would consume random
+            numbers. Errors of forward are passed through.
     """
     network = unwrap(network)
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -90,11 +93,11 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     recorder = _Recorder()
     with ExitStack() as stack:
         stack.enter_context(preserve_rng())
-        stack.enter_context(_attributes_kept(network))
+        stack.enter_context(_preserve_attributes(network))
         stack.enter_context(evaluation_mode(network))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_uncompiled())
-        # Embedding(max_norm=...) writes to its parameters in forward, batch norm to its buffers.
+        stack.enter_context(_without_compilation())
+        # Embedding(max_norm=...) modifies its parameters in forward, batch norm its buffers.
         copies = {
             name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
             for name, tensor in state.items()
@@ -112,12 +115,18 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
 
 def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
-    """One row per call of a leaf module, in order, then one per layer that was not called.
+    """Return one row per call of a leaf module, then one per layer that was not called.
 
-    Columns: layer, type, input shape, output shape, parameters, trainable. Shapes are text,
-    `Nx6x24x24` with N for the batch, and empty for what was not called: everything if `trace` is
-    None. A module with children and parameters of its own has a row before theirs. The last row,
-    `total`, counts each parameter once however often its module is called; lazy ones count 0.
+    A module with both children and its own parameters has a row before its children. The last row,
+    `total`, counts each parameter once. Lazy parameters count 0.
+
+    Args:
+        network: The traced network.
+        trace: Provides order and shapes; without it, layers have no shapes.
+
+    Returns:
+        Columns: layer, type, input shape, output shape, parameters, trainable. Shapes are text,
+        such as `Nx6x24x24` with N for the batch; empty for layers that were not called.
     """
     network = unwrap(network)
     modules = _modules_outside_leaves(network)
@@ -125,7 +134,7 @@ def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
     batch = trace.batch if trace else None
 
     order: list[tuple[str, Call | None]] = []
-    owners = [
+    owners = [  # modules with children and their own parameters, until they have a row
         path
         for path, module in modules.items()
         if path not in leaves and next(module.parameters(recurse=False), None) is not None
@@ -154,16 +163,19 @@ def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
 
 
 def graph_svg(trace: Trace, title: str) -> str:
-    """The graph of `trace` from inputs down to the output, as a self-contained SVG document.
+    """Draw the graph of a trace as a self-contained SVG document.
 
     Functions whose result reaches neither a layer nor the output are left out.
+
+    Args:
+        trace: The calls to draw, from the inputs at the top to the output.
+        title: The heading of the picture.
     """
-    useful = {i for i, call in enumerate(trace.calls) if call.name or call.parameters}
-    useful |= {i for i, call in enumerate(trace.calls) if _is_terminal(call)}
+    needed = {i for i, call in enumerate(trace.calls) if call.name or _is_terminal(call)}
     for index in reversed(range(len(trace.calls))):
-        if index in useful:
-            useful.update(trace.calls[index].inputs)
-    position = {index: place for place, index in enumerate(sorted(useful))}
+        if index in needed:
+            needed.update(trace.calls[index].inputs)
+    position = {index: place for place, index in enumerate(sorted(needed))}
     boxes = [
         _box(trace.calls[index], tuple(position[i] for i in trace.calls[index].inputs), trace.batch)
         for index in position
@@ -172,15 +184,15 @@ def graph_svg(trace: Trace, title: str) -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes the calls made while it is active, and which call made each tensor."""
+    """Records the calls made while it is active, and which call produced each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._maker: dict[int, int] = {}
-        self._made: list[Tensor] = []  # kept, or another tensor could get the id of one
-        self._depth = 0  # of leaf modules
-        self._before: dict[int, int] = {}  # versions of what the leaf was given
+        self._producer: dict[int, int] = {}  # index of the call, by id of the tensor
+        self._produced: list[Tensor] = []  # kept alive, so that no other tensor gets its id
+        self._depth = 0  # of nested leaf modules
+        self._before: dict[int, int] = {}  # versions of the leaf's arguments
 
     def __torch_function__(
         self,
@@ -194,14 +206,14 @@ class _Recorder(TorchFunctionMode):
         before = _versions((args, kwargs))
         result = _distinct(func(*args, **(kwargs or {})), before)
         # `x[i] = y` returns nothing: its result is x.
-        made = args[0] if func == Tensor.__setitem__ else result
-        if next(_tensors(made), None) is not None:
-            self.record(_function_name(func), (args, kwargs), made)
+        produced = args[0] if func == Tensor.__setitem__ else result
+        if next(_tensors(produced), None) is not None:
+            self.record(_function_name(func), (args, kwargs), produced)
         return result
 
     @contextmanager
     def collapsed(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Note each call of `module` as one call, and none of those made inside it."""
+        """Record each call of `module` as one call, without the calls inside it."""
         kind = _class_name(module)
         counts = _count(module.parameters())
 
@@ -217,7 +229,7 @@ class _Recorder(TorchFunctionMode):
             self._depth -= 1
             return result
 
-        # Around the user's own hooks; also after an exception, which the network may catch.
+        # Outside the user's own hooks, and even after an exception, which the network may catch.
         before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         after = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
         try:
@@ -229,26 +241,26 @@ class _Recorder(TorchFunctionMode):
     def record(
         self,
         kind: str,
-        read: object,
-        made: object,
+        arguments: object,
+        result: object,
         name: str = "",
         counts: tuple[int, int] = (0, 0),
     ) -> None:
-        """Append the call that made the tensors in `made` from those in `read`."""
-        given, returned = tuple(_tensors(read)), tuple(_tensors(made))
-        makers = dict.fromkeys(self._maker[id(t)] for t in given if id(t) in self._maker)
-        self._maker.update((id(tensor), len(self.calls)) for tensor in returned)
-        self._made.extend(returned)
+        """Append the call that produced the tensors in `result` from those in `arguments`."""
+        read, produced = tuple(_tensors(arguments)), tuple(_tensors(result))
+        inputs = dict.fromkeys(self._producer[id(t)] for t in read if id(t) in self._producer)
+        self._producer.update((id(tensor), len(self.calls)) for tensor in produced)
+        self._produced.extend(produced)
         self.calls.append(
-            Call(name, kind, tuple(makers), _first_shape(given), _first_shape(returned), *counts)
+            Call(name, kind, tuple(inputs), _first_shape(read), _first_shape(produced), *counts)
         )
 
 
 @contextmanager
-def _attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Give each module its attributes back, and each of its dicts its entries.
+def _preserve_attributes(network: nn.Module) -> Iterator[None]:
+    """Restore the attributes of each module, and the entries of its dicts, on exit.
 
-    A recurrent state kept from the example, for one, would have the wrong batch size in training.
+    For example, a recurrent state kept from the example would have the wrong batch size later.
     """
     mappings = [
         mapping
@@ -265,23 +277,23 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
             mapping.update(entries)
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+def _without_compilation() -> AbstractContextManager[object]:
     """Run compiled parts as plain Python: compiling them for the example would take minutes."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return nullcontext()
     eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return eager
 
 
 def _modules_outside_leaves(network: nn.Module) -> dict[str, nn.Module]:
-    """Modules by path, less those inside a leaf: parametrisations, MultiheadAttention's output."""
+    """Modules by path, without parts of leaves such as MultiheadAttention's projection."""
     leaves = [module for module in network.modules() if _is_leaf(module)]
     inside = {id(part) for leaf in leaves for part in leaf.modules() if part is not leaf}
     return {path: module for path, module in network.named_modules() if id(module) not in inside}
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether calls of `module` are shown as one thing."""
+    """Whether a call of `module` is shown as one call."""
     if isinstance(module, nn.MultiheadAttention):  # uses its child's weights without calling it
         return True
     return all(name == "parametrizations" for name, _ in module.named_children())
@@ -302,7 +314,7 @@ def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 def _function_name(function: Any) -> str:
-    """`relu` for relu_, `sub` for __rsub__, `T` for the attribute T."""
+    """The plain name: `relu` for relu_, `sub` for __rsub__, `T` for the attribute T."""
     name = getattr(function, "__name__", type(function).__name__)
     if name == "__get__":
         name = function.__self__.__name__
@@ -311,14 +323,15 @@ def _function_name(function: Any) -> str:
 
 
 def _versions(value: object) -> dict[int, int]:
-    """By id, how often each tensor in `value` has been written to."""
+    """How many times each tensor in `value` was modified in place, by its id."""
     return {id(t): t._version for t in _tensors(value) if not t.is_inference()}
 
 
 def _distinct(result: Any, before: dict[int, int]) -> Any:
-    """`result`, under a new identity if it is a tensor that was given and not written to.
+    """Give `result` a new identity if it is an unmodified argument.
 
-    The input of an nn.Identity, or of a dropout, must not look like its output to other readers.
+    Otherwise other readers of an nn.Identity's input, or a dropout's, would seem to read its
+    output.
     """
     if not isinstance(result, Tensor) or id(result) not in before or result.requires_grad:
         return result
@@ -326,7 +339,7 @@ def _distinct(result: Any, before: dict[int, int]) -> Any:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in `value`, a nest of tuples, lists, sets, mappings and dataclasses."""
+    """Yield the tensors in nested tuples, lists, sets, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -342,7 +355,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _first_shape(tensors: tuple[Tensor, ...]) -> Shape | None:
-    # A nested tensor has no one shape.
+    # A nested tensor does not have a single shape.
     return tuple(tensors[0].shape) if tensors and not tensors[0].is_nested else None
 
 

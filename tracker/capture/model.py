@@ -1,6 +1,7 @@
-"""A model that loads anywhere: a graph (torch.export, pt2) with weights on the CPU, no classes.
+"""Models that load without this project and without CUDA.
 
-`mlflow.pytorch.load_model` reads it on a machine without this project and without CUDA.
+A model is saved as a graph (torch.export, pt2) with weights on the CPU; no classes are pickled.
+`mlflow.pytorch.load_model` reads it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,17 +30,17 @@ from tracker.training.device import device_of, evaluation_mode, unwrap
 from tracker.training.rng import preserve_rng
 
 EXPORTED = "data/model.pt2"
-"""Where mlflow.pytorch saves what torch.export made, below the model's folder."""
+"""The exported graph, below the model's folder; the path is mlflow.pytorch's."""
 FILES = "extra_files"
-"""Where mlflow.pytorch puts what travels with a model."""
-EXAMPLE_SIZE = 2  # torch.export takes a batch of one for a constant
-_EXPORTING = threading.Lock()  # torch.export works in one thread at a time
+"""The folder of a model's extra files; the name is mlflow.pytorch's."""
+EXAMPLE_SIZE = 2  # torch.export treats a batch of one as a constant
 _CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
+_EXPORTING = threading.Lock()  # torch.export works in one thread at a time
 
 _LOADER = f'''
 
 def _load_pyfunc(folder: str) -> object:
-    """What mlflow.pyfunc.load_model calls, with the model's folder."""
+    """Called by mlflow.pyfunc.load_model with the model's folder."""
     import mlflow.pytorch
     from pathlib import Path
 
@@ -51,16 +53,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predictor:
-    """What predicts from raw inputs, such as texts: the `pyfunc` of a logged model."""
+    """The `pyfunc` of a logged model: predicts from raw inputs, such as texts."""
 
     file: Path
-    """Python that imports nothing of this project, for it travels with the model. It has a function
-    `load(network, files)`, of the saved network, which takes tensors, and the texts that travel
-    with it; what that returns has a method `predict(inputs)`, which takes a list of texts, or a
-    table with a column of them, and returns a table."""
+    """A Python file that is saved with the model and imports nothing from this project. It defines
+    `load(network, files)`: given the saved network, which takes tensors, and the model's extra
+    files by name, it returns an object with a method `predict(inputs)`. That takes a list of texts,
+    or a table with one column of texts, and returns a table."""
     inputs: Sequence[str]
+    """Examples to verify the saved predictor with."""
     expected: pd.DataFrame
-    """What it must predict for `inputs`. Numbers may differ by rounding."""
+    """The predictions for `inputs`; numbers may differ by rounding."""
 
 
 def save_model(
@@ -70,26 +73,30 @@ def save_model(
     files: Mapping[str, str] | None = None,
     predictor: Predictor | None = None,
 ) -> str | None:
-    """Save `network` as an MLflow model in `folder`, which must not exist yet.
+    """Save a copy of `network` as an MLflow model, in evaluation mode on the CPU.
 
-    `example` is a batch of inputs of which the first samples are used. What is saved is a copy in
-    evaluation mode on the CPU; the live network's weights, modes and every random generator stay
-    as they are. After saving, the model is loaded and compared with the network on two batch sizes.
-    `files`, texts by name, travel with it in its folder `extra_files`. A `predictor` becomes its
-    `pyfunc`, if it predicts what it must when it is loaded; if not, a warning says why, and the
-    model's `pyfunc` is the network.
+    The saved model is loaded and compared with the network on two batch sizes. The live network's
+    weights and modes and all random generators stay unchanged.
 
-    Returns None, or one sentence that says why there is no such model: the network cannot be
-    exported, or what was exported computes something else. `folder` is then left incomplete.
+    Args:
+        network: Takes and returns one tensor.
+        example: A batch of inputs, (N, …); the first samples are used.
+        folder: Must not exist yet.
+        files: Texts by name, saved in the model's folder `extra_files`.
+        predictor: Becomes the model's `pyfunc` if its predictions are correct after loading;
+            otherwise a warning says why, and the network is the `pyfunc`.
+
+    Returns:
+        None, or why the model was not saved, as part of a sentence; `folder` is then incomplete.
     """
-    with _logging_as_it_was():
-        import mlflow.pytorch  # takes a second, and only a run that ends needs it
+    with _preserve_logging():
+        import mlflow.pytorch  # takes a second, and is needed only when a run ends
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
     network = unwrap(network)
     if len(example) == 0:
-        return "the example of its inputs is empty"
+        return "the example batch is empty"
     with _EXPORTING, preserve_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own deprecations
         try:
@@ -98,12 +105,12 @@ def save_model(
             with torch.no_grad():
                 output = model(inputs)
         except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
-            return f"a copy of it does not take a batch of {EXAMPLE_SIZE}: {_line(error)}"
+            return f"a copy of the network fails on a batch of {EXAMPLE_SIZE}: {_first_line(error)}"
         if not isinstance(output, Tensor):
-            return f"it returns {type(output).__name__}, where a model in MLflow returns a tensor"
+            return f"the network returns {type(output).__name__}, but MLflow needs one tensor"
 
         if torch.bfloat16 in (inputs.dtype, output.dtype):
-            return "it takes or returns bfloat16, which MLflow's signatures do not have"
+            return "the network takes or returns bfloat16, which MLflow's signatures do not support"
 
         def spec(tensor: Tensor) -> TensorSpec:
             return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]) if tensor.dim() else ())
@@ -118,39 +125,39 @@ def save_model(
                 pip_requirements=_requirements(),
             )
             saved = mlflow.pytorch.load_model(str(folder))
-        except Exception as error:  # noqa: BLE001 - torch.export raises anything on what it cannot follow
-            return f"torch.export cannot follow the network: {_line(error)}"
+        except Exception as error:  # noqa: BLE001 - torch.export may raise anything
+            return f"torch.export fails: {_first_line(error)}"
         for name, content in (files or {}).items():
             (folder / FILES).mkdir(exist_ok=True)
             (folder / FILES / name).write_text(content, encoding="utf-8")
         problem = _difference(network, saved, example)
         if problem is None and predictor is not None:
             try:
-                why = _add_predictor(folder, predictor, _tolerance(device_of(network)))
+                reason = _add_predictor(folder, predictor, _tolerance(device_of(network)))
             except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
-                why = _line(error)
-            if why is not None:
-                logger.warning("The model is logged without its predictor: %s.", why)
+                reason = _first_line(error)
+            if reason is not None:
+                logger.warning("The model is logged without its predictor: %s.", reason)
         return problem
 
 
 def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str | None:
-    """Make `predictor` the `pyfunc` of the model in `folder`; why not, if it is left as it was."""
+    """Make `predictor` the `pyfunc` of the model in `folder`, or return why it stays unchanged."""
     import mlflow.pyfunc
     from mlflow.models import Model, infer_signature
 
     inputs = list(predictor.inputs)
     source = predictor.file.read_text("utf-8") + _LOADER
-    # Named by what it holds: no other module, of another model or program, has its name.
+    # Named by its content, so that it clashes with no module of another model or program.
     name = f"predictor_{hashlib.blake2b(source.encode(), digest_size=16).hexdigest()}"
-    # Beside the model, so that it can be renamed to it.
+    # On the same file system as the model, so that it can be renamed.
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        code, whole = Path(temporary, f"{name}.py"), Path(temporary, "model")
+        code, combined = Path(temporary, f"{name}.py"), Path(temporary, "model")
         code.write_text(source, encoding="utf-8")
         described = Model.load(str(folder))
         with muted("mlflow.pyfunc", logging.WARNING):
             mlflow.pyfunc.save_model(
-                str(whole),
+                str(combined),
                 loader_module=name,
                 code_paths=[str(code)],
                 mlflow_model=described,
@@ -160,39 +167,41 @@ def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str 
             )
         for part in (Path(EXPORTED).parent.name, FILES):
             if (folder / part).exists():
-                shutil.copytree(folder / part, whole / part)
-        files = [path for path in whole.rglob("*") if path.is_file()]
+                shutil.copytree(folder / part, combined / part)
+        files = [path for path in combined.rglob("*") if path.is_file()]
         described.model_size_bytes = sum(path.stat().st_size for path in files)
-        described.save(str(whole / "MLmodel"))
-        with _imports_as_they_were(), _logging_as_it_was():
-            loaded = mlflow.pyfunc.load_model(str(whole), suppress_warnings=True)
-            found = loaded.predict(inputs)
+        described.save(str(combined / "MLmodel"))
+        with _preserve_imports(), _preserve_logging():
+            loaded = mlflow.pyfunc.load_model(str(combined), suppress_warnings=True)
+            predictions = loaded.predict(inputs)
         try:
-            pd.testing.assert_frame_equal(found, predictor.expected, rtol=tolerance, atol=tolerance)
+            pd.testing.assert_frame_equal(
+                predictions, predictor.expected, rtol=tolerance, atol=tolerance
+            )
         except AssertionError as error:
-            return f"it predicts something else than it must: {' '.join(str(error).split())}"
-        folder.rename(Path(temporary, "bare"))
-        whole.rename(folder)
+            return f"its predictions differ from the expected ones: {' '.join(str(error).split())}"
+        folder.rename(Path(temporary, "network"))
+        combined.rename(folder)
     return None
 
 
 @contextmanager
-def _imports_as_they_were() -> Iterator[None]:
-    """mlflow.pyfunc puts a model's code on the path for good, and Python its bytecode beside it."""
+def _preserve_imports() -> Iterator[None]:
+    """Undo that mlflow.pyfunc adds a model's code to the path, and write no bytecode beside it."""
     path, modules, bytecode = list(sys.path), set(sys.modules), sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     try:
         yield
     finally:
         sys.path[:], sys.dont_write_bytecode = path, bytecode
-        for name in [name for name in sys.modules if name.startswith("predictor_")]:
-            if name not in modules:
+        for name in set(sys.modules) - modules:
+            if name.startswith("predictor_"):
                 del sys.modules[name]
 
 
 @contextmanager
-def _logging_as_it_was() -> Iterator[None]:
-    """mlflow.pytorch 3.17 sets the root logger to ERROR when it is imported: warnings would go."""
+def _preserve_logging() -> Iterator[None]:
+    """Undo that importing mlflow.pytorch 3.17 sets the root logger to ERROR."""
     level, handlers = logging.root.level, list(logging.root.handlers)
     try:
         yield
@@ -202,7 +211,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
-    """Why the saved model is not the live network; None if it computes the same."""
+    """Return how the saved model differs from the live network; None if it does not."""
     device = device_of(network)
     for size in _CHECKED_SIZES:
         inputs = _batch(example, size)
@@ -211,23 +220,23 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
                 live = network(inputs.to(device)).cpu()
             loaded = saved(inputs)
         except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
-            return f"it does not take a batch of {size}: {_line(error)}"
+            return f"it fails on a batch of {size}: {_first_line(error)}"
         tolerance = _tolerance(device)
         if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
             worst = (live - loaded).abs().max().item()
-            return f"what was saved differs by {worst:.2g} on a batch of {size}"
+            return f"the saved model's output differs by {worst:.2g} on a batch of {size}"
     return None
 
 
 def _tolerance(device: torch.device) -> float:
-    # Convolutions on CUDA may use TF32, with ten bits of mantissa.
+    # Convolutions on CUDA may use TF32, which has ten bits of mantissa.
     return 1e-4 if device.type == "cpu" else 1e-2
 
 
 def _cpu_copy(network: nn.Module) -> nn.Module:
-    """A deep copy on the CPU that takes no memory on the network's own device."""
+    """A deep copy on the CPU that uses no memory on the network's device."""
     memo: dict[int, Any] = {}
-    for module in network.modules():  # activations that forward kept: they cannot be copied
+    for module in network.modules():  # kept activations cannot be copied
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().cpu()
@@ -239,21 +248,16 @@ def _cpu_copy(network: nn.Module) -> nn.Module:
 
 
 def _batch(example: Tensor, size: int) -> Tensor:
-    """`size` samples made of the ones in `example`, on the CPU."""
+    """`size` samples on the CPU, repeated from `example` if it has fewer."""
     example = example.detach().cpu()
     repeats = -(-size // len(example))
     return torch.cat([example] * repeats)[:size].clone()
 
 
 def _requirements() -> list[str]:
-    return [_pin("torch"), _pin("mlflow"), _pin("numpy")]
+    packages = ("torch", "mlflow", "numpy")
+    return [f"{package}=={version(package).partition('+')[0]}" for package in packages]
 
 
-def _pin(package: str) -> str:
-    from importlib.metadata import version
-
-    return f"{package}=={version(package).partition('+')[0]}"
-
-
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,4 +1,4 @@
-"""What is needed to run the same thing again: source, command line, versions, git."""
+"""Tags that help to repeat a run: source, command line, versions and git commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tracker.redaction import public_command
 
 
 def environment_tags() -> dict[str, str]:
-    """Tags that tell how to run the same thing again: source, command, versions, git."""
+    """Return tags with the source, the command line (redacted), versions and git commit."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     if main and Path(main).name == "ipykernel_launcher.py":
         main = None
@@ -48,8 +48,12 @@ def _git_tags(folder: Path) -> dict[str, str]:
     return {"mlflow.source.git.commit": commit, "tracker.git.dirty": str(bool(dirty)).lower()}
 
 
-def _git(folder: Path, *words: str) -> str:
-    # A huge repository on a slow disk must not hold up training.
+def _git(folder: Path, *arguments: str) -> str:
+    # The timeout keeps a huge repository on a slow disk from delaying training.
     return subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=5
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=5,
     ).stdout.strip()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tracker.delivery.uploader import Uploader, close_unended, never
 from tracker.errors import StoreError, TrackerError
+from tracker.journal.damage import set_damage_aside
 from tracker.journal.ownership import Writer, delivery_lock, writer_lives
-from tracker.journal.reader import DAMAGED, DONE, OFFLINE, Journal, is_ours, new_database
+from tracker.journal.reader import DONE, OFFLINE, Journal
 from tracker.redaction import MASK, public_uri
 
 if TYPE_CHECKING:
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 _SETTLE_SECONDS = 60.0
 
 State = Literal["in use", "being delivered", "left behind", "unreadable"]
-
-_PART_IS_MISSING = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ)  # a table, a page
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +116,7 @@ def sync(
             f"path={str(folder)!r} is still written to by process {writer.pid} on {writer.host}."
         )
     with _delivering(folder):
-        damage = _repair(folder)
+        damage = set_damage_aside(folder)
         with closing(Journal(folder)) as journal:
             from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
@@ -217,110 +213,3 @@ def _delivering(folder: Path) -> Iterator[None]:
         if not taken:
             raise StoreError(f"path={str(folder)!r} is being delivered by another process.")
         yield
-
-
-def _repair(folder: Path) -> str | None:
-    """Make a damaged journal one that can be delivered; returns a sentence if it was damaged.
-
-    What can be read is copied to a new database, which takes the place of the old one; that stays
-    beside it, for who can do more.
-    """
-    path, damaged = folder / "journal.sqlite", folder / DAMAGED
-    problem = _problem_of(path)
-    if problem is not None:
-        try:
-            fresh = folder / "repaired.sqlite"
-            fresh.unlink(missing_ok=True)
-            new_database(fresh)
-            saved = _copy_readable(path, fresh)
-            os.replace(path, damaged)
-            for suffix in ("-wal", "-shm"):  # they belong to the file that was there
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            os.replace(fresh, path)
-        except (OSError, sqlite3.Error) as error:  # a disk that is full or read-only
-            raise StoreError(f"{folder} is damaged and cannot be repaired: {error}.") from error
-        logger.warning("%s is damaged (%s); %d records of it could be read.", path, problem, saved)
-    if damaged.exists():
-        return f"{folder} was damaged; what could not be read is kept in {damaged.name} there."
-    return None
-
-
-def _problem_of(path: Path) -> str | None:
-    if not is_ours(path):
-        return None  # Journal says so, and nobody repairs what is not ours
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db:
-            db.text_factory = bytes  # which may be no text any more
-            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            if found != b"ok":
-                return str(found.decode(errors="replace").replace("\n", " "))
-            for (body,) in db.execute("SELECT body FROM records"):
-                json.loads(body)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode in _PART_IS_MISSING:
-            return str(error)
-        return None  # locked or read-only: Journal says which
-    except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
-        return str(error)
-    return None
-
-
-def _copy_readable(path: Path, fresh: Path) -> int:
-    """Copy what can be read from one database to another; returns how many records."""
-    saved = 0
-    with (
-        closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as old,
-        closing(sqlite3.connect(fresh)) as new,
-    ):
-        old.text_factory = lambda data: data.decode(errors="replace")
-        old.execute("PRAGMA writable_schema = ON")  # else SQLite refuses a file that was cut off
-        new.execute("DELETE FROM progress")
-        for table in ("records", "runs", "notices", "progress"):
-            for row in _readable(old, table):
-                if table == "records" and not _is_json(row[-1]):
-                    continue
-                marks = ", ".join("?" * len(row))
-                with suppress(sqlite3.IntegrityError):  # a row of which parts are gone
-                    new.execute(f"INSERT INTO {table} VALUES ({marks})", row)
-                    saved += table == "records"
-        # Where the place is lost anything may have been sent; a number is never given again.
-        if not new.execute("SELECT count(*) FROM progress").fetchone()[0]:
-            new.execute(
-                "INSERT INTO progress"
-                " SELECT 0, coalesce(max(seq), 0), NULL, NULL, NULL FROM records"
-            )
-        new.execute("DELETE FROM sqlite_sequence WHERE name = 'records'")
-        new.execute(
-            "INSERT INTO sqlite_sequence SELECT 'records', max(delivered, sending,"
-            " (SELECT coalesce(max(seq), 0) FROM records)) FROM progress"
-        )
-        new.commit()
-    return saved
-
-
-def _readable(db: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table up to the damage, then those behind it, backwards."""
-    seen = set()
-    for order in ("ASC", "DESC"):
-        with _whatever_is_left():
-            for number, *row in db.execute(f"SELECT rowid, * FROM {table} ORDER BY rowid {order}"):
-                if number in seen:
-                    break
-                seen.add(number)
-                yield tuple(row)
-
-
-@contextmanager
-def _whatever_is_left() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        logger.debug("%s", error)
-
-
-def _is_json(text: object) -> bool:
-    try:
-        json.loads(str(text))
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -7,27 +7,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.errors import ArgumentError, RefusedError, StoreError
+from tracker.journal import records
 from tracker.journal.reader import Journal
-from tracker.journal.records import (
-    Begin,
-    Dataset,
-    Delete,
-    End,
-    Entry,
-    Epoch,
-    File,
-    Histograms,
-    Invalid,
-    Metrics,
-    Model,
-    Params,
-    Signal,
-    Tags,
-)
+from tracker.journal.records import Entry, Invalid
 from tracker.statuses import Status
 from tracker.validation import RUN_TAG, checked_path
 from tracker.views.files import csv_text, json_text
@@ -44,6 +29,8 @@ PAGE_SHARE = 0.01
 _CHUNK = 1_000  # records read at a time
 _MAX_NOTICES = 100  # about lost records, per run
 _MAX_BATCH = 200  # records in a request; one of metrics holds what was logged in 0.2 s
+_BATCHED = records.Metrics | records.Params | records.Tags
+_UPLOADED = records.File | records.Model
 
 
 def never() -> bool:
@@ -110,7 +97,7 @@ class Uploader:
         try:
             self._deliver(group, in_doubt)
         except RefusedError as error:
-            if isinstance(first.record, Begin):
+            if isinstance(first.record, records.Begin):
                 raise  # without it every later record of the run would be lost
             if self._rebind(first.run) or len(group) > 1 or not in_doubt:
                 for entry in group:  # in doubt now: what the store has already is left out
@@ -119,9 +106,11 @@ class Uploader:
             self._lose(first, error)  # or it would hold up every later record
         self._journal.mark_delivered(group[-1].seq)
         for entry in group:
-            if isinstance(entry.record, File | Model) and (path := self._staged(entry.record)):
+            if isinstance(entry.record, _UPLOADED) and (
+                path := self._journal.staged(entry.record.staged)
+            ):
                 shutil.rmtree(path.parent, ignore_errors=True)
-        if isinstance(first.record, End):
+        if isinstance(first.record, records.End):
             self._journal.forget(first.run)
 
     def _lose(self, entry: Entry, error: RefusedError) -> None:
@@ -136,7 +125,7 @@ class Uploader:
         record, store = first.record, self._store
         if isinstance(record, Invalid):
             raise RefusedError(f"{record.problem}.")
-        if isinstance(record, Begin):
+        if isinstance(record, records.Begin):
             self._journal.bind(first.run, self._begin(record, first.time, in_doubt))
             return
         run_id = self._journal.run_id(first.run)
@@ -146,31 +135,31 @@ class Uploader:
                 self._journal.notice("A run is lost: the journal does not hold its beginning.")
             return
         match record:
-            case Metrics() | Params() | Tags():
+            case records.Metrics() | records.Params() | records.Tags():
                 self._log_batch(run_id, group, in_doubt)
-            case File() | Model():
+            case records.File() | records.Model():
                 self._upload(first, record, run_id, in_doubt)
-            case Delete(path):
+            case records.Delete(path):
                 store.delete_artifact(run_id, _artifact_path(path))
-            case Dataset(dataset, context):
+            case records.Dataset(dataset, context):
                 store.log_dataset(run_id, dataset, context)
-            case Histograms(step, histograms, there):
+            case records.Histograms(step, histograms, there):
                 if not there:
                     text = json_text({"step": step, "histograms": histograms})
                     store.log_text(run_id, text, f"histograms/{step:06d}.json")
                 due = self._page_due.setdefault(first.run, time.monotonic() + PAGE_SECONDS)
                 if time.monotonic() > due:
                     self._draw_page(first.run, run_id)
-            case Epoch() | Signal():
+            case records.Epoch() | records.Signal():
                 pass  # read when the run ends
-            case End(status):
+            case records.End(status):
                 try:
                     self._log_tables(first.run, run_id)
                 except RefusedError as error:  # the run needs its status all the same
                     self._journal.notice(f"The tables of a run are lost: {error}")
                 store.end_run(run_id, status, first.time)
 
-    def _begin(self, begin: Begin, start_time: int, in_doubt: bool) -> str:
+    def _begin(self, begin: records.Begin, start_time: int, in_doubt: bool) -> str:
         tags = dict(begin.tags)
         if begin.resume is not None:
             del tags[RUN_TAG]  # the run keeps the key that it was created under
@@ -202,7 +191,7 @@ class Uploader:
 
     def _rebind(self, run: str) -> bool:
         """Follow a run that another process deleted in favour of its own with the same key."""
-        begins = self._journal.records(run, Begin)
+        begins = self._journal.records(run, records.Begin)
         if not begins or not begins[0].keyed:
             return False
         run_id = self._store.find_run(run)
@@ -217,59 +206,42 @@ class Uploader:
         tags: dict[str, str] = {}
         for entry in group:
             match entry.record:
-                case Metrics(metrics):
+                case records.Metrics(metrics):
                     points += metrics
-                case Params(pairs):
+                case records.Params(pairs):
                     params |= pairs
-                case Tags(pairs):
+                case records.Tags(pairs):
                     tags |= pairs
         self._store.log_batch(run_id, points, params, tags, in_doubt=in_doubt)
 
-    def _upload(self, entry: Entry, record: File | Model, run_id: str, in_doubt: bool) -> None:
-        if (path := self._staged(record)) is None:
+    def _upload(
+        self, entry: Entry, record: records.File | records.Model, run_id: str, in_doubt: bool
+    ) -> None:
+        if (path := self._journal.staged(record.staged)) is None:
             raise RefusedError(f"{record.staged!r} is not a file of this journal")
         if not path.exists():
-            if not in_doubt and not (isinstance(record, File) and record.passing):
+            if not in_doubt and not (isinstance(record, records.File) and record.passing):
                 self._journal.notice(f"The artifact {path.name} is lost: its file is gone.")
-        elif isinstance(record, File):
+        elif isinstance(record, records.File):
             folder = None if record.folder is None else _artifact_path(record.folder)
             self._store.log_artifact(run_id, path, folder)
         else:
             key = f"{entry.run}-{entry.seq}"
             self._store.log_model(run_id, path, record.name, record.step, key, in_doubt=in_doubt)
 
-    def _staged(self, record: File | Model) -> Path | None:
-        """The file or folder of a record; None if it is not within the journal's own."""
-        files = self._journal.folder.resolve() / "files"  # itself not a link
-        path = self._journal.folder / record.staged
-        try:
-            if ".." in path.parts or path.parent.parent.resolve() != files:
-                return None
-            paths = [path.parent, path, *path.rglob("*")] if path.exists() else [path.parent, path]
-            return None if any(map(_is_unsafe_path, paths)) else path
-        except FileNotFoundError:  # training removes a superseded checkpoint: look again
-            return self._staged(record)
-        except OSError:  # a name that no file can have
-            return None
-
     def _log_tables(self, run: str, run_id: str) -> None:
         self._draw_page(run, run_id)
-        if rows := [epoch.row for epoch in self._journal.records(run, Epoch)]:
+        if rows := [epoch.row for epoch in self._journal.records(run, records.Epoch)]:
             self._store.log_text(run_id, csv_text(rows), "epochs.csv")
             self._store.log_text(run_id, json_text(rows), "epochs.json")
 
     def _draw_page(self, run: str, run_id: str) -> None:
         started = time.monotonic()
-        if records := self._journal.records(run, Histograms):
-            page = histogram_page(map(vars, records), self._store.run_name(run_id))
+        if histograms := self._journal.records(run, records.Histograms):
+            page = histogram_page(map(vars, histograms), self._store.run_name(run_id))
             self._store.log_text(run_id, page, "histograms.html")
         seconds = time.monotonic() - started
         self._page_due[run] = started + max(PAGE_SECONDS, seconds / PAGE_SHARE)
-
-
-def _is_unsafe_path(path: Path) -> bool:
-    """Whether it is a link, or a special file such as a pipe, which blocks its reader."""
-    return path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir()))
 
 
 def _artifact_path(path: str) -> str:
@@ -284,9 +256,7 @@ def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Group neighbouring metrics, params and tags of one run, which fit in one request."""
     group: list[Entry] = []
     for entry in entries:
-        fits = group and all(
-            isinstance(one.record, Metrics | Params | Tags) for one in (group[0], entry)
-        )
+        fits = group and all(isinstance(one.record, _BATCHED) for one in (group[0], entry))
         if group and not (fits and group[0].run == entry.run and len(group) < _MAX_BATCH):
             yield group
             group = []
@@ -296,15 +266,17 @@ def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 def close_unended(journal: Journal) -> None:
-    """End each run that its process did not end, as KILLED after a signal or else as FAILED."""
+    """End each run that its process did not end: as KILLED after a signal, else as FAILED."""
     process = f"Process {journal.writer.pid} on {journal.writer.host}"
     for run in journal.unended():
         at = journal.last_time(run)
-        if signals := journal.records(run, Signal):
+        if signals := journal.records(run, records.Signal):
             status: Status = "KILLED"
             reason = f"{process} was stopped by {signals[-1].signal}."
         else:
             status = "FAILED"
-            reason = f"{process} ended without ending the run: killed, crashed or out of memory."
-        journal.append(run, Tags({"tracker.failure": reason}), at)
-        journal.append(run, End(status), at)
+            reason = (
+                f"{process} ended without saying how: killed, crashed, or out of memory or power."
+            )
+        journal.append(run, records.Tags({"tracker.failure": reason}), at)
+        journal.append(run, records.End(status), at)

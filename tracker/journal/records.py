@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, NamedTuple, NotRequired, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
@@ -24,6 +24,7 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RelativePath = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
 _MAX_PROBLEM = 200  # characters
+_KINDS: dict[str, type[Record]] = {}
 
 
 class Point(NamedTuple):
@@ -70,11 +71,20 @@ def _is_dataset(fields: dict[str, str]) -> bool:
     return required <= fields.keys() <= required | {"schema", "profile"}
 
 
+class Record:
+    """What happened in a run: the base of the classes below, whose names are the kinds."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = cls.__name__.lower()
+        _KINDS[cls.kind] = cls
+
+
 @dataclass(frozen=True)
-class Begin:
+class Begin(Record):
     """A run begins, or continues an earlier one."""
 
-    kind: ClassVar = "begin"
     experiment: str
     experiment_id: str | None
     """The experiment's id, if it was given instead of a name."""
@@ -94,42 +104,37 @@ class Begin:
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(Record):
     """Hyperparameters, as text."""
 
-    kind: ClassVar = "params"
     params: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Tags:
+class Tags(Record):
     """Tags, which replace those of the same name."""
 
-    kind: ClassVar = "tags"
     tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Metrics:
+class Metrics(Record):
     """Points of metrics: name, value, step and milliseconds since 1970 of each."""
 
-    kind: ClassVar = "metrics"
     metrics: Sequence[tuple[str, float, Int64, Int64]]
 
 
 @dataclass(frozen=True)
-class Epoch:
+class Epoch(Record):
     """A row of the table of epochs."""
 
-    kind: ClassVar = "epoch"
     row: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Histograms:
+class Histograms(Record):
     """The histograms of a network's weights and gradients at one step."""
 
-    kind: ClassVar = "histograms"
     step: Int64
     histograms: list[
         Annotated[
@@ -141,10 +146,9 @@ class Histograms:
 
 
 @dataclass(frozen=True)
-class File:
+class File(Record):
     """A file, or a folder's content, to be uploaded as an artifact."""
 
-    kind: ClassVar = "file"
     staged: RelativePath
     """Its path in the journal's folder."""
     folder: RelativePath | None
@@ -154,64 +158,42 @@ class File:
 
 
 @dataclass(frozen=True)
-class Delete:
+class Delete(Record):
     """An artifact to be deleted."""
 
-    kind: ClassVar = "delete"
     path: RelativePath
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Record):
     """A data set that the run uses."""
 
-    kind: ClassVar = "dataset"
     dataset: Annotated[dict[str, str], _must(_is_dataset, "it is not MLflow's Dataset")]
     """The fields of `mlflow.entities.Dataset`."""
     context: str
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Record):
     """A saved MLflow model to be uploaded."""
 
-    kind: ClassVar = "model"
     staged: RelativePath
     name: RelativePath
     step: Int64
 
 
 @dataclass(frozen=True)
-class Signal:
+class Signal(Record):
     """The process was told to terminate."""
 
-    kind: ClassVar = "signal"
     signal: str
 
 
 @dataclass(frozen=True)
-class End:
+class End(Record):
     """The run ends."""
 
-    kind: ClassVar = "end"
     status: Status
-
-
-Record: TypeAlias = (
-    Begin
-    | Params
-    | Tags
-    | Metrics
-    | Epoch
-    | Histograms
-    | File
-    | Delete
-    | Dataset
-    | Model
-    | Signal
-    | End
-)
-KINDS: Mapping[str, type[Record]] = {record.kind: record for record in get_args(Record)}
 
 
 @dataclass(frozen=True)
@@ -257,7 +239,7 @@ def decode(kind: str, body: bytes | str, at: Any = 0) -> Record | Invalid:
         body: Its fields as JSON.
         at: When it was made, in milliseconds since 1970.
     """
-    if kind not in KINDS:
+    if kind not in _KINDS:
         return Invalid(str(kind), "its kind is not known")
     if not isinstance(at, int):
         return Invalid(kind, f"time={at!s:.50} is not a time")
@@ -272,7 +254,7 @@ def decode(kind: str, body: bytes | str, at: Any = 0) -> Record | Invalid:
 
 @cache
 def _adapter(kind: str) -> TypeAdapter[Record]:
-    return TypeAdapter(KINDS[kind])
+    return TypeAdapter(_KINDS[kind])
 
 
 def _python_scalar(value: Any) -> Any:

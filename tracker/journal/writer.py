@@ -1,4 +1,4 @@
-"""Training's side of the journal: appends to memory, and a thread puts that on disk."""
+"""The write side of a journal: appends to memory, and a thread writes that to disk."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tracker.errors import StoreError
+from tracker.journal import database
 from tracker.journal.ownership import BEAT_SECONDS, Writer, writer_lock
-from tracker.journal.reader import FLUSH_SECONDS, connect, new_database
 from tracker.journal.records import Metrics, Point, Record, encode, now
 
-_HELD = 200_000  # records kept in memory while the disk takes none
+FLUSH_SECONDS = 0.1  # everything is on disk within 0.2 s
+_MAX_HELD = 200_000  # records kept in memory while the disk fails
+
+_Row: TypeAlias = tuple[str, int, str, str]  # run, time, kind and body
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +34,23 @@ class JournalWriter:
     """A new journal of this process, open for writing."""
 
     def __init__(self, directory: Path) -> None:
-        """Make a journal below `directory`, which is made if need be.
+        """Create a journal below `directory`, which is created if it does not exist.
 
-        Raises StoreError where the directory cannot hold it.
+        Raises:
+            StoreError: The directory cannot hold the journal.
         """
         writer = Writer.this_process()
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{writer.host}-{writer.pid}-{uuid.uuid4().hex[:8]}"
-        # Absolute: a program may change its directory in the middle of a run.
+        # Absolute, because the program may change its directory during a run.
         self.folder = directory.absolute() / name
-        # Under another name until its lock is held: nobody takes it for one left behind.
+        # Hidden until its lock is held, so that no process takes it for an abandoned journal.
         hidden = self.folder.with_name(f".{name}")
         try:
             (hidden / "files").mkdir(parents=True)
             self._lock = writer_lock(hidden)
             self._lock.take()
             writer.save(hidden)
-            new_database(hidden / "journal.sqlite")
+            database.create(database.path_of(hidden))
             hidden.rename(self.folder)
         except (OSError, sqlite3.Error, StoreError) as error:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -56,18 +60,17 @@ class JournalWriter:
             ) from error
         self._lock.path = self.folder / self._lock.path.name
         self.lost = 0
-        """Records that no disk would take, and values that could not be read."""
+        """How many records and values could not be read or written."""
         self.on_tick: Callable[[], None] | None = None
         """Called by the writing thread after each of its turns."""
         self._pid = os.getpid()
-        self._pending: deque[tuple[str, int, str, str | Point]] = deque()
-        self._held: list[tuple[str, int, str, str]] = []
+        self._pending: deque[_Row | tuple[str, int, str, Point]] = deque()
+        self._held: list[_Row] = []  # encoded, and not on disk yet
         self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
-        self._warned = False
-        self._unread = False
+        self._warned: set[str] = set()
         self._closed = False
-        self._beat = time.monotonic()
-        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._last_beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
     def append(self, run: str, record: Record, at: int | None = None) -> None:
@@ -84,167 +87,159 @@ class JournalWriter:
         self._pending.append((run, at or now(), record.kind, encode(record)))
 
     def append_points(self, run: str, points: Iterable[Point]) -> None:
-        """Add values of metrics; neighbours become one record."""
-        for point in points:  # mostly one: a generator would cost more than it
+        """Add values of metrics; neighbouring points of a run become one record."""
+        for point in points:  # mostly one, so that a generator would double the cost
             self._pending.append((run, point.time, "metrics", point))
 
     def stage(self, name: str) -> Path:
-        """A path for a file or folder called `name` that a later record refers to."""
+        """Return a new path for a file or folder called `name`, for a record to refer to."""
         folder = self.folder / "files" / uuid.uuid4().hex
         folder.mkdir(parents=True)
         return folder / name
 
-    def flush(self, timeout: float | None = None) -> bool:
-        """Have every record put on disk that was appended before; whether that was done in time.
+    def lose(self, what: str, error: Exception) -> None:
+        """Count a file that the disk did not take; the first one is warned of."""
+        self.lost += 1
+        self._warn_once("disk", "%s cannot be logged, training continues: %s.", what, error)
 
-        Safe in a signal's handler.
+    def flush(self, timeout: float | None = None) -> bool:
+        """Write every record that was appended before; safe in a signal handler.
+
+        Returns:
+            Whether all of them are on disk, within `timeout` seconds.
         """
-        if self._closed or os.getpid() != self._pid or self._is_writing():
+        if self._closed or os.getpid() != self._pid or self._in_thread():
             return False
         done = threading.Event()
         self._requests.put(done)
         return done.wait(timeout) and not self._held
 
     def close(self) -> None:
-        """Put all on disk, and give the journal up to whoever delivers it."""
+        """Write every record, and release the journal to the process that delivers it."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         self._requests.put(None)
-        if self._is_writing():
-            return  # it goes on until all is on disk; the kernel releases the lock
+        if self._in_thread():
+            return  # the thread still writes everything; the kernel releases the lock
         self._thread.join()
-        if self._held:
-            self.lost += len(self._held)
+        self.lost += len(self._held)
         if self.lost:
             logger.warning("%d records are lost: they could not be read or written.", self.lost)
         self._lock.release()
 
-    def _is_writing(self) -> bool:
-        """Whether the thread asks itself: python may collect a dropped manager in any thread."""
+    def _in_thread(self) -> bool:
+        """Whether this is the writing thread: Python may collect a manager in any thread."""
         return threading.current_thread() is self._thread
 
-    def _write(self) -> None:
+    def _warn_once(self, topic: str, message: str, *values: object) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            logger.warning(message, *values)
+
+    def _run(self) -> None:
         db: sqlite3.Connection | None = None
-        going_on = True
-        while going_on:
-            waiting: list[threading.Event] = []
-            try:
+        closing = False
+        while not closing:
+            flushes = []
+            with suppress(queue.Empty):
                 request = self._requests.get(timeout=FLUSH_SECONDS)
                 while True:
                     if request is None:
-                        going_on = False
+                        closing = True
                     else:
-                        waiting.append(request)
+                        flushes.append(request)
                     request = self._requests.get_nowait()
-            except queue.Empty:
-                pass
             self._held += self._take_pending()
             if self._held:
-                db = self._put_on_disk(db)
-            for done in waiting:
+                db = self._write_held(db)
+            for done in flushes:
                 done.set()
-            if time.monotonic() > self._beat + BEAT_SECONDS:
-                self._beat = time.monotonic()
-                with _no_error(self.folder):
+            if time.monotonic() > self._last_beat + BEAT_SECONDS:
+                self._last_beat = time.monotonic()
+                with suppress(OSError):  # the folder was removed, which does not end training
                     self._lock.touch()
-            if self.on_tick is not None and going_on:
+            if self.on_tick is not None and not closing:
                 try:
                     self.on_tick()
-                except Exception:  # whatever it is, the journal must be written
-                    logger.debug("The uploader cannot be looked after.", exc_info=True)
+                except Exception:  # records must be written whatever it raises
+                    logger.debug("The uploader could not be checked.", exc_info=True)
         if db is not None:
             db.close()
 
-    def _take_pending(self) -> list[tuple[str, int, str, str]]:
-        """What is pending as rows of the table, the neighbouring points of a run in one."""
-        entries = []
+    def _take_pending(self) -> list[_Row]:
+        """Encode the pending rows, neighbouring points of a run as one."""
+        pending = []
         while self._pending:  # one at a time: training may append meanwhile
-            entries.append(self._pending.popleft())
-        rows: list[tuple[str, int, str, str]] = []
-        for (run, points), group in groupby(entries, lambda e: (e[0], isinstance(e[3], Point))):
-            if points:
-                several = [body for *_, body in group if isinstance(body, Point)]
-                values = [point.value for point in several]
-                problem = _numbers(values)
-                read = [
-                    (point.name, value, point.step, point.time)
-                    for point, value in zip(several, values, strict=True)
-                    if value is not None
-                ]
-                rows.append((run, several[0].time, Metrics.kind, encode(Metrics(read))))
-                self._count_unread(len(several) - len(read), problem)
+            pending.append(self._pending.popleft())
+        rows: list[_Row] = []
+        for (run, are_points), group in groupby(
+            pending, lambda row: (row[0], isinstance(row[3], Point))
+        ):
+            if are_points:
+                points = [body for *_, body in group if isinstance(body, Point)]
+                metrics = Metrics(self._read_points(points))
+                rows.append((run, points[0].time, metrics.kind, encode(metrics)))
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows
 
-    def _count_unread(self, values: int, problem: str | None) -> None:
-        if values and not self._unread:
-            self._unread = True
-            logger.warning("A metric cannot be read (%s); training goes on.", problem)
-        self.lost += values
+    def _read_points(self, points: list[Point]) -> list[tuple[str, float, int, int]]:
+        """Read the values of points; those that cannot be read are counted as lost."""
+        values, problem = _read_values([point.value for point in points])
+        if problem is not None:
+            self._warn_once("value", "A metric cannot be read (%s); training continues.", problem)
+        read = [
+            (point.name, value, point.step, point.time)
+            for point, value in zip(points, values, strict=True)
+            if value is not None
+        ]
+        self.lost += len(points) - len(read)
+        return read
 
-    def lose(self, what: str, error: Exception) -> None:
-        """Count a file that the disk would not take; one warning, whatever else it refuses."""
-        self.lost += 1
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s cannot be logged, training goes on: %s.", what, error)
-
-    def _put_on_disk(self, db: sqlite3.Connection | None) -> sqlite3.Connection | None:
-        """Write what is held. A disk that is full or gone does not end training: we try again."""
+    def _write_held(self, db: sqlite3.Connection | None) -> sqlite3.Connection | None:
+        """Write the held rows; a disk that is full or gone is tried again at the next turn."""
         try:
             if db is None:
-                db = connect(self.folder)
+                db = database.connect(self.folder)
             with db:
                 db.executemany(
                     "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)", self._held
                 )
             self._held = []
         except sqlite3.Error as error:
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "The journal %s cannot be written (%s); training goes on, and up to %d records "
-                    "wait in memory.",
-                    *(self.folder, error, _HELD),
-                )
-            if len(self._held) > _HELD:
-                self.lost += len(self._held) - _HELD
-                del self._held[_HELD:]
+            self._warn_once(
+                "disk",
+                "The journal %s cannot be written (%s); training continues, with up to %d records "
+                "in memory.",
+                *(self.folder, error, _MAX_HELD),
+            )
+            self.lost += len(self._held[_MAX_HELD:])
+            del self._held[_MAX_HELD:]
         return db
 
 
-def _numbers(values: list[Any]) -> str | None:
-    """Make values floats; tensors are read with one transfer a device, not one each.
+def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
+    """Read floats and scalar tensors, with one transfer per device and dtype.
 
-    One that cannot be read becomes None; returns why, if there is one.
+    Returns:
+        The values as floats, None for each that cannot be read, and why.
     """
-    problem: str | None = None
+    floats = [value if isinstance(value, float) else None for value in values]
     tensors: dict[Any, list[int]] = {}
     for place, value in enumerate(values):
         if not isinstance(value, float):
             tensors.setdefault((value.device, value.dtype), []).append(place)
+    problem = None
     for (device, _), places in tensors.items():
-        import torch  # whoever made the tensors has it
+        import torch  # imported already, by the code that made the tensors
 
-        read: list[float | None] = [None] * len(places)
         try:
-            if device.type == "cuda":  # made on another stream than this thread's, perhaps
+            if device.type == "cuda":  # the values may be computed on another stream
                 torch.cuda.synchronize(device)
             stacked = torch.stack([values[place].reshape(()) for place in places])
-            read = [float(value) for value in stacked.tolist()]
-        except RuntimeError as error:  # after an error of CUDA nothing there can be read
+            for place, value in zip(places, stacked.tolist(), strict=True):
+                floats[place] = float(value)
+        except RuntimeError as error:  # after a CUDA error, nothing on the device can be read
             problem = str(error).partition("\n")[0]
-        for place, value in zip(places, read, strict=True):
-            values[place] = value
-    return problem
-
-
-@contextmanager
-def _no_error(folder: Path) -> Iterator[None]:
-    """A journal whose folder was taken away ends no training."""
-    try:
-        yield
-    except OSError as error:
-        logger.debug("%s: %s", folder, error)
+    return floats, problem

@@ -215,38 +215,37 @@ class MlflowStore:
             if known.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in known})
                 return adopt
-        run_id = self.find_run(key, experiment_id) if keyed or in_doubt else None
-        if run_id is not None and not placeholder and self._is_placeholder(run_id):
-            with translated(f"delete run {run_id}"):
-                self.client.delete_run(run_id)  # else its metrics would be there twice
-            run_id = None
-        if run_id is not None:
-            if keyed and not placeholder:
-                self.reopen(run_id, tags)
+        if keyed and (run_id := self._only_run(key, experiment_id)) is not None:
+            return self._join(run_id, tags, placeholder=placeholder)
+        if in_doubt and (run_id := self.find_run(key, experiment_id)) is not None:
             return run_id
         if in_doubt and (run_id := self._half_made(experiment_id, start_time, tags)) is not None:
             self.log_batch(run_id, tags=tags)
             return run_id
         marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
         with translated("create a run"), _without_retries():
-            run_id = str(
-                self.client.create_run(experiment_id, start_time, marked, name).info.run_id
-            )
+            run = self.client.create_run(experiment_id, start_time, marked, name)
+        run_id = str(run.info.run_id)
         self._made.add(run_id)
-        if keyed and (other := self._keep_one(key, experiment_id)) and other != run_id:
-            if not placeholder:
-                self.reopen(other, tags)
-            return other
+        only = self._only_run(key, experiment_id) if keyed else None
+        if only is not None and only != run_id:
+            return self._join(only, tags, placeholder=placeholder)
         return run_id
 
-    def _is_placeholder(self, run_id: str) -> bool:
-        with translated(f"read run {run_id}"):
-            return PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags
+    def _join(self, run_id: str, tags: Mapping[str, str], *, placeholder: bool) -> str:
+        """Take a run of another process with our key, unless ours is only its placeholder."""
+        if not placeholder:
+            self.reopen(run_id, tags)
+            with translated(f"continue the run {run_id}"):
+                if PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags:
+                    self.client.delete_tag(run_id, PLACEHOLDER_TAG)
+        return run_id
 
-    def _keep_one(self, key: str, experiment_id: str) -> str | None:
-        """Delete all but one of the runs with `key`; return its id.
+    def _only_run(self, key: str, experiment_id: str) -> str | None:
+        """Return the id of the run with `key`; of several, delete all but one.
 
-        Processes that created one each at the same time choose the same.
+        Processes that created one each at the same time keep the same, not a placeholder if
+        possible.
         """
         with translated("look for a run"):
             found = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{key}'")

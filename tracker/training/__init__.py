@@ -1,1 +1,1 @@
-"""What a training loop needs; knows neither MLflow nor Optuna."""
+"""The parts of a training loop; independent of MLflow and Optuna."""

@@ -1,4 +1,4 @@
-"""The device a network is on, and the network inside its wrappers."""
+"""The device of a network, its modes, and the network inside its wrappers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tracker.errors import ArgumentError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that `name` asks for; `auto` is CUDA where there is one, else the CPU.
+    """Return the named device; `auto` means CUDA if available, else the CPU.
 
-    Raises ArgumentError where torch does not know the device or this machine has none of it.
+    Raises:
+        ArgumentError: Torch does not know the device, or this machine does not have it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "cpu" and device.index:
-            raise RuntimeError("there is one CPU")
+            raise RuntimeError("there is only one CPU device")
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
@@ -32,14 +33,14 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer of `network`, the CPU if it has none."""
+    """Return the device of the network's first parameter or buffer, or the CPU."""
     for tensor in (*network.parameters(), *network.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def describe_device(device: torch.device) -> str:
-    """`cpu`, or the device with the GPU's name: `cuda:0 (NVIDIA H200)`."""
+    """Return the device as text, with the name of a GPU: `cuda:0 (NVIDIA H200)`."""
     if device.type != "cuda":
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)})"
@@ -47,7 +48,7 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put `network` in evaluation mode, then give each module its own mode back."""
+    """Put `network` in evaluation mode, and restore the mode of each module on exit."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -58,7 +59,7 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers."""
+    """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel."""
     while True:
         inner = getattr(network, "_orig_mod", None)
         if inner is None and isinstance(

@@ -1,10 +1,10 @@
-"""The training loop: generators, no callbacks. They know neither MLflow nor Optuna.
+"""The training loop as a generator, without callbacks.
 
     for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=3):
         print(epoch.number, epoch.metrics)
 
-What should happen between two epochs (a log line, `break`, the step of a scheduler that counts
-epochs) stands in the body.
+The body of the loop does what should happen between two epochs: log, `break`, or step a scheduler
+that counts epochs.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of `fit` came to."""
+    """The results of one epoch."""
 
     number: int
-    """From 1."""
+    """Counted from 1."""
     metrics: dict[str, float]
-    """`loss`, `accuracy`, their `val_` counterparts, `epoch_duration` in seconds."""
+    """`loss`, `accuracy`, their `val_` counterparts, and `epoch_duration` in seconds."""
     batch_losses: npt.NDArray[np.float64]
-    """The mean loss of each batch, in order; of this process alone, where several train."""
+    """Mean loss of each batch, shape (batches,); of this rank only."""
     batch_times: list[int]
-    """When each of them was done, in milliseconds since 1970."""
+    """When each batch was completed, in milliseconds since 1970."""
 
 
 def fit(
@@ -57,15 +57,25 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train `network` and yield after each epoch, with the last step's gradients in place.
 
-    Batches are (inputs, targets). Both go to `device`, by default where the network is, and
-    `loss_fn(outputs, targets)` is the mean over the batch. With `accuracy`, outputs are scores
-    (N, classes, …), or `scores` makes such scores of them, and targets class numbers (N, …). The
-    network trains in the mode, of `train()` and `eval()`, that it is in. `scheduler` steps after
-    each batch, as OneCycleLR wants it. `done` of the epochs were done before: a run that is
-    continued has `epochs` in all. Raises ArgumentError for epochs < 1 or done < 0.
+    In a process group, loss and accuracy cover all ranks: one collective per epoch. All ranks must
+    train the same number of epochs, and all or none with a `val_loader`.
 
-    In a process group, loss and accuracy are those of all ranks together, summed once an epoch.
-    All ranks must run it, for as many epochs, and with a `val_loader` or without one alike.
+    Args:
+        network: Trained in its current modes (`train()`, `eval()`).
+        loader: Batches of (inputs, targets).
+        optimizer: Takes one step per batch.
+        loss_fn: `loss_fn(outputs, targets)` returns the mean loss of a batch, a scalar.
+        epochs: Number of epochs in total.
+        done: Epochs already completed, when training is resumed.
+        device: Where batches are moved; by default the network's device.
+        val_loader: Evaluated after each epoch.
+        accuracy: Also compute the accuracy: outputs are scores (N, classes, …) and targets are
+            class numbers (N, …).
+        scores: Turns outputs into such scores, if they are something else.
+        scheduler: Takes one step per batch, as OneCycleLR requires.
+
+    Raises:
+        ArgumentError: `epochs` is below 1 or `done` below 0.
     """
 
     def train(meter: EpochMeter) -> Iterator[None]:
@@ -84,10 +94,10 @@ def fit(
     def validate() -> Mapping[str, float]:
         if val_loader is None:
             return {}
-        found = evaluate(
+        metrics = evaluate(
             network, val_loader, loss_fn, device=device, accuracy=accuracy, scores=scores
         )
-        return {f"val_{name}": value for name, value in found.items()}
+        return {f"val_{name}": value for name, value in metrics.items()}
 
     return _epochs(lambda number, meter: train(meter), validate, _numbers(epochs, done))
 
@@ -99,11 +109,17 @@ def run_epochs(
     done: int = 0,
     validate: Callable[[], Mapping[str, float]] = dict,
 ) -> Iterator[Epoch]:
-    """Train by steps of one's own and yield after each epoch, as `fit` does for the usual ones.
+    """Train with custom steps and yield after each epoch, as `fit` does with the usual ones.
 
-    `train(number)` is a pass over the data in epoch `number`: it yields after each step the mean
-    loss, which may stay on the device, and the number of samples. `validate()` gives the metrics
-    after an epoch. Raises ArgumentError for epochs < 1 or done < 0.
+    Args:
+        train: `train(number)` runs one epoch. After each step it yields the mean loss, which may
+            stay on the device, and the number of samples.
+        epochs: Number of epochs in total.
+        done: Epochs already completed, when training is resumed.
+        validate: Returns further metrics after an epoch.
+
+    Raises:
+        ArgumentError: `epochs` is below 1 or `done` below 0.
     """
 
     def add(number: int, meter: EpochMeter) -> Iterator[None]:
@@ -115,10 +131,9 @@ def run_epochs(
 
 
 def _numbers(epochs: int, done: int) -> range:
-    if epochs < 1:
-        raise ArgumentError(f"epochs={epochs} is not allowed; it must be at least 1.")
-    if done < 0:
-        raise ArgumentError(f"done={done} is not allowed; it must be at least 0.")
+    for name, value, least in (("epochs", epochs, 1), ("done", done, 0)):
+        if value < least:
+            raise ArgumentError(f"{name}={value} is not allowed; it must be at least {least}.")
     return range(done + 1, epochs + 1)
 
 
@@ -146,13 +161,22 @@ def evaluate(
     accuracy: bool = False,
     scores: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """`loss` and, if asked for, `accuracy` of `network` over `loader`, as in `fit`.
+    """Compute the mean loss of `network` over `loader`, in evaluation mode.
 
-    The network is in evaluation mode meanwhile, and gets its modes back.
+    In a process group this is a collective: all ranks must call it, each with its share of the
+    data, which may be empty. If the shares differ in their number of batches, pass the network
+    inside DistributedDataParallel, whose own forward may wait for the other ranks.
 
-    In a process group it is a collective: all ranks must call, each with its share of the data,
-    which may be empty, and get the metrics of the whole. Shares of unequal numbers of batches
-    need the network that DistributedDataParallel wraps: its own forward may wait for the others.
+    Args:
+        network: Its modes are restored.
+        loader: Batches of (inputs, targets).
+        loss_fn: See `fit`, like the following ones.
+        device: See `fit`.
+        accuracy: See `fit`.
+        scores: See `fit`.
+
+    Returns:
+        `loss` and, if requested, `accuracy`; empty without samples.
     """
     meter = EpochMeter()
     with evaluation_mode(network):
@@ -167,7 +191,7 @@ def _forward(
     network: nn.Module, loader: Iterable[Any], device: torch.device | str | None
 ) -> Iterator[tuple[Any, Any]]:
     """The network's outputs and the targets of each batch, on the device."""
-    place = device_of(network) if device is None else torch.device(device)
+    target = device_of(network) if device is None else torch.device(device)
     for inputs, targets in loader:
-        outputs = network(inputs.to(place, non_blocking=True))
-        yield outputs, targets.to(place, non_blocking=True)
+        outputs = network(inputs.to(target, non_blocking=True))
+        yield outputs, targets.to(target, non_blocking=True)

@@ -1,7 +1,7 @@
 """Loss and accuracy of an epoch, summed without waiting for the device.
 
-A step appends scalars that stay on the device; they are read once, when somebody asks. Where
-several processes train, their sums are added up then, too.
+Each step appends scalars that stay on the device. They are read, and summed over all ranks, only
+when the metrics are computed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from torch.utils.data import DataLoader
 from tracker.errors import ArgumentError
 from tracker.training.distributed import sum_over_ranks
 
-_CHUNK = 512  # scalars kept one by one before they become one tensor: each costs 512 bytes on a GPU
+_CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
 
 
 def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
-    """How many predictions are right, as a scalar on the device of `preds`.
+    """Count the correct predictions.
 
-    `preds` are scores of shape (N, classes, …), `labels` class numbers of shape (N, …).
-    Raises ArgumentError for other shapes, which might be compared each with each.
+    Args:
+        preds: Scores, (N, classes, …), with at least two classes.
+        labels: Class numbers, (N, …).
+
+    Returns:
+        The count, an int64 scalar on the device of `preds`.
+
+    Raises:
+        ArgumentError: The shapes do not match. Comparing them might broadcast.
     """
     if preds.dim() < 2 or preds.shape[1] < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
         raise ArgumentError(
@@ -40,9 +47,13 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: a number, a tensor, or a list, tuple or mapping whose first item is one.
+    """Return the number of samples in a batch.
 
-    Raises ArgumentError for anything else.
+    Args:
+        batch: The number itself, a tensor (N, …), or a list, tuple or mapping that begins with one.
+
+    Raises:
+        ArgumentError: The batch is something else.
     """
     if isinstance(batch, (list, tuple)) and batch:
         return batch_size(batch[0])
@@ -60,36 +71,34 @@ def batch_size(batch: Any) -> int:
 
 
 class _Scalars:
-    """A growing row of scalars: tensors, on whatever device they are, and numbers."""
+    """A growing series of scalars: numbers, and tensors that stay on their device."""
 
-    def __init__(self, before: Tensor | None = None) -> None:
-        self._before = torch.zeros(0) if before is None else before  # on the host
-        self._chunks: list[Tensor] = []
-        self._last: list[Tensor | float] = []
+    def __init__(self, values: Tensor | None = None) -> None:
+        self._chunks = [] if values is None else [values]
+        self._recent: list[Tensor | float] = []
 
     def append(self, scalar: Tensor | float) -> None:
-        self._last.append(scalar)
-        if len(self._last) == _CHUNK:
-            self._chunks.append(_row(self._last))
-            self._last.clear()
+        self._recent.append(scalar)
+        if len(self._recent) == _CHUNK:
+            self._chunks.append(_joined(self._recent))
+            self._recent = []
 
     def __len__(self) -> int:
-        return len(self._before) + len(self._chunks) * _CHUNK + len(self._last)
+        return sum(map(len, self._chunks)) + len(self._recent)
 
     @property
     def device(self) -> torch.device:
-        """Where the last of them is; the CPU where there is none."""
-        newest = (self._last or self._chunks or [0.0])[-1]
-        return newest.device if isinstance(newest, Tensor) else torch.device("cpu")
+        """The device of the last scalar; the CPU if there is none."""
+        last = (self._recent or self._chunks or [0.0])[-1]
+        return last.device if isinstance(last, Tensor) else torch.device("cpu")
 
     def read(self) -> npt.NDArray[np.float64]:
-        """All of them on the host; the one point that waits for the device."""
-        rows = [*self._chunks, *([_row(self._last)] if self._last else [])]
-        read = torch.cat(rows).cpu().double() if rows else torch.zeros(0).double()
-        return torch.cat([self._before.double(), read]).numpy()
+        """Return all scalars on the host, float64 (len,). Waits for the device."""
+        chunks = [*self._chunks, _joined(self._recent)]
+        return torch.cat([chunk.cpu().double() for chunk in chunks]).numpy()
 
 
-def _row(scalars: Sequence[Tensor | float]) -> Tensor:
+def _joined(scalars: Sequence[Tensor | float]) -> Tensor:
     if all(isinstance(scalar, float) for scalar in scalars):
         return torch.tensor(scalars, dtype=torch.float64)
     double = torch.float64
@@ -100,44 +109,50 @@ def _row(scalars: Sequence[Tensor | float]) -> Tensor:
 
 @dataclass
 class EpochMeter:
-    """The sums of one epoch, in this process; `compute` alone speaks for all ranks."""
+    """Loss and accuracy of one epoch on this rank; only `compute` covers all ranks."""
 
     loader: Any = None
-    """What the batches come from; says how large they are where the loop does not."""
+    """The source of the batches; tells their sizes if the loop does not."""
     _losses: _Scalars = field(default_factory=_Scalars)
     _sizes: list[int | None] = field(default_factory=list)
     _correct: _Scalars = field(default_factory=_Scalars)
-    _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, labels in all
+    _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
 
     def add_loss(self, loss: Tensor | float, size: int | None = None) -> Tensor | float:
-        """Add the mean loss of a batch of `size` samples; None where it is not known yet.
+        """Add the mean loss of a batch without waiting for its device.
 
-        Returns the copy of it that is kept: a number, or a scalar on its device. Raises
-        ArgumentError for a loss that is not one number.
+        Args:
+            loss: One number of any float dtype, on any device.
+            size: Samples in the batch, if known.
+
+        Returns:
+            A copy of the loss: a float, or a detached scalar on its device.
+
+        Raises:
+            ArgumentError: The loss is not one number.
         """
         if not isinstance(loss, Tensor):
             loss = torch.from_numpy(np.array(loss, dtype=float))
         if loss.dim():
             if loss.numel() != 1:
                 raise ArgumentError(
-                    f"loss has the shape {tuple(loss.shape)}; it must be one number, the batch's "
-                    "mean."
+                    f"loss has the shape {tuple(loss.shape)}; it must be one number, the mean of "
+                    "the batch."
                 )
             loss = loss.reshape(())
-        # A copy: what the loop goes on to do with its loss is none of ours. Where nothing waits
-        # for it, a number costs a sixth of a tensor.
-        kept = float(loss.item()) if loss.is_cpu else loss.detach().clone()
-        self._losses.append(kept)
+        # Copy: the loop may modify its loss in place. On the CPU a float is six times faster.
+        copied = float(loss.item()) if loss.is_cpu else loss.detach().clone()
+        self._losses.append(copied)
         self._sizes.append(size)
-        return kept
+        return copied
 
     def add_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Add a batch's right predictions; shapes as in `num_correct`."""
+        """Add the number of correct predictions of a batch; arguments as for `num_correct`."""
         self._correct.append(num_correct(preds, labels))
         self._labels.append((len(labels), labels.numel()))
 
     def state(self) -> dict[str, Any]:
-        """All it holds, for a checkpoint. Waits for the device."""
+        """Return the state for a checkpoint. Waits for the device."""
         return {
             "losses": torch.from_numpy(self._losses.read()),
             "sizes": list(self._sizes),
@@ -147,7 +162,7 @@ class EpochMeter:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], loader: Any) -> EpochMeter:
-        """A meter that goes on from `state`."""
+        """Return a meter that continues from `state`."""
         losses, correct = _Scalars(state["losses"]), _Scalars(state["correct"])
         return cls(loader, losses, list(state["sizes"]), correct, list(state["labels"]))
 
@@ -156,67 +171,64 @@ class EpochMeter:
 
     @property
     def sizes(self) -> npt.NDArray[np.float64]:
-        """The size of each batch whose loss was added.
+        """Samples in each batch, shape (batches,).
 
-        Where `track_loss(loss)` did not say it: the number of its labels if every batch's were
-        tracked, else what the loader makes of its length, else all alike.
+        An unknown size is that of the batch's labels if every batch has some, else the loader's
+        batch size, else 1.
         """
         if None not in self._sizes:
             return np.array(self._sizes, dtype=float)
         if len(self._labels) == len(self._sizes):
-            known = [size for size, _ in self._labels]
+            guesses = [size for size, _ in self._labels]
         else:
-            known = loader_batch_sizes(self.loader, len(self._sizes))
-        pairs = zip(self._sizes, known, strict=True)
+            guesses = _loader_batch_sizes(self.loader, len(self._sizes))
+        pairs = zip(self._sizes, guesses, strict=True)
         return np.array([guess if size is None else size for size, guess in pairs], dtype=float)
 
     @property
     def losses(self) -> npt.NDArray[np.float64]:
-        """The loss of each batch. Waits for the device."""
+        """Mean loss of each batch, shape (batches,). Waits for the device."""
         return self._losses.read()
 
     @property
     def loss_sum(self) -> float:
-        """The batches' losses, each times its size. Waits for the device."""
+        """Sum of the loss over all samples. Waits for the device."""
         return float(self.losses @ self.sizes)
 
     @property
     def correct(self) -> int:
-        """How many predictions were right. Waits for the device."""
+        """Number of correct predictions. Waits for the device."""
         return int(self._correct.read().sum())
 
     def compute(self) -> dict[str, float]:
-        """`loss` and `accuracy`, as far as they were tracked. Waits for the device.
+        """Return the mean `loss` per sample and the `accuracy` per label, if tracked.
 
-        In a process group they are those of all its ranks together, the same on each. That is one
-        collective: all ranks must call, those too that saw no batch. A rank that tracks nothing
-        of its own gets what others tracked. A sample that several ranks saw counts as often: a
-        DistributedSampler repeats some where the ranks do not divide the number of samples.
+        Waits for the device. In a process group this is one collective, which all ranks must call,
+        even without batches; the result covers all ranks and is the same on each. A sample that
+        several ranks saw counts several times: a DistributedSampler repeats some if the number of
+        samples is not a multiple of the number of ranks.
         """
         size = float(self.sizes.sum())
         labels = sum(labels for _, labels in self._labels)
-        # The losses of no samples are not read: their mean is NaN.
-        own = (self.loss_sum if size else 0.0, size, self.correct, labels)
-        loss, seen, correct, answers = sum_over_ranks(own, self._device)
+        # Without samples the mean losses are NaN: leave them out.
+        sums = (self.loss_sum if size else 0.0, size, self.correct, labels)
+        loss, samples, correct, answers = sum_over_ranks(sums, self._device)
         metrics = {}
-        if seen:
-            metrics["loss"] = loss / seen
+        if samples:
+            metrics["loss"] = loss / samples
         if answers:
             metrics["accuracy"] = correct / answers
         return metrics
 
     @property
     def _device(self) -> torch.device:
-        """A GPU if anything is there: losses may be plain numbers, and predictions on a GPU."""
+        """The GPU if either series is there: losses may be numbers, and predictions on a GPU."""
         devices = (self._losses.device, self._correct.device)
         return max(devices, key=lambda device: device.type != "cpu")
 
 
-def loader_batch_sizes(loader: Any, batches: int) -> list[int]:
-    """The sizes of the first `batches` batches of `loader`; all 1 where it does not tell.
-
-    They are those of this process: the length of a DistributedSampler is that of its own share.
-    """
+def _loader_batch_sizes(loader: Any, batches: int) -> list[int]:
+    """The sizes of the first `batches` batches on this rank; 1 if the loader does not tell."""
     size = getattr(loader, "batch_size", None)
     if not isinstance(size, int):
         return [1] * batches

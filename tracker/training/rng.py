@@ -1,4 +1,4 @@
-"""The states of all random generators: captured, and put back."""
+"""States of all random generators: captured and restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracker.errors import ArgumentError
 
-_OWN_GENERATORS = (
+_LOADER_GENERATORS = (
     "generator",
     "sampler.generator",
     "batch_sampler.generator",
@@ -25,42 +25,44 @@ _OWN_GENERATORS = (
 
 @dataclass(frozen=True, eq=False)
 class RandomStates:
-    """The states of all generators: python's, numpy's and torch's own, and a DataLoader's."""
+    """The states of Python's, NumPy's and torch's global generators, and of a loader's own."""
 
     python: tuple[Any, ...]
-    """Of `random`."""
+    """State of `random`."""
     numpy: dict[str, Any]
-    """Of numpy's global generator."""
+    """State of NumPy's global generator."""
     cpu: Tensor
-    """Of torch's generator of the CPU."""
+    """State of torch's CPU generator, uint8."""
     cuda: list[Tensor]
-    """Of each CUDA device; empty where CUDA was not in use."""
+    """State of each CUDA device's generator; empty if CUDA was not in use."""
     loader: dict[str, Tensor]
-    """Of the torch generators that the loader, its sampler or batch sampler was given."""
+    """State of each torch generator of the loader, its sampler and its batch sampler."""
     persistent: bool
     """Whether the loader's persistent workers were running."""
 
     @classmethod
     def capture(cls, loader: Iterable[Any] | None = None) -> RandomStates:
-        """The states as they are now; cheap enough for the start of each epoch."""
+        """Return the current states; fast enough for the start of every epoch."""
         return cls(
             random.getstate(),
             dict(np.random.get_state(legacy=False)),
             torch.get_rng_state(),
-            # Asking for CUDA's states would start CUDA in a process that does not use it.
+            # Reading CUDA's states would start CUDA in a process that does not use it.
             torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             {name: generator.get_state() for name, generator in _generators(loader).items()},
             getattr(loader, "_iterator", None) is not None,
         )
 
     def restore(self, loader: Iterable[Any] | None = None) -> None:
-        """Put the states back, those of CUDA devices as far as this process has the devices.
+        """Set all generators to these states, as far as this process has the CUDA devices.
 
-        Raises ArgumentError for a `loader` with generators whose states are not here.
+        Raises:
+            ArgumentError: The loader has a generator that was not captured, or it does not keep
+                its workers although the captured one did.
         """
         self.check(loader)
         if self.persistent and loader is not None and getattr(loader, "_iterator", None) is None:
-            # Starting its workers draws a seed, which later epochs of the same loader do not.
+            # Starting persistent workers draws a seed; later epochs of the loader draw none.
             iter(loader)
         for name, generator in _generators(loader).items():
             generator.set_state(self.loader[name])
@@ -71,33 +73,33 @@ class RandomStates:
             torch.cuda.set_rng_state(state, index)
 
     def check(self, loader: Iterable[Any] | None) -> None:
-        """Raise ArgumentError where these states do not say how `loader` goes on."""
-        if lacking := [name for name in _generators(loader) if name not in self.loader]:
+        """Raise the error that `restore` would raise for `loader`."""
+        if missing := [name for name in _generators(loader) if name not in self.loader]:
             raise ArgumentError(
-                f"loader.{lacking[0]} is a generator of its own, whose state was not captured; "
-                "the same loader must be given when states are captured and checkpoints saved."
+                f"loader.{missing[0]} is a generator whose state was not captured; "
+                "pass the same loader when capturing random states and saving checkpoints."
             )
         if self.persistent and not getattr(loader, "persistent_workers", loader is None):
             raise ArgumentError(
-                "loader.persistent_workers is False, but the loader whose states were captured "
-                "had such workers, and its order cannot be had without them."
+                "loader.persistent_workers is False, but it was True when the random states were "
+                "captured; without it the order of the batches cannot be reproduced."
             )
 
 
 def _generators(loader: Iterable[Any] | None) -> dict[str, torch.Generator]:
-    found = {}
-    for name in _OWN_GENERATORS:
+    generators = {}
+    for name in _LOADER_GENERATORS:
         try:
             generator = attrgetter(name)(loader)
         except AttributeError:
             continue
         if isinstance(generator, torch.Generator):
-            found[name] = generator
-    return found
+            generators[name] = generator
+    return generators
 
 
 def set_seed(seed: int) -> None:
-    """Seed python's, numpy's and torch's generators, CUDA's included."""
+    """Seed Python's, NumPy's and torch's generators, including CUDA's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -105,13 +107,9 @@ def set_seed(seed: int) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Leave every generator (python, numpy, torch, CUDA) as it was found."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    # Asking for CUDA's states would start CUDA in a process that does not use it.
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
+    """Restore every global generator (Python, NumPy, torch, CUDA) on exit."""
+    states = RandomStates.capture()
+    try:
+        yield
+    finally:
+        states.restore()

@@ -1,4 +1,4 @@
-"""States of optimizers, schedulers and the like, as JSON and tensors: nothing is pickled."""
+"""A codec for states of optimizers, schedulers and the like: JSON and tensors, never pickle."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tracker.errors import ArgumentError
 
-# What JSON has no word for becomes an object with one key that begins with "!".
+# A type that JSON lacks becomes an object with one key that begins with "!".
 _SEQUENCES = {"!tuple": tuple, "!set": set, "!frozenset": frozenset, "!Size": torch.Size}
 _MAPPINGS = {"!dict": dict, "!OrderedDict": OrderedDict, "!Counter": Counter}
-_LEAVES: dict[str, Callable[[Any], Any]] = {
+_SCALARS: dict[str, Callable[[Any], Any]] = {
     "!float": lambda bits: struct.unpack(">d", bytes.fromhex(bits))[0],
     "!scalar": lambda parts: np.frombuffer(bytes.fromhex(parts[1]), parts[0])[0],
     "!dtype": lambda name: getattr(torch, name),
@@ -27,12 +27,22 @@ _LEAVES: dict[str, Callable[[Any], Any]] = {
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, with its tensors put into `tensors` under the path to each."""
+    """Return `value` as JSON data, and move its tensors and arrays to `tensors`.
+
+    Args:
+        value: Tensors, arrays, numbers, strings, bytes, None, dtypes, devices, and lists, tuples,
+            sets and dicts of these.
+        path: Where the value comes from, for tensor names and errors.
+        tensors: Receives each tensor, on the CPU, under the path to it.
+
+    Raises:
+        ArgumentError: The value contains another type.
+    """
     kind = type(value)
     tag = f"!{kind.__name__}"
     if value is None or kind in (bool, int, str):
         return value
-    if kind is float:  # the others as bits: there are many NaN
+    if kind is float:  # not finite: as bits, because there are many NaNs
         return value if math.isfinite(value) else {tag: struct.pack(">d", value).hex()}
     if kind in (Tensor, nn.Parameter):
         return {"!tensor": _put(value.detach().cpu(), path, tensors)}
@@ -51,32 +61,19 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if kind is dict and all(type(key) is str and key[:1] != "!" for key in value):
         return {key: encode(item, f"{path}[{key!r}]", tensors) for key, item in value.items()}
     if kind in _MAPPINGS.values():
-        encoded = [
+        pairs = [
             [encode(key, f"{path} key", tensors), encode(item, f"{path}[{key!r}]", tensors)]
             for key, item in value.items()
         ]
-        return {tag: encoded}
+        return {tag: pairs}
     raise ArgumentError(
-        f"{path} is a {kind.__name__}; a checkpoint holds tensors, arrays, numbers, texts, None, "
-        "and lists, tuples, sets and dicts of them."
+        f"{path} has the type {kind.__name__}; a checkpoint can hold tensors, arrays, numbers, "
+        "strings, bytes, None, and lists, tuples, sets and dicts of these."
     )
 
 
-def _is_plain(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "biufc" and dtype.isnative and dtype.char not in "gG"  # long doubles
-
-
-def _put(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
-    if tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes:
-        tensor = tensor.clone()  # a view is saved with all that it is a view of
-    while path in tensors:  # two keys may look the same: NaN
-        path += "'"
-    tensors[path] = tensor
-    return path
-
-
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `encode` was given, with copies of its tensors, which training will change in place."""
+    """Return what `encode` was given, with copies of the tensors: training changes them."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -85,11 +82,23 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         if tag in ("!tensor", "!array"):
             tensor = tensors[body].clone()
             return tensor if tag == "!tensor" else tensor.numpy()
-        if tag in _LEAVES:
-            return _LEAVES[tag](body)
+        if tag in _SCALARS:
+            return _SCALARS[tag](body)
         if tag in _SEQUENCES:
             return _SEQUENCES[tag](decode(body, tensors))
         if tag in _MAPPINGS:
-            pairs = {decode(key, tensors): decode(item, tensors) for key, item in body}
-            return _MAPPINGS[tag](pairs)
+            return _MAPPINGS[tag]({decode(k, tensors): decode(item, tensors) for k, item in body})
     return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "biufc" and dtype.isnative and dtype.char not in "gG"  # long doubles
+
+
+def _put(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    if tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes:
+        tensor = tensor.clone()  # torch.save would save everything that a view shares
+    while path in tensors:  # two keys may look the same: NaN
+        path += "'"
+    tensors[path] = tensor
+    return path

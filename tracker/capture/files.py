@@ -1,0 +1,47 @@
+"""The files that describe a network and a classifier's mistakes, by their paths in a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+
+from tracker.capture.layers import graph_svg, layer_table, trace
+from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
+from tracker.training.device import unwrap
+
+logger = logging.getLogger(__name__)
+
+
+def network_files(network: nn.Module, example: Tensor | None) -> dict[str, str]:
+    """Return the table of layers and the graph; see `Run.log_network`."""
+    traced = None
+    if example is not None:
+        try:
+            traced = trace(network, example[:2])
+        except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
+            logger.warning("The graph of the network is not logged: %s", error)
+    files = {"network/layers.csv": layer_table(network, traced).to_csv(index=False)}
+    if traced is not None:
+        files["network/graph.svg"] = graph_svg(traced, type(unwrap(network)).__name__)
+    return files
+
+
+def mistake_files(
+    network: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    classes: Sequence[str],
+    scores: Callable[[Tensor], Tensor] | None = None,
+    shown: Sequence[str] | None = None,
+) -> dict[str, bytes]:
+    """Return the confusion matrix and the worst mistakes; see `Run.log_mistakes`."""
+    mistakes = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
+    files = {
+        "mistakes/confusion.csv": mistakes.confusion.to_csv().encode(),
+        "mistakes/worst.csv": mistakes.worst.to_csv(index=False).encode(),
+        "mistakes/confusion.png": confusion_picture(mistakes.confusion),
+        "mistakes/worst.png": worst_picture(mistakes),
+    }
+    return {path: content for path, content in files.items() if content is not None}
