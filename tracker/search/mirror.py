@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -53,13 +53,8 @@ _STATUSES = {
     TrialState.WAITING: "SCHEDULED",
 }
 
-
-class _Entry(NamedTuple):
-    """A record to be delivered."""
-
-    key: str
-    at: int
-    record: Record
+_Entry = tuple[str, int, Record]
+"""The key of a run, a time in milliseconds since 1970, and a record to deliver."""
 
 
 class Mirror:
@@ -99,8 +94,7 @@ class Mirror:
             keyed=True,
         )
         with self._lock():
-            params = Params(self._params())
-            ids = self._deliver([_Entry(study.key, at, begin), _Entry(study.key, at, params)])
+            ids = self._deliver([(study.key, at, begin), (study.key, at, Params(self._params()))])
         self.run_id = ids[study.key]
         self.written += 1
 
@@ -172,7 +166,7 @@ class Mirror:
                 Uploader(journal, self._store).drain()
                 for _, notice in journal.notices():
                     self.problem = notice
-                ids = {key: journal.run_id(key) for key in {entry.key for entry in entries}}
+                ids = {key: journal.run_id(key) for key in {key for key, *_ in entries}}
         return {key: run_id for key, run_id in ids.items() if run_id is not None}
 
     def _delete_models(
@@ -379,9 +373,9 @@ def _missing(
     records += [Params(params)] if params else []
     records += [Tags(new_tags)] if new_tags else []
     records += [Metrics(points)] if points else []
-    entries = [_Entry(key, _milliseconds(trial.datetime_start), record) for record in records]
+    entries = [(key, _milliseconds(trial.datetime_start), record) for record in records]
     if not agrees and trial.state.is_finished():
-        entries.append(_Entry(key, end, End(cast(Status, status))))
+        entries.append((key, end, End(cast(Status, status))))
     return entries
 
 

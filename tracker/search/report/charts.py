@@ -83,7 +83,7 @@ def pareto_front(whole: Selection) -> Iterator[Part]:
     best = best_trials(trials, [each.name.lower() for each in whole.directions])
     numbers = {trial.number for trial in best}
     others = [trial for trial in trials if trial.number not in numbers]
-    shown = best + evenly(others, max(30, _POINTS - len(best)))
+    shown = best + evenly(others, _POINTS)
     figure = draw.plot_pareto_front(whole.of(shown))
     for trace in figure.data:  # Optuna's two colour bars would take a third of the width
         word, colour = "Dominated", BLUE
