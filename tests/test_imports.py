@@ -23,7 +23,8 @@ ROOMS = {
     "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
     "session": {"base", "training", "store", "delivery", "run"},
     "manager": {
-        *("base", "training", "capture", "store", "views", "delivery", "run", "session", "grid"),
+        *("base", "training", "capture", "journal", "store", "views", "delivery"),
+        *("run", "session", "grid"),
     },
     "grid": {"base"},
     "deploy": {"base"},

@@ -20,6 +20,7 @@ from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.grid import hyperparameters, run_name
+from tracker.journal.records import Point, now
 from tracker.run import Run
 from tracker.session import Session
 from tracker.statuses import Outcome, outcome
@@ -291,7 +292,7 @@ class RunManager:
         scalar = self._current_epoch("track_loss").meter.add_loss(loss, size)
         self._steps += 1
         if self._batch_loss and self._session.run is not None:
-            self._session.run.log_series("batch_loss", (scalar,), self._steps)
+            self._session.run.log_points((Point("batch_loss", scalar, self._steps, now()),))
         self._views.batch()
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
@@ -340,7 +341,13 @@ class RunManager:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
         if self._batch_loss:
-            run.log_series("batch_loss", epoch.batch_losses, self._steps + 1, epoch.batch_times)
+            batches = zip(epoch.batch_losses.tolist(), epoch.batch_times, strict=True)
+            run.log_points(
+                [
+                    Point("batch_loss", loss, step, at)
+                    for step, (loss, at) in enumerate(batches, self._steps + 1)
+                ]
+            )
         self._steps += len(epoch.batch_losses)
         self._log_metrics(epoch.metrics)
 

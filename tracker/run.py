@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
-import math
 import os
-import posixpath
 import re
 import shutil
 import sys
@@ -15,10 +12,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -29,22 +24,21 @@ from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
 from tracker.delivery.base import Delivery, delivery, mode_of
-from tracker.errors import ArgumentError, CallOrderError, StoreError
+from tracker.errors import ArgumentError, StoreError
 from tracker.journal import records
-from tracker.journal.records import Point, Record, now
-from tracker.redaction import is_secret_name, public_uri, public_values
+from tracker.journal.recorder import Recorder
+from tracker.journal.records import now
+from tracker.redaction import public_uri
 from tracker.statuses import Outcome, Status, abandoned, outcome
 from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
 from tracker.validation import (
     DIRECTORY,
+    RUN_TAG,
     checked_model_name,
-    checked_name,
-    checked_number,
     checked_params,
     checked_path,
-    checked_step,
     checked_tags,
 )
 from tracker.views.files import json_text
@@ -54,7 +48,7 @@ if TYPE_CHECKING:
 
     from tracker.capture.model import Predictor
 
-_DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+ImageLike: TypeAlias = Union[Tensor, npt.NDArray[Any], "Image"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,28 +65,37 @@ def start_run(
     inline: bool | None = None,
     offline: bool | None = None,
 ) -> Run:
-    """Start one run; use it in a `with` block, which gives it its true status.
+    """Start one run, to be used in a `with` block, which sets its final status.
 
-    `tracking_uri` and `experiment` are by default what MLflow itself would use, `name` is then one
-    of MLflow's own, `parent` is the run that this one is a child of, or its id, and `directory`
-    holds the journal while the run lasts. A second process delivers the journal; with `inline`
-    (or TRACKER_INLINE=1) this thread does when the run ends, with `offline` (TRACKER_OFFLINE=1)
-    nobody does before `tracker sync`. Raises ArgumentError or StoreError, with nothing half-made,
-    where an argument is not allowed or the store cannot be what was meant.
+    Args:
+        params: Hyperparameters to log.
+        experiment: Name of the experiment; default as in MLflow.
+        name: Name of the run; default one that MLflow makes up.
+        tags: Tags to set.
+        parent: Parent of the run, or its id.
+        tracking_uri: Where the run is delivered; default as in MLflow.
+        directory: Holds the journal while the run lasts.
+        inline: Deliver from this thread when the run ends, not from a second process; default
+            TRACKER_INLINE.
+        offline: Keep the run on disk until `tracker sync`; default TRACKER_OFFLINE.
+
+    Raises:
+        ArgumentError: An argument is not allowed; nothing has begun.
+        StoreError: The store cannot be used; nothing has begun.
     """
-    way = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
+    route = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
     try:
-        return Run(way, params, experiment, name, tags, parent, owns_delivery=True)
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        way.close()
+        return Run(route, params, experiment, name, tags, parent, owns_delivery=True)
+    except BaseException:  # Ctrl-C must not leave a journal open either
+        route.close()
         raise
 
 
-class Run:
+class Run(Recorder):
     """One tracked run.
 
-    Everything logged is on disk within a fifth of a second, and delivered to MLflow from there;
-    nothing here waits for it but `flush` and the run's end.
+    Everything logged is on disk within a fifth of a second, and delivered to MLflow from there.
+    Only `flush` and `end` wait for the delivery.
     """
 
     def __init__(
@@ -110,52 +113,52 @@ class Run:
         parent_key: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Begin a run that `delivery` takes to MLflow; `start_run` makes one that stands alone.
+        """Begin a run; `start_run` and `RunManager` call this.
 
-        `resume` is an earlier run that goes on as this one. Under a `key` of the caller's, another
-        process may have created the run: it is looked up first, and is not that of MLFLOW_RUN_ID.
-        `environment` are the tags of `environment_tags`, where they are known.
+        Args:
+            delivery: Takes the run to MLflow.
+            params: Hyperparameters to log.
+            experiment: Name of the experiment.
+            name: Name of the run.
+            tags: Tags to set.
+            parent: Parent of the run, or its id.
+            resume: State of an earlier run that this one continues.
+            owns_delivery: Close `delivery` when the run ends.
+            key: Begin the run under this key of the caller's, instead of a new one: a run with the
+                same key in MLflow is continued, and MLFLOW_RUN_ID is ignored.
+            parent_key: Key of a parent that another process tracks.
+            environment: Result of `environment_tags`, if the caller has it.
+
+        Raises:
+            ArgumentError: A param or tag is not allowed, or the parent is in another store.
+            StoreError: The store cannot be used.
         """
+        super().__init__(
+            delivery.journal,
+            key or uuid.uuid4().hex,
+            resume.params if resume else {},
+            resume.last_steps if resume else {},
+        )
         self._delivery = delivery
-        self._journal = delivery.journal
         self._owns_delivery = owns_delivery
-        self._pid = os.getpid()
-        self._key = key or uuid.uuid4().hex
-        self._params: dict[str, str] = dict(resume.params) if resume else {}
-        self._resumed = dict(self._params)
-        self._last_steps = dict(resume.last_steps) if resume else {}
-        self._checkpoints: dict[int, Path] = {}  # where those of this process are staged
-        self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum, of those logged
-        self._warned: set[str] = set()
-        self._status: Status | None = None
+        self._checkpoints: dict[int, Path] = {}  # staged by this process
+        self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum of weights already logged
+        self._delivered_id: str | None = None  # set when the run has ended
+        self._error_before = _uncaught_error()
         self.resume_state: ResumeState | None = resume
-        """The state of the earlier run that this one continues."""
-        self._delivered_id: str | None = None  # once it has ended
-        self._raised_before = _last_uncaught()
+        """State of the earlier run that this one continues."""
         checked = checked_params(params or {})
         if environment is None:
             environment = {"tracker.resumed": "true"} if resume else environment_tags()
-        tags = checked_tags({**environment, **(tags or {}), "tracker.run": self._key})
+        tags = checked_tags({**environment, **(tags or {}), RUN_TAG: self._key})
         experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        by_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
-        if isinstance(parent, Run):
-            if parent.tracking_uri != delivery.tracking_uri:
-                raise ArgumentError(
-                    f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must "
-                    "be in the store of its children."
-                )
-            above: records.Parent | None = {"key": parent._key}
-        elif parent_key is not None:
-            above = {"key": parent_key}
-        else:
-            above = None if parent is None else {"run_id": parent}
         self._append(
             records.Begin(
                 experiment=experiment or "Default",
-                experiment_id=by_id,
+                experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
                 name=name,
                 tags=self._without_secrets(tags, "tag"),
-                parent=above,
+                parent={"key": parent_key} if parent_key else self._parent(parent),
                 adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
                 keyed=key is not None,
                 resume=resume.run_id if resume else None,
@@ -165,255 +168,106 @@ class Run:
         if resume:
             for row in resume.rows:
                 self.log_epoch(row)
-            for one in resume.histograms:
-                self._append(records.Histograms(one["step"], one["histograms"], there=True))
+            for old in resume.histograms:
+                self._append(records.Histograms(old["step"], old["histograms"], there=True))
         self._log_params(checked)
         delivery.hold(self._key, self.abandon)
 
-    def _without_secrets(self, pairs: Mapping[str, str], what: str) -> dict[str, str]:
-        """`pairs` as others may see them, with a warning for each value that is left out."""
-        for name in pairs:
-            if is_secret_name(name) and name not in self._warned:
-                self._warned.add(name)
-                logger.warning("The value of %s %r is not stored: a secret by name.", what, name)
-        return public_values(pairs)
-
-    def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise CallOrderError("a forked process cannot log to the run of its parent.")
-        if self._status is not None:
-            raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
-
-    def _append(self, record: Record) -> None:
-        self._check_open()
-        self._journal.append(self._key, record)
+    def _parent(self, parent: Run | str | None) -> records.Parent | None:
+        if not isinstance(parent, Run):
+            return None if parent is None else {"run_id": parent}
+        if parent.tracking_uri != self.tracking_uri:
+            raise ArgumentError(
+                f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must be "
+                "in the store of its children."
+            )
+        return {"key": parent._key}
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, for calls of your own; None while it exists only here."""
+        """MLflow's id of the run, to use with MLflow's own functions; None until it is known."""
         if self._status is not None:
             return self._delivered_id
         return self._delivery.run_id(self._key)
 
     @property
     def tracking_uri(self) -> str:
-        """The tracking URI that the run is delivered to."""
+        """The tracking URI of the store that the run is delivered to."""
         return self._delivery.tracking_uri
 
     @property
     def status(self) -> Status | None:
-        """The final status; None while the run lasts."""
+        """The final status; None until the run has ended."""
         return self._status
 
-    @property
-    def params(self) -> Mapping[str, str]:
-        """The params logged so far, as MLflow holds them."""
-        return dict(self._params)
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log hyperparameters; their values are stored as text.
-
-        Raises ArgumentError for a name that MLflow refuses, a value of over 6,000 characters, or
-        another value for a param that was logged before.
-        """
-        self._log_params(checked_params(params))
-
-    def _log_params(self, checked: Mapping[str, str]) -> None:
-        checked = self._without_secrets(checked, "param")
-        for name, value in checked.items():
-            if self._resumed.pop(name, value) != value:  # a value that was changed to go on with
-                self._params[name] = value
-                self._append(records.Tags({f"tracker.param.{name}": value}))
-            elif (had := self._params.get(name, value)) != value:
-                raise ArgumentError(
-                    f"param {name!r} is {had!r} and cannot become {value!r}: "
-                    "MLflow never changes a param."
-                )
-        if new := {k: v for k, v in checked.items() if k not in self._params}:
-            self._params |= new
-            self._append(records.Params(new))
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Log numbers, or tensors that hold one, at `step`, under the time of this call.
-
-        A tensor on a GPU is waited for. NaN and infinity are recorded, and warned of once a name.
-        Raises ArgumentError for a name that MLflow refuses or a value that is not a number.
-        """
-        at, step = now(), checked_step(step)
-        self._append_points(
-            [
-                Point(checked_name(name, "metric"), checked_number(name, value), step, at)
-                for name, value in metrics.items()
-            ]
-        )
-
-    def log_series(
-        self,
-        name: str,
-        values: Sequence[Any] | npt.NDArray[np.float64],
-        first_step: int,
-        times: Sequence[int] | None = None,
+    def log_image(
+        self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
     ) -> None:
-        """Log one metric at consecutive steps.
+        """Log a picture; `log_image(key, image)`, the order in version 0.1.0, is accepted too.
 
         Args:
-            name: Name of the metric.
-            values: Numbers, or scalar tensors that do not change: they are read later.
-            first_step: Step of the first value.
-            times: Time of each value in milliseconds since 1970; default now.
-        """
-        checked_name(name, "metric")
-        if times is None:
-            times = [now()] * len(values)
-        self._append_points(
-            [
-                Point(name, value if isinstance(value, Tensor) else float(value), step, at)
-                for step, (value, at) in enumerate(zip(values, times, strict=True), first_step)
-            ]
-        )
+            image: PIL image, or floats in [0, 1] or bytes of shape (H, W) or, with 1, 3 or 4
+                channels, (C, H, W) or (H, W, C).
+            key: With a step the name in MLflow's UI, else the path of the file.
+            step: Step of the picture.
 
-    def _append_points(self, points: Sequence[Point]) -> None:
-        self._check_open()
-        for name, value, step, _ in points:
-            if not isinstance(value, Tensor) and not math.isfinite(value):
-                self._warn_nonfinite(name, value, step)
-        if self._last_steps:  # what the run that is continued has logged already
-            points = [p for p in points if p.step > self._last_steps.get(p.name, p.step - 1)]
-        self._journal.append_points(self._key, points)
-
-    def _warn_nonfinite(self, name: str, value: float, step: int) -> None:
-        if name in self._warned:
-            return
-        self._warned.add(name)
-        stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
-        logger.warning("%s is %s at step %d%s.", name, value, step, stored)
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags; a tag may be set again.
-
-        Raises ArgumentError for a name that MLflow refuses or a value of over 8,000 characters.
-        """
-        self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
-
-    def log_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags: the old name of `set_tags`."""
-        self.set_tags(tags)
-
-    def log_image(
-        self,
-        image: Tensor | npt.NDArray[Any] | Image | str,
-        key: str | Tensor | npt.NDArray[Any] | Image,
-        step: int | None = None,
-    ) -> None:
-        """Log a picture: by step under `name`, as MLflow's UI shows it, or as the file `name`.
-
-        `image` is a PIL image, or a tensor or array of floats in [0, 1] or of bytes: (H, W), or
-        with 1, 3 or 4 channels (C, H, W) as torch has them, or (H, W, C).
-        Raises ArgumentError for any other shape, or a name that MLflow refuses.
+        Raises:
+            ArgumentError: The shape or the key is not allowed.
         """
         if isinstance(image, str):
             image, key = key, image
-        name = str(key)
+        if not isinstance(key, str):
+            raise ArgumentError(f"key is a {type(key).__name__}; it must be text.")
         picture = to_pil(image)
         if step is None:
-            folder, file = posixpath.split(checked_path(name, "name"))
+            checked_path(key, "key")
             try:
-                self._log_file(file, picture.save, folder)
+                self._log_file(key, picture.save)
             except (OSError, ValueError) as error:
                 raise ArgumentError(
-                    f"image name {name!r} is not a file's; without a step it must end in .png, "
-                    ".jpg or another format that pictures have."
+                    f"key={key!r} is not allowed; without a step it must be a path that ends in "
+                    ".png, .jpg or another format of pictures."
                 ) from error
             return
-        if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", name):
+        if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", key):
             raise ArgumentError(
-                f"image name {name!r} is not allowed; allowed are letters, digits, _ - . / and "
-                "spaces."
+                f"key={key!r} is not allowed; allowed are letters, digits, spaces and _ - . /"
             )
-        for path, content in mlflow_image_files(name, picture, step, now()):
-            folder, file = posixpath.split(path)
-            self._log_file(file, content.save, folder)
+        for path, content in mlflow_image_files(key, picture, step, now()):
+            self._log_file(path, content.save)
         self.set_tags({"mlflow.loggedImages": True})
 
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Log a file, or a folder with all it holds, into `folder` of the run's artifacts.
-
-        A copy is made: the file may change or go after this call.
-        Raises ArgumentError where `path` does not exist or `folder` leaves the run's artifacts.
-        """
-        given, path = path, Path(path).absolute()
-        if not path.exists():
-            raise ArgumentError(f"path={str(given)!r} does not exist.")
-        if folder is not None:
-            checked_path(folder, "folder")
-        if path.is_dir():
-            inside = posixpath.join(folder or "", path.name)
-            self._log_file(path.name, lambda staged: shutil.copytree(path, staged), inside)
-        else:
-            self._log_file(path.name, lambda staged: shutil.copyfile(path, staged), folder)
-
-    def log_text(self, text: str, name: str) -> None:
-        """Log `text` as the artifact `name`, `folder/file.ext`."""
-        folder, file = posixpath.split(checked_path(name, "name"))
-        content = text.encode("utf-8", errors="surrogatepass")
-        self._log_file(file, lambda staged: staged.write_bytes(content), folder)
-
-    def _log_file(
-        self,
-        name: str,
-        write: Callable[[Path], object],
-        folder: str | None,
-        *,
-        passing: bool = False,
-    ) -> Path | None:
-        """Log what `write` writes to the path it is given; None where the disk took nothing."""
-        self._check_open()
-        staged: Path | None = None
-        try:
-            staged = self._journal.stage(name)
-            write(staged)
-        except OSError as error:
-            if staged is not None:
-                shutil.rmtree(staged.parent, ignore_errors=True)
-            if not _disk_fails(error):
-                raise
-            self._journal.lose(name, error)
-            return None
-        self._append(records.File(self._relative(staged), folder or None, passing))
-        return staged
-
-    def _relative(self, staged: Path) -> str:
-        return staged.relative_to(self._journal.folder).as_posix()
-
     def log_dataset(self, dataset: Any, context: str = "training", name: str | None = None) -> None:
-        """Record a torch data set as an input of the run, with a digest of what it holds."""
-        described = describe_dataset(dataset)
+        """Record a torch data set as an input of the run, with a digest of its content.
+
+        Args:
+            dataset: The data set.
+            context: What it is used for.
+            name: Its name; default one from the data set.
+        """
+        description = describe_dataset(dataset)
         fields = {
-            "name": (name or dataset_name(dataset))[:500],  # what MLflow keeps
-            "digest": described.digest,
+            "name": (name or dataset_name(dataset))[:500],  # MLflow keeps no more
+            "digest": description.digest,
             "source_type": "code",
             "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
-            "profile": json_text(described.profile),
+            "profile": json_text(description.profile),
         }
         self._append(records.Dataset(fields, context))
 
     def log_network(self, network: nn.Module, example: Tensor | None) -> None:
-        """Log the network: `network/layers.csv` with shapes and counts, `network/graph.svg`.
+        """Log `network/layers.csv`, with shapes and counts, and `network/graph.svg`.
 
-        `example` is a batch of inputs; without one there are no shapes and there is no graph.
-        The network, its buffers and every random generator stay as they are.
+        The network, its buffers and all random generators do not change.
+
+        Args:
+            network: The network.
+            example: A batch of inputs; without one there are no shapes and no graph.
         """
-        from tracker.capture.layers import graph_svg, layer_table, trace
+        from tracker.capture.files import network_files
 
-        traced = None
-        if example is not None:
-            try:
-                traced = trace(network, example[:2])
-            except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
-                logger.warning("The network's graph is missing: %s", error)
-        self.log_text(layer_table(network, traced).to_csv(index=False), "network/layers.csv")
-        if traced is not None:
-            self.log_text(graph_svg(traced, type(unwrap(network)).__name__), "network/graph.svg")
+        for path, text in network_files(network, example).items():
+            self.log_text(text, path)
 
     def log_mistakes(
         self,
@@ -424,36 +278,36 @@ class Run:
         scores: Callable[[Tensor], Tensor] | None = None,
         shown: Sequence[str] | None = None,
     ) -> None:
-        """Log what a classifier takes for what, over the batches (inputs, labels) of `loader`.
+        """Log a classifier's confusion matrix and worst mistakes to the folder `mistakes`.
 
-        Writes `mistakes/confusion.csv` and `.png`, and of the worst mistakes `worst.csv` and, of
-        pictures, `worst.png`. `classes` are the classes' names; `scores` makes scores (N, classes)
-        of outputs that are none; `shown` is a text for each sample, in the order of `loader`.
-        Raises ArgumentError where classes and scores differ.
+        Args:
+            network: The classifier.
+            loader: Yields batches (inputs, labels).
+            classes: Names of the classes.
+            scores: Converts outputs to scores (N, classes), if they are none.
+            shown: A text for each sample, in the order of `loader`.
+
+        Raises:
+            ArgumentError: There are more or fewer classes than scores.
         """
-        from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
+        from tracker.capture.files import mistake_files
 
-        found = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
-        self.log_text(found.confusion.to_csv(), "mistakes/confusion.csv")
-        self.log_text(found.worst.to_csv(index=False), "mistakes/worst.csv")
-        drawn = {"confusion": confusion_picture(found.confusion), "worst": worst_picture(found)}
-        for name, png in drawn.items():
-            if png is not None:
-                self._log_file(f"{name}.png", partial(Path.write_bytes, data=png), "mistakes")
+        files = mistake_files(network, loader, classes=classes, scores=scores, shown=shown)
+        for path, content in files.items():
+            self._log_file(path, partial(Path.write_bytes, data=content))
 
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
-        """Log the histograms of all weights and gradients of `network` at `step`.
+        """Log the histograms of all weights and gradients, and return their record.
 
-        Weights that need no gradient are logged again only when their norm or sum has changed.
-        `tracker.load_histograms` reads them back; the artifact `histograms.html` shows them.
+        `tracker.load_histograms` reads them; the artifact `histograms.html` shows them.
+
+        Args:
+            network: The network. Frozen weights are logged again only if their norm or sum changes.
+            step: Step of the histograms, an epoch as a rule.
         """
         record = network_histograms(network, step, self._frozen)
         self._append(records.Histograms(**record))
         return record
-
-    def log_epoch(self, row: Mapping[str, Any]) -> None:
-        """Add a row to the table `epochs.csv` and `epochs.json`."""
-        self._append(records.Epoch(dict(row)))
 
     def log_model(
         self,
@@ -465,31 +319,42 @@ class Run:
         files: Mapping[str, str] | None = None,
         predictor: Predictor | None = None,
     ) -> bool:
-        """Log `network` as an MLflow model that loads without this project and without CUDA.
+        """Log an MLflow model that loads without this project and without CUDA.
 
-        `example` is a batch of inputs. The model is loaded and compared with the live network
-        before it is logged. Where that fails, the weights alone are logged as `NAME.pt` with one
-        warning that says why. Returns whether it is a model.
+        It is loaded and compared with `network` first. If that fails, a warning says why, and only
+        the weights are logged, as `NAME.pt`.
 
-        `files`, texts by name, travel with it, in its folder `extra_files`: a vocabulary, say. A
-        `predictor` makes predictions of raw inputs, such as texts, with MLflow's `pyfunc`; where it
-        does not predict what it must, the model is logged without it, with one warning.
+        Args:
+            network: The trained network.
+            example: A batch of inputs.
+            name: Name of the model.
+            step: Step of the model.
+            files: Texts by name that the model's folder `extra_files` holds, such as a vocabulary.
+            predictor: Makes predictions from raw inputs with MLflow's `pyfunc`; it is left out,
+                with a warning, if its predictions are wrong.
+
+        Returns:
+            Whether the model is logged, not only its weights.
+
+        Raises:
+            ArgumentError: The name is not allowed.
         """
         from tracker.capture.model import save_model
 
         checked_model_name(name)
-        self._check_open()
-        try:
-            folder = self._journal.stage(name)
-        except OSError as error:
-            self._journal.lose(name, error)
-            return False
         problem: str | None = "there is no example of its inputs"
-        if example is not None:
-            try:
-                problem = save_model(network, example, folder, files, predictor)
-            except OSError as error:  # without room for temporary files it cannot even be tried
-                problem = str(error)
+
+        def save(folder: Path) -> None:
+            nonlocal problem
+            if example is not None:
+                try:
+                    problem = save_model(network, example, folder, files, predictor)
+                except OSError as error:  # the disk has no room for temporary files
+                    problem = str(error)
+
+        folder = self._stage(name, save)
+        if folder is None:
+            return False
         if problem is None:
             self._append(records.Model(self._relative(folder), name, step))
             return True
@@ -497,43 +362,50 @@ class Run:
         weights = io.BytesIO()
         torch.save(unwrap(network).state_dict(), weights)
         content = weights.getbuffer()
-        if self._log_file(f"{name}.pt", lambda path: path.write_bytes(content), None) is not None:
+        if self._log_file(f"{name}.pt", lambda staged: staged.write_bytes(content)) is not None:
             logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
         return False
 
     def log_checkpoint(self, step: int, **states: Any) -> bool:
-        """Save a checkpoint, as `save_checkpoint` takes it, as the artifact `checkpoints/STEP`.
+        """Save a checkpoint as the artifact `checkpoints/STEP`.
 
-        Returns whether there was room for it.
+        Args:
+            step: Number of steps done.
+            states: Arguments of `save_checkpoint`.
+
+        Returns:
+            Whether the disk had room for it.
+
+        Raises:
+            ArgumentError: A state holds more than tensors, numbers and text.
         """
-        folder = f"{CHECKPOINTS}/{step:08d}"
-
-        def write(staged: Path) -> None:
-            save_checkpoint(staged, step=step, **states)
-
+        path = f"{CHECKPOINTS}/{step:08d}"
         try:
-            # Its upload is no loss if it was superseded by then.
-            staged = self._log_file(f"{step:08d}", write, folder, passing=True)
+            # `passing`: it may be superseded before it is uploaded.
+            staged = self._log_file(
+                f"{path}/{step:08d}",
+                lambda folder: save_checkpoint(folder, step=step, **states),
+                passing=True,
+            )
         except StoreError as error:
-            self._journal.lose(folder, error)
+            self._journal.lose(path, error)
             return False
-        if staged is None:
-            return False
-        self._checkpoints[step] = staged
-        return True
+        if staged is not None:
+            self._checkpoints[step] = staged
+        return staged is not None
 
     def delete_checkpoint(self, step: int) -> None:
-        """Delete the checkpoint of a step, delivered or not."""
+        """Delete the checkpoint of a step, here and in MLflow."""
         if (staged := self._checkpoints.pop(step, None)) is not None:
             shutil.rmtree(staged.parent, ignore_errors=True)
         self._append(records.Delete(f"{CHECKPOINTS}/{step:08d}"))
 
     def deliver(self) -> None:
-        """An epoch has ended: a moment for delivering in-line. With an uploader, nothing."""
+        """Deliver what was logged so far, if this thread delivers; called after each epoch."""
         self._delivery.deliver()
 
     def flush(self, timeout: float = DEADLINE_SECONDS) -> bool:
-        """Wait until what was logged so far is delivered; whether it was within `timeout` s."""
+        """Wait for the delivery of what was logged; return whether it took under `timeout` s."""
         return self._delivery.flush(timeout)
 
     def end(
@@ -542,16 +414,18 @@ class Run:
         *,
         wait: bool = True,
     ) -> None:
-        """End the run with its final status; a second call does nothing.
+        """End the run; a second call does nothing.
 
-        Waits until the run is delivered, at most DEADLINE_SECONDS, unless told not to.
+        Args:
+            ended: Final status, and the reason if it is not FINISHED.
+            wait: Wait for the delivery, at most DEADLINE_SECONDS.
         """
         if self._status is not None or os.getpid() != self._pid:
-            return  # a fork has nothing to say about its parent's run
+            return  # a fork leaves its parent's run alone
         if ended.reason:
             self.set_tags({"tracker.failure": ended.reason})
         self._append(records.End(ended.status))
-        self._status = ended.status  # from here on it has, even if somebody tires of waiting
+        self._status = ended.status  # before the wait, which Ctrl-C may cut short
         try:
             self._delivery.release(self._key, wait=wait)
         finally:
@@ -560,34 +434,22 @@ class Run:
                 self._delivery.close()
 
     def abandoned_outcome(self, where: str) -> Outcome:
-        """Return the outcome of a run that is abandoned `where`."""
-        error = _last_uncaught()
-        known = error if error is not self._raised_before else None
-        return abandoned(known, where)
+        """Return the outcome of the run if it is abandoned `where`, without `end`."""
+        error = _uncaught_error()
+        return abandoned(error if error is not self._error_before else None, where)
 
     def abandon(self) -> None:
-        """Close the run at the program's end, if nothing else has."""
+        """End the run as abandoned, unless it has ended; called when the program ends."""
         self.end(self.abandoned_outcome("when the program ended"))
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end(outcome(error))
 
 
-def _disk_fails(error: OSError) -> bool:
-    """Whether it is the disk's fault: shutil.copytree tells of that as text."""
-    several = str(error) if isinstance(error, shutil.Error) else ""
-    return any(error.errno == code or f"[Errno {code}]" in several for code in _DISK_FAILS)
-
-
-def _last_uncaught() -> BaseException | None:
-    """The last exception that nobody caught: in this notebook's cells, or that ends the program."""
+def _uncaught_error() -> BaseException | None:
+    """Return the last exception that was not caught, in a notebook's cell or by the program."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     return error if isinstance(error, BaseException) else None

@@ -9,7 +9,6 @@ import operator
 import posixpath
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -60,9 +59,12 @@ def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str,
 
 def checked_step(step: Any) -> int:
     """Check the step of a metric: a 64-bit integer."""
-    with suppress(TypeError):
-        if -(2**63) <= (number := operator.index(step)) < 2**63:
-            return number
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = 2**63
+    if -(2**63) <= number < 2**63:
+        return number
     raise ArgumentError(f"step={step!r} is not allowed; it must be a 64-bit integer.")
 
 

@@ -1,4 +1,4 @@
-"""A search lives while its process does, or, seen from elsewhere, while its beat changes."""
+"""A search is alive while its process runs or, on another machine, while its beat changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def leases(clock: Clock) -> Leases:
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that lives until it is killed."""
+    """A process that runs until it is killed."""
     with subprocess.Popen(
         [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
     ) as process:
@@ -49,12 +49,12 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def shown(info: dict[str, Any], beat: int = 1, **more: Any) -> dict[str, Any]:
-    """The study's attributes where the search `a` has shown itself as `info`."""
+    """The attributes of a study in which search `a` has stored `info`."""
     return {"other": 1, f"{PREFIX}a": {**info, "beat": beat, **more}}
 
 
 def of(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """What tells `process`, which is of this machine."""
+    """Identify `process`, which runs on this machine."""
     started = psutil.Process(process.pid).create_time()
     return {**this_process(), "pid": process.pid, "started": started}
 
@@ -65,24 +65,24 @@ ELSEWHERE = {**this_process(), "place": "elsewhere.example"}
 # -- on this machine -------------------------------------------------------------------------------
 
 
-def test_this_process_lives(leases: Leases) -> None:
+def test_this_process_is_alive(leases: Leases) -> None:
     assert this_process()["pid"] == os.getpid()
     assert leases.lives("a", shown(this_process()))
 
 
-def test_a_process_lives_until_it_is_gone(leases: Leases, process: subprocess.Popen[bytes]) -> None:
+def test_a_local_search_is_alive_until_its_process_ends(
+    leases: Leases, process: subprocess.Popen[bytes]
+) -> None:
     info = of(process)
     assert leases.lives("a", shown(info, beat=1))
 
     process.kill()
     process.wait()
 
-    assert not leases.lives("a", shown(info, beat=2))  # whatever it said last
+    assert not leases.lives("a", shown(info, beat=2))  # even though its beat changed
 
 
-def test_a_process_that_nobody_has_waited_for_is_gone(
-    leases: Leases, process: subprocess.Popen[bytes]
-) -> None:
+def test_a_zombie_is_dead(leases: Leases, process: subprocess.Popen[bytes]) -> None:
     info = of(process)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
@@ -90,12 +90,12 @@ def test_a_process_that_nobody_has_waited_for_is_gone(
     assert not leases.lives("a", shown(info))
 
 
-def test_a_pid_that_another_process_has_now_is_not_the_search(leases: Leases) -> None:
+def test_a_reused_process_id_is_not_the_search(leases: Leases) -> None:
     info = this_process()
     assert not leases.lives("a", shown({**info, "started": info["started"] - 60.0}))
 
 
-def test_a_process_that_hangs_is_lost_after_the_grace_period(leases: Leases, clock: Clock) -> None:
+def test_a_hanging_process_is_lost_after_the_grace_period(leases: Leases, clock: Clock) -> None:
     assert leases.lives("a", shown(this_process()))
     clock.now += GRACE + 1
     assert not leases.lives("a", shown(this_process()))
@@ -105,46 +105,41 @@ def test_a_process_that_hangs_is_lost_after_the_grace_period(leases: Leases, clo
 
 
 @pytest.mark.parametrize("pid", [1, 2**22 + 1])
-def test_elsewhere_a_pid_means_nothing_and_only_beats_count(
-    leases: Leases, clock: Clock, pid: int
-) -> None:
+def test_on_another_machine_only_beats_count(leases: Leases, clock: Clock, pid: int) -> None:
     info = {**ELSEWHERE, "pid": pid, "started": 0.0}
     assert leases.lives("a", shown(info))
     clock.now += GRACE + 1
     assert not leases.lives("a", shown(info))
 
 
-def test_a_beat_that_changes_lives_however_long(leases: Leases, clock: Clock) -> None:
+def test_a_search_is_alive_as_long_as_its_beat_changes(leases: Leases, clock: Clock) -> None:
     for beat in range(20):
         assert leases.lives("a", shown(ELSEWHERE, beat))
         clock.now += GRACE * 0.9
 
 
-def test_a_beat_that_stops_is_lost_when_the_grace_period_is_over(
-    leases: Leases, clock: Clock
-) -> None:
+def test_a_search_is_lost_a_grace_period_after_its_last_beat(leases: Leases, clock: Clock) -> None:
     assert leases.lives("a", shown(ELSEWHERE, 7))
     clock.now += GRACE
     assert leases.lives("a", shown(ELSEWHERE, 7))
     clock.now += 0.001
     assert not leases.lives("a", shown(ELSEWHERE, 7))
-    assert not leases.lives("a", shown(ELSEWHERE, 7))  # looking changes nothing
+    assert not leases.lives("a", shown(ELSEWHERE, 7))  # asking changes nothing
 
 
-def test_a_search_that_is_back_lives_again(leases: Leases, clock: Clock) -> None:
+def test_a_lost_search_is_alive_again_after_a_new_beat(leases: Leases, clock: Clock) -> None:
     leases.lives("a", shown(ELSEWHERE, 7))
     clock.now += GRACE + 1
     assert not leases.lives("a", shown(ELSEWHERE, 7))
     assert leases.lives("a", shown(ELSEWHERE, 8))
 
 
-def test_another_clock_may_say_anything(leases: Leases) -> None:
+def test_clocks_of_other_machines_do_not_matter(leases: Leases) -> None:
     for time in (0.0, -1e9, 1e12):
         assert leases.lives("a", shown(ELSEWHERE, time=time))
 
 
-def test_who_looks_for_the_first_time_waits_a_grace_period(clock: Clock) -> None:
-    """What happened before it looked, it does not know."""
+def test_a_new_observer_waits_a_grace_period(clock: Clock) -> None:
     clock.now += 1e6
     late = Leases(GRACE, clock)
     assert late.lives("a", shown(ELSEWHERE, 7))
@@ -152,18 +147,18 @@ def test_who_looks_for_the_first_time_waits_a_grace_period(clock: Clock) -> None
     assert not late.lives("a", shown(ELSEWHERE, 7))
 
 
-def test_after_an_outage_the_grace_period_begins_again(leases: Leases, clock: Clock) -> None:
+def test_an_outage_restarts_the_grace_period(leases: Leases, clock: Clock) -> None:
     leases.lives("a", shown(ELSEWHERE, 7))
     clock.now += GRACE + 1
 
-    leases.forget()  # nobody could have stored a beat
+    leases.forget()  # no search could store a beat
 
     assert leases.lives("a", shown(ELSEWHERE, 7))
     clock.now += GRACE + 1
     assert not leases.lives("a", shown(ELSEWHERE, 7))
 
 
-def test_each_search_is_judged_by_its_own_beats(leases: Leases, clock: Clock) -> None:
+def test_searches_are_independent(leases: Leases, clock: Clock) -> None:
     both = shown(ELSEWHERE, 1) | {f"{PREFIX}b": {**ELSEWHERE, "beat": 1}}
     assert leases.lives("a", both)
     assert leases.lives("b", both)
@@ -173,7 +168,7 @@ def test_each_search_is_judged_by_its_own_beats(leases: Leases, clock: Clock) ->
     assert not leases.lives("b", both)
 
 
-def test_the_longer_grace_period_counts_of_who_watches_and_who_is_watched(clock: Clock) -> None:
+def test_the_longer_of_both_grace_periods_counts(clock: Clock) -> None:
     for info in (this_process(), ELSEWHERE):
         for watcher, own in ((2.0, GRACE), (GRACE, 2.0)):
             leases = Leases(watcher, clock)
@@ -184,20 +179,20 @@ def test_the_longer_grace_period_counts_of_who_watches_and_who_is_watched(clock:
             assert not leases.lives("a", shown(info, grace=own))
 
 
-# -- the end ---------------------------------------------------------------------------------------
+# -- leaving ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", [this_process(), ELSEWHERE], ids=["here", "elsewhere"])
-def test_a_search_that_left_does_not_live(leases: Leases, info: dict[str, Any]) -> None:
+def test_a_search_that_left_is_not_alive(leases: Leases, info: dict[str, Any]) -> None:
     assert leases.lives("a", shown(info))
     left = {"status": "FINISHED", "reason": None}
     assert not leases.lives("a", {f"{PREFIX}a": {**info, "left": left}})
 
 
-def test_a_search_that_never_was_does_not_live(leases: Leases) -> None:
+def test_an_unknown_search_is_not_alive(leases: Leases) -> None:
     assert not leases.lives("b", shown(this_process()))
 
 
-def test_all_searches_that_ever_were_are_known() -> None:
+def test_searches_are_listed_by_prefix() -> None:
     attrs = {f"{PREFIX}a": {}, "tracker:study": {}, f"{PREFIX}b": {}, "mine": 1}
     assert sorted(searches(attrs)) == ["a", "b"]

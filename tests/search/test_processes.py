@@ -1,4 +1,4 @@
-"""What goes wrong in one trial ends that trial, not its search and the other workers' trials."""
+"""A failure in one trial ends that trial, and neither its search nor other trials."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ import pytest
 from optuna.trial import TrialState
 
 from tracker import Study, Trial
-from tracker.search.executors.processes import Pool, Spec
+from tracker.search.channel import Task
+from tracker.search.config import StudyConfig
+from tracker.search.executors.base import TrialSpec
+from tracker.search.executors.processes import ProcessExecutor
+from tracker.search.interrupts import Interrupts
 from tracker.search.plan import ENDED, MOST_DEATHS
-from tracker.search.record import Record, open_study
-from tracker.search.session import Answer, Search, Task
+from tracker.search.record import open_study
+from tracker.search.session import Answer, Search
 from tracker.search.storage import Storage
-from tracker.search.trial import Tracking
 
 pytestmark = pytest.mark.timeout(120)
 
 SPACE = {"x": [1, 2, 3]}
 
 
-def keeps_no_json(trial: Trial) -> float:
+def stores_a_set(trial: Trial) -> float:
     if trial.number == 1:
         trial.set_user_attr("what", {1, 2})
     return float(trial.params["x"])
 
 
-def reports_too_much(trial: Trial) -> list[float]:
+def reports_with_two_objectives(trial: Trial) -> list[float]:
     if trial.number == 1:
-        trial.report(1.0, 1)  # which Optuna has for one objective only
+        trial.report(1.0, 1)  # Optuna supports this for one objective only
         trial.should_prune()
         trial.set_user_attr("what", 1)
     return [1.0, 2.0]
 
 
-def give_up(trial: Trial) -> bool:
+def abandon(trial: Trial) -> bool:
     """Fail trial 1 as another search would."""
     if trial.number != 1:
         return False
@@ -54,24 +57,24 @@ def give_up(trial: Trial) -> bool:
     return True
 
 
-def is_constrained_too_late(trial: Trial) -> float:
-    if give_up(trial):
+def sets_a_constraint_too_late(trial: Trial) -> float:
+    if abandon(trial):
         trial.set_constraint("size", 1.0)
     return float(trial.params["x"])
 
 
-def keeps_something_too_late(trial: Trial) -> float:
-    if give_up(trial):
+def sets_an_attribute_too_late(trial: Trial) -> float:
+    if abandon(trial):
         trial.set_user_attr("what", 1)
     return float(trial.params["x"])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("objective", [keeps_no_json, reports_too_much])
-def test_a_request_that_fails_fails_its_trial_only(
+@pytest.mark.parametrize("objective", [stores_a_set, reports_with_two_objectives])
+def test_a_failing_request_fails_only_its_trial(
     objective: Callable[[Trial], Any], workers: int, tracking_uri: str
 ) -> None:
-    count = 2 if objective is reports_too_much else 1
+    count = 2 if objective is reports_with_two_objectives else 1
     study = Study(
         "study",
         objective,
@@ -88,8 +91,8 @@ def test_a_request_that_fails_fails_its_trial_only(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("objective", [is_constrained_too_late, keeps_something_too_late])
-def test_a_trial_that_was_given_up_is_told_so_and_its_slot_tried_again(
+@pytest.mark.parametrize("objective", [sets_a_constraint_too_late, sets_an_attribute_too_late])
+def test_requests_of_an_abandoned_trial_fail_and_its_slot_is_tried_again(
     objective: Callable[[Trial], Any], workers: int, tracking_uri: str
 ) -> None:
     study = Study("study", objective, space=SPACE, sampler="grid", offline=True).run(
@@ -107,15 +110,14 @@ def dies(trial: Trial) -> float:
 
 
 @pytest.mark.slow
-def test_a_slot_that_kills_its_workers_is_given_up_and_the_user_is_told(
+def test_a_slot_that_kills_its_workers_is_abandoned_with_a_warning(
     caplog: pytest.LogCaptureFixture, tracking_uri: str
 ) -> None:
     study = Study("study", dies, space=SPACE, sampler="grid", offline=True).run(workers=2)
     states = Counter((t.params["x"], t.state.name) for t in study.trials)
     assert states == {(1, "COMPLETE"): 1, (2, "FAIL"): MOST_DEATHS, (3, "COMPLETE"): 1}
     reason = (
-        "Its process was killed by SIGKILL. "
-        "Slot 1 is given up: its worker died or fell silent 5 times."
+        "Its process was killed by SIGKILL. Slot 1 is abandoned: its worker died or hung 5 times."
     )
     last = max(t.number for t in study.trials if t.state == TrialState.FAIL)
     assert study.trials[last].user_attrs[ENDED]["reason"] == reason
@@ -132,8 +134,8 @@ def reports_often(trial: Trial) -> float:
     return 1.0
 
 
-class Counted(Search):
-    """A search that counts how often it looks for a trial."""
+class CountingSearch(Search):
+    """Counts how often a trial is claimed."""
 
     claims = 0
 
@@ -143,31 +145,24 @@ class Counted(Search):
 
 
 @pytest.mark.slow
-def test_who_waits_for_the_last_trial_does_not_ask_for_one_at_each_message(
+def test_an_idle_worker_does_not_claim_a_trial_at_each_message_of_another(
     workdir: Path, tracking_uri: str
 ) -> None:
     storage = Storage()
-    record = open_study(
-        storage,
-        Record(
-            name="study",
-            sampler="grid",
-            pruner="none",
-            trials=None,
-            directions=("minimize",),
-            metrics=("objective",),
-            seed=0,
-            retries=0,
-            steps=None,
-            spaces=({"x": (1, 2)},),
-        ),
-        resume=False,
-    )
-    search = Counted(storage, record, grace=60.0)
+    config = StudyConfig.from_arguments("study", space={"x": [1, 2]}, sampler="grid", models="none")
+    record = open_study(storage, config, resume=False)
+    search = CountingSearch(storage, record, grace=60.0)
     search.enter()
-    tracking = Tracking("study", record.key, ("objective",), None, workdir, "none")
-    Pool(search, Spec(reports_often, tracking, None, "offline", {}, 1), 2).run(lambda: 0)
-    assert search.plan.finished(2) == 2
+    spec = TrialSpec(
+        record=record,
+        objective=reports_often,
+        directory=workdir,
+        tracking_uri=None,
+        mode="offline",
+        environment={},
+    )
+    ProcessExecutor(spec, 2).run(search, Interrupts(print))
+    assert search.plan.is_finished
     storage.close()
     assert search.claims < 20
 
@@ -186,7 +181,7 @@ Study("study", objective, space={"x": [1, 2]}, sampler="grid", offline=True).run
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_again_and_again_loses_no_slot(
+def test_repeated_kills_of_the_search_do_not_abandon_a_slot(
     workdir: Path, tracking_uri: str
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

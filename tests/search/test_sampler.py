@@ -1,4 +1,4 @@
-"""What is suggested follows from the study's seed and the trial's slot, not from who asks when."""
+"""Suggestions follow from the study's seed and the trial's slot, not from who asks and when."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from tracker.errors import ArgumentError
 from tracker.search.sampler import (
     PRUNERS,
     SAMPLERS,
-    directions,
     pruner,
     sampler,
     suggestion_seed,
@@ -51,22 +50,21 @@ SPACE: dict[str, BaseDistribution] = {
 SEEDS = st.integers(0, 2**40)
 
 
-def study(storage: BaseStorage) -> int:
-    """The id of a new study."""
-    return storage.create_new_study([StudyDirection.MINIMIZE], "study")
+def create_study(storage: BaseStorage) -> None:
+    storage.create_new_study([StudyDirection.MINIMIZE], "study")
 
 
-def tried(
+def run_trials(
     storage: BaseStorage, name: str, seed: int, slots: Iterable[int], space: Any = None
 ) -> dict[int, dict[str, Any]]:
-    """The params of each of `slots`, whose trials are run one after the other."""
-    found = {}
+    """Run a trial for each slot, in this order; return the params by slot."""
+    params = {}
     for slot in slots:
         ours = optuna.Study("study", storage, sampler(name, seed, slot))
         trial = ours.ask(space or SPACE)
-        found[slot] = trial.params
+        params[slot] = trial.params
         ours.tell(trial, objective(trial.params))
-    return found
+    return params
 
 
 def objective(params: dict[str, Any]) -> float:
@@ -74,10 +72,10 @@ def objective(params: dict[str, Any]) -> float:
 
 
 def suggested(name: str, seed: int, slots: Iterable[int], space: Any = None) -> dict[int, Any]:
-    """The same in a study of their own."""
+    """Run the trials in a new study."""
     storage = InMemoryStorage()
-    study(storage)
-    return tried(storage, name, seed, slots, space)
+    create_study(storage)
+    return run_trials(storage, name, seed, slots, space)
 
 
 # -- seeds -----------------------------------------------------------------------------------------
@@ -85,14 +83,14 @@ def suggested(name: str, seed: int, slots: Iterable[int], space: Any = None) -> 
 
 @patient
 @given(SEEDS, st.integers(0, 10**6))
-def test_a_slot_has_two_seeds_that_are_always_the_same(seed: int, slot: int) -> None:
+def test_the_two_seeds_of_a_slot_are_stable(seed: int, slot: int) -> None:
     seeds = suggestion_seed(seed, slot), training_seed(seed, slot)
     assert seeds == (suggestion_seed(seed, slot), training_seed(seed, slot))
     assert all(0 <= each < 2**32 for each in seeds)
     assert seeds[0] != seeds[1]
 
 
-def test_no_two_slots_or_studies_share_a_seed() -> None:
+def test_slots_and_studies_have_different_seeds() -> None:
     for seed_of in (suggestion_seed, training_seed):
         seeds = {seed_of(seed, slot) for seed in range(20) for slot in range(50)}
         assert len(seeds) == 1000
@@ -103,33 +101,33 @@ def test_no_two_slots_or_studies_share_a_seed() -> None:
 
 @pytest.mark.parametrize("name", INDEPENDENT)
 @few
-@given(seed=SEEDS, order=st.permutations(range(8)), lonely=st.integers(0, 7))
-def test_a_slot_s_values_do_not_depend_on_the_order_of_asking(
-    name: str, seed: int, order: list[int], lonely: int
+@given(seed=SEEDS, order=st.permutations(range(8)), single=st.integers(0, 7))
+def test_values_of_a_slot_do_not_depend_on_the_order_of_trials(
+    name: str, seed: int, order: list[int], single: int
 ) -> None:
     in_order = suggested(name, seed, range(8))
     assert suggested(name, seed, order) == in_order
-    assert suggested(name, seed, [lonely]) == {lonely: in_order[lonely]}
+    assert suggested(name, seed, [single]) == {single: in_order[single]}
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
-def test_a_slot_that_is_tried_again_has_the_values_it_had(name: str) -> None:
+def test_a_retried_slot_gets_the_same_values(name: str) -> None:
     storage = InMemoryStorage()
-    study(storage)
-    first = tried(storage, name, 1, [0, 1, 2])
-    again = tried(storage, name, 1, [1])
+    create_study(storage)
+    first = run_trials(storage, name, 1, [0, 1, 2])
+    again = run_trials(storage, name, 1, [1])
     assert again[1] == first[1]
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
-def test_a_space_that_grows_while_it_runs_keeps_its_first_values(name: str) -> None:
+def test_further_hyperparameters_do_not_change_the_first_ones(name: str) -> None:
     small = dict(list(SPACE.items())[:2])
     for slot, params in suggested(name, 3, range(4), small).items():
         assert params.items() <= suggested(name, 3, [slot])[slot].items()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_another_seed_or_slot_is_another_value(name: str) -> None:
+def test_other_seeds_and_slots_give_other_values(name: str) -> None:
     space = {"x": FloatDistribution(0.0, 1.0)}
     seen = [suggested(name, seed, range(4), space) for seed in range(4)]
     values = {params["x"] for slots in seen for params in slots.values()}
@@ -140,24 +138,24 @@ def test_another_seed_or_slot_is_another_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_twenty_trials_are_the_same_in_one_go_or_continued(name: str) -> None:
-    """Each trial's sampler is new, as that of another process would be."""
+def test_trials_are_the_same_with_and_without_interruption(name: str) -> None:
+    """Each trial has a fresh sampler, as in another process."""
     count = 12 if name == "gp" else 20
-    # CMA-ES samples no choices and no single values.
+    # CMA-ES does not sample choices.
     space = {key: each for key, each in SPACE.items() if key not in ("activation", "width")}
     runs = []
     for file, first in [("one", count), ("two", 5), ("three", count - 5)]:
         with opened(f"journal:///{file}") as storage:
-            study(storage)
-            found = tried(storage, name, 7, range(first), space)
+            create_study(storage)
+            begun = run_trials(storage, name, 7, range(first), space)
         with opened(f"journal:///{file}") as storage:
-            runs.append(found | tried(storage, name, 7, range(first, count), space))
+            runs.append(begun | run_trials(storage, name, 7, range(first, count), space))
     assert len(runs[0]) == count
     assert runs[0] == runs[1] == runs[2]
 
 
 class opened:  # noqa: N801 - a context manager
-    """One of our storages, as Optuna's."""
+    """Optuna's storage behind one of ours."""
 
     def __init__(self, url: str) -> None:
         self._storage = Storage(url)
@@ -179,10 +177,10 @@ class opened:  # noqa: N801 - a context manager
     block=st.integers(0, 40),
     dimensions=st.integers(1, 6),
 )
-def test_each_of_equal_cells_holds_one_point_of_a_power_of_two(
+def test_each_of_n_equal_cells_holds_one_of_n_points(
     seed: int, power: int, block: int, dimensions: int
 ) -> None:
-    """A Sobol sequence: so does each later block of as many points, beyond the first chunk too."""
+    """For powers of two, and for each later block of n points, as in any Sobol sequence."""
     count = 2**power
     space = {f"x{index}": FloatDistribution(0.0, 1.0) for index in range(dimensions)}
     points = suggested("qmc", seed, range(block * count, (block + 1) * count), space)
@@ -193,8 +191,8 @@ def test_each_of_equal_cells_holds_one_point_of_a_power_of_two(
 
 @few
 @given(seed=SEEDS)
-def test_pairs_of_dimensions_are_filled_evenly_too(seed: int) -> None:
-    """Of the first two dimensions each of 4 x 4 cells holds one of 16 points."""
+def test_pairs_of_dimensions_are_filled_evenly(seed: int) -> None:
+    """In the first two dimensions, each of 4 x 4 cells holds one of 16 points."""
     space = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
     points = suggested("qmc", seed, range(16), space).values()
     assert len({(int(point["x"] * 4), int(point["y"] * 4)) for point in points}) == 16
@@ -215,14 +213,14 @@ def test_every_choice_appears_equally_often(seed: int, power: int, extra: int) -
         assert list(counts.values()) == [2**extra] * 2**power
 
 
-def test_more_hyperparameters_than_the_sequence_has_are_refused_in_one_sentence() -> None:
+def test_more_hyperparameters_than_dimensions_are_rejected() -> None:
     space = {f"x{index}": FloatDistribution(0.0, 1.0) for index in range(64)}
     assert len(suggested("qmc", 0, [0], space)[0]) == 64
     with pytest.raises(ArgumentError, match=r"^sampler='qmc' takes at most 64 hyperparameters\.$"):
         suggested("qmc", 0, [0], space | {"more": IntDistribution(1, 2)})
 
 
-# -- a share of a range ----------------------------------------------------------------------------
+# -- values of a range -----------------------------------------------------------------------------
 
 SHARES = st.floats(0.0, 1.0, exclude_max=True)
 LAST = math.nextafter(1.0, 0.0)
@@ -259,18 +257,18 @@ def ranges() -> st.SearchStrategy[BaseDistribution]:
 
 
 TENTHS = FloatDistribution(0.1, 0.3, step=0.1)  # 0.1 + 2 * 0.1 is above 0.3
-WIDE = FloatDistribution(-1.5e308, 1.5e308)  # whose width is no float
+WIDE = FloatDistribution(-1.5e308, 1.5e308)  # its width overflows
 
 
 @patient
 @example(TENTHS, LAST)
 @example(WIDE, 0.5)
 @given(ranges() | st.lists(st.text(), min_size=1, max_size=9).map(CategoricalDistribution), SHARES)
-def test_a_value_lies_within_its_distribution(distribution: BaseDistribution, where: float) -> None:
-    value = value_at(distribution, where)
+def test_a_value_lies_within_its_distribution(distribution: BaseDistribution, share: float) -> None:
+    value = value_at(distribution, share)
     kinds = {IntDistribution: int, FloatDistribution: float, CategoricalDistribution: str}
     assert type(value) is kinds[type(distribution)]
-    # Optuna itself refuses a trial whose params are not within their distributions.
+    # Optuna rejects trials whose params are outside their distributions.
     create_trial(value=0.0, params={"x": value}, distributions={"x": distribution})
 
 
@@ -290,7 +288,7 @@ def test_both_ends_of_a_range_are_reached(distribution: Any) -> None:
 
 @patient
 @given(ranges(), SHARES, SHARES)
-def test_a_larger_share_is_no_smaller_value(
+def test_values_increase_with_the_share(
     distribution: BaseDistribution, one: float, other: float
 ) -> None:
     smaller, larger = sorted((one, other))
@@ -299,8 +297,8 @@ def test_a_larger_share_is_no_smaller_value(
 
 @patient
 @given(st.integers(1, 40), st.integers(0, 9))
-def test_the_values_of_a_range_are_evenly_spread(values: int, power: int) -> None:
-    """Over equally many shares each value appears about equally often."""
+def test_values_are_evenly_spread(values: int, power: int) -> None:
+    """Evenly spread shares hit each value about equally often."""
     shares = [(index + 0.5) / 2**power for index in range(2**power)]
     fair = 2**power / values
     for distribution in (
@@ -315,7 +313,7 @@ def test_the_values_of_a_range_are_evenly_spread(values: int, power: int) -> Non
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_each_octave_of_a_logarithmic_range_has_its_share(whole: bool) -> None:
+def test_octaves_of_a_logarithmic_range_are_equally_likely(whole: bool) -> None:
     high = 2**10
     known = IntDistribution(1, high, log=True) if whole else FloatDistribution(1, high, log=True)
     values = [value_at(known, (index + 0.5) / 10_000) for index in range(10_000)]
@@ -329,35 +327,35 @@ def test_each_octave_of_a_logarithmic_range_has_its_share(whole: bool) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_warned_of() -> Iterator[None]:
-    """Neither of what is experimental, nor of what a sampler falls back to."""
+def no_warnings() -> Iterator[None]:
+    """Turn warnings about experimental features and fallbacks into errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_has_a_name(name: str) -> None:
+def test_samplers_are_created_by_name(name: str) -> None:
     assert isinstance(sampler(name, 0, 0), optuna.samplers.BaseSampler)
 
 
 @pytest.mark.parametrize("name", ["", "TPE", "sobol"])
-def test_an_unknown_sampler_is_one_sentence(name: str) -> None:
+def test_an_unknown_sampler_is_rejected(name: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         sampler(name, 0, 0)
     assert str(caught.value) == (
-        f"sampler={name!r} is not known; allowed: grid, tpe, random, gp, cmaes, qmc."
+        f"sampler={name!r} is unknown; allowed: grid, tpe, random, gp, cmaes, qmc."
     )
 
 
-def test_cmaes_with_several_objectives_is_one_sentence() -> None:
+def test_cmaes_rejects_several_objectives() -> None:
     with pytest.raises(ArgumentError) as caught:
         sampler("cmaes", 0, 0, several=True)
     assert str(caught.value) == "sampler='cmaes' takes one objective; tpe and gp take several."
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"cmaes"}))
-def test_the_others_take_several_objectives(name: str) -> None:
+def test_other_samplers_support_several_objectives(name: str) -> None:
     ours = optuna.create_study(
         directions=["minimize", "maximize"], sampler=sampler(name, 0, 0, several=True)
     )
@@ -368,37 +366,11 @@ def test_the_others_take_several_objectives(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("steps", [None, 10])
-def test_a_pruner_has_a_name(name: str, steps: int | None) -> None:
+def test_pruners_are_created_by_name(name: str, steps: int | None) -> None:
     assert isinstance(pruner(name, steps), optuna.pruners.BasePruner)
 
 
-def test_an_unknown_pruner_is_one_sentence() -> None:
+def test_an_unknown_pruner_is_rejected() -> None:
     with pytest.raises(ArgumentError) as caught:
         pruner("asha", 10)
-    assert str(caught.value) == "pruner='asha' is not known; allowed: none, median, hyperband."
-
-
-@pytest.mark.parametrize(
-    ("given_", "taken"),
-    [
-        ("minimize", ["minimize"]),
-        (["maximize"], ["maximize"]),
-        (("minimize", "maximize"), ["minimize", "maximize"]),
-    ],
-)
-def test_directions_are_one_or_several(given_: Any, taken: list[str]) -> None:
-    assert directions(given_) == taken
-
-
-@pytest.mark.parametrize(
-    ("given_", "sentence"),
-    [
-        ("up", "direction='up' is not allowed; it must be minimize or maximize."),
-        (["minimize", 1], "direction=1 is not allowed; it must be minimize or maximize."),
-        ([], "direction is empty; it must be minimize, maximize or a list of them."),
-    ],
-)
-def test_another_direction_is_one_sentence(given_: Any, sentence: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        directions(given_)
-    assert str(caught.value) == sentence
+    assert str(caught.value) == "pruner='asha' is unknown; allowed: none, median, hyperband."

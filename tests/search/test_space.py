@@ -1,4 +1,4 @@
-"""A space is checked once, and its grid is the one of `RunBuilder.get_runs`, however it grows."""
+"""Search spaces: what is allowed, the points of a grid and how it grows, storage as JSON."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def stepped(draw: st.DrawFn) -> BaseDistribution:
     )
 
 
-def refused(space: Any) -> str:
-    """The sentence that a bad space is refused with."""
+def rejection(space: Any) -> str:
+    """The message for a space that is not allowed."""
     with pytest.raises(ArgumentError) as caught:
         checked_space(space)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- what is rejected ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,48 +83,50 @@ def refused(space: Any) -> str:
         (0.1, "a list of values or one of optuna.distributions"),
         (None, "a list of values or one of optuna.distributions"),
         ({"a": 1}, "a list of values or one of optuna.distributions"),
-        ({"adam"}, "a list of values or one of optuna.distributions"),  # a set is in no order
+        ({"adam"}, "a list of values or one of optuna.distributions"),  # a set has no order
         ([0.1, math.nan], "finite"),
         ([math.inf], "finite"),
         ([1, -math.inf], "finite"),
-        ([[1], [2]], "numbers, texts, True, False and None"),
-        ([{"a": 1}], "numbers, texts, True, False and None"),
-        ([1j], "numbers, texts, True, False and None"),
+        ([[1], [2]], "numbers, strings, True, False and None"),
+        ([{"a": 1}], "numbers, strings, True, False and None"),
+        ([1j], "numbers, strings, True, False and None"),
         (CategoricalDistribution((0.1, math.nan)), "finite"),
         (FloatDistribution(0.0, math.inf), "finite"),
         (FloatDistribution(math.nan, 1.0), "finite"),
     ],
     ids=str,
 )
-def test_a_domain_that_cannot_be_is_one_sentence_that_names_it(domain: Any, allowed: str) -> None:
-    sentence = refused({"width": [16], "lr": domain})
+def test_an_invalid_domain_is_rejected_by_name(domain: Any, allowed: str) -> None:
+    message = rejection({"width": [16], "lr": domain})
 
-    assert "space['lr']" in sentence
-    assert allowed in sentence
-    assert "width" not in sentence
+    assert "space['lr']" in message
+    assert allowed in message
+    assert "width" not in message
 
 
 @pytest.mark.parametrize("twice", [[1, 2, 1], [1, 1.0], [True, 1], [0.0, -0.0], ["a", "b", "a"]])
-def test_a_value_is_not_there_twice_and_one_is_true(twice: list[Any]) -> None:
-    assert refused({"lr": twice}) == f"space['lr'] has the value {twice[-1]!r} twice."
-    assert "twice" in refused({"lr": CategoricalDistribution(twice)})
+def test_a_value_is_rejected_the_second_time_and_1_equals_true(twice: list[Any]) -> None:
+    assert rejection({"lr": twice}) == f"space['lr'] contains {twice[-1]!r} twice."
+    assert "twice" in rejection({"lr": CategoricalDistribution(twice)})
 
 
 @pytest.mark.parametrize("name", ["", 1, None, ("lr",)])
-def test_a_name_is_a_text(name: Any) -> None:
-    assert refused({name: [1]}).startswith(f"space name {name!r} is not allowed; allowed are up to")
+def test_a_name_must_be_a_string(name: Any) -> None:
+    assert rejection({name: [1]}).startswith(
+        f"space name {name!r} is not allowed; allowed are up to"
+    )
 
 
-# -- what is taken ---------------------------------------------------------------------------------
+# -- what is accepted ------------------------------------------------------------------------------
 
 
 @patient
 @given(SPACES)
-def test_lists_are_taken_as_they_are(space: Space) -> None:
+def test_lists_are_not_changed(space: Space) -> None:
     assert repr(checked_space(space)) == repr(space)
 
 
-def test_anything_that_has_values_in_order_is_a_list_of_them() -> None:
+def test_any_ordered_values_become_a_list() -> None:
     given_: dict[str, Any] = {
         "a": (1, 2),
         "b": range(3),
@@ -144,8 +146,8 @@ def test_ranges_stay_ranges() -> None:
     assert checked_space(space) == space
 
 
-def test_numpy_s_numbers_are_python_s() -> None:
-    """Their `repr` is another, so that a grid would not know its own points again."""
+def test_numpy_numbers_become_python_numbers() -> None:
+    """Their `repr` differs, so a grid would not recognise its own points."""
     space = checked_space({"lr": np.linspace(0.1, 0.3, 3)})
 
     assert [type(value) for value in space["lr"]] == [float] * 3  # type: ignore[union-attr]
@@ -158,29 +160,29 @@ def test_numpy_s_numbers_are_python_s() -> None:
 
 @patient
 @given(SPACES)
-def test_a_grid_is_the_runs_of_run_builder_in_their_order(space: Space) -> None:
+def test_a_grid_has_the_points_of_run_builder_in_the_same_order(space: Space) -> None:
     runs = [run._asdict() for run in RunBuilder.get_runs(space)]  # type: ignore[arg-type]
     assert repr(grid([checked_space(space)])) == repr(runs)
 
 
 @patient
 @given(SPACES)
-def test_no_two_points_of_a_grid_are_the_same(space: Space) -> None:
+def test_points_of_a_grid_are_distinct(space: Space) -> None:
     points = grid([space])
     assert len(set(map(identity, points))) == len(points) == math.prod(map(len, space.values()))
 
 
-def test_one_and_true_are_two_points() -> None:
+def test_the_identity_of_a_point_tells_1_from_true() -> None:
     assert len({identity({"a": value}) for value in (1, True, 1.0, "1", "True", None, "None")}) == 7
 
 
-def test_a_point_is_the_same_whatever_the_order_of_its_names() -> None:
+def test_the_identity_of_a_point_ignores_the_order_of_names() -> None:
     assert identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1})
 
 
 @st.composite
 def growing(draw: st.DrawFn) -> list[Space]:
-    """A grid's spaces: each has the numbers of the one before, and more."""
+    """Spaces of a growing grid: each adds numbers to the previous one."""
     full = draw(
         st.dictionaries(
             st.sampled_from(NAMES),
@@ -200,10 +202,10 @@ def growing(draw: st.DrawFn) -> list[Space]:
 
 @patient
 @given(growing(), st.randoms())
-def test_a_grown_grid_keeps_its_points_and_adds_only_what_is_new(
+def test_a_growing_grid_keeps_its_points_and_appends_new_ones(
     spaces: list[Space], random: Any
 ) -> None:
-    random.shuffle(next(iter(spaces[-1].values())))  # wherever the new values are put
+    random.shuffle(next(iter(spaces[-1].values())))  # wherever new values are inserted
     for count in range(1, len(spaces)):
         before, after = grid(spaces[:count]), grid(spaces[: count + 1])
         assert after[: len(before)] == before
@@ -223,7 +225,7 @@ def test_a_grown_grid_keeps_its_points_and_adds_only_what_is_new(
     ],
     ids=str,
 )
-def test_a_range_with_a_step_has_its_values(domain: BaseDistribution, values: list[Any]) -> None:
+def test_a_grid_enumerates_a_range_with_a_step(domain: BaseDistribution, values: list[Any]) -> None:
     assert repr(grid([checked_space({"x": domain})])) == repr([{"x": value} for value in values])
 
 
@@ -236,15 +238,19 @@ def test_a_range_with_a_step_has_its_values(domain: BaseDistribution, values: li
     ],
     ids=str,
 )
-def test_a_range_without_a_step_has_no_grid(domain: BaseDistribution) -> None:
-    with pytest.raises(ArgumentError, match=r"^space\['lr'\]=.* a grid needs a list or a step\.$"):
+def test_a_continuous_range_is_rejected_in_a_grid(domain: BaseDistribution) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^space\['lr'\]=.* is continuous; a grid needs a list or a step\.$"
+    ):
         grid([{"width": [16], "lr": domain}])
 
 
-def test_a_grid_that_is_too_large_is_refused_before_it_is_made() -> None:
+def test_a_too_large_grid_is_rejected_before_it_is_computed() -> None:
     largest = {"a": IntDistribution(1, LARGEST_GRID)}
     assert len(grid([largest])) == LARGEST_GRID
-    with pytest.raises(ArgumentError, match=r"^The grid has 1,000,000,000 points; .* 100,000\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^The grid has 1,000,000,000 points; at most 100,000 are allowed\.$"
+    ):
         grid([dict.fromkeys("abc", IntDistribution(1, 1000))])
 
 
@@ -253,10 +259,10 @@ def test_a_grid_that_is_too_large_is_refused_before_it_is_made() -> None:
 
 @patient
 @given(st.dictionaries(st.sampled_from(NAMES), LISTS | stepped(), min_size=1, max_size=3))
-def test_a_grid_s_distributions_contain_and_give_back_each_of_its_points(space: Space) -> None:
+def test_distributions_of_a_grid_preserve_its_points(space: Space) -> None:
     known = distributions(space, grid=True)
     for point in grid([space]):
-        # Optuna itself refuses a trial whose params are not within their distributions.
+        # Optuna rejects trials whose params are outside their distributions.
         create_trial(value=0.0, params=point, distributions=known)
         stored = {name: known[name].to_internal_repr(value) for name, value in point.items()}
         again = {name: known[name].to_external_repr(value) for name, value in stored.items()}
@@ -264,7 +270,7 @@ def test_a_grid_s_distributions_contain_and_give_back_each_of_its_points(space: 
 
 
 @pytest.mark.parametrize("values", [[2**53 + 1], [1, 10**30], [-(2**60) - 1, 0], [10**400]])
-def test_a_whole_number_that_no_float_holds_is_not_changed(values: list[int]) -> None:
+def test_integers_beyond_float_precision_are_preserved(values: list[int]) -> None:
     (known,) = distributions({"seed": list(values)}, grid=True).values()
     assert [known.to_external_repr(known.to_internal_repr(value)) for value in values] == values
 
@@ -281,7 +287,7 @@ def test_a_whole_number_that_no_float_holds_is_not_changed(values: list[int]) ->
     ],
     ids=str,
 )
-def test_the_numbers_of_a_grid_lie_on_a_range_and_elsewhere_are_choices(
+def test_numbers_form_a_range_in_a_grid_and_choices_elsewhere(
     values: list[Any], in_a_grid: BaseDistribution
 ) -> None:
     assert distributions({"x": values}, grid=True) == {"x": in_a_grid}
@@ -293,14 +299,14 @@ def test_the_numbers_of_a_grid_lie_on_a_range_and_elsewhere_are_choices(
 
 @patient
 @given(st.dictionaries(st.sampled_from(NAMES), LISTS | stepped(), max_size=4))
-def test_a_space_is_the_same_after_json(space: Space) -> None:
+def test_json_preserves_a_space(space: Space) -> None:
     again = from_json(json.loads(json.dumps(to_json(space))))
     assert repr(again) == repr(space)
     assert difference(space, again, grid=True) is None
     assert difference(space, again, grid=False) is None
 
 
-def test_a_text_in_a_list_is_not_taken_for_a_distribution() -> None:
+def test_a_string_in_a_list_is_not_parsed_as_a_distribution() -> None:
     space: Space = {"code": ['{"name": "IntDistribution"}'], "lr": FloatDistribution(0.0, 1.0)}
     assert from_json(to_json(space)) == space
 
@@ -324,17 +330,17 @@ STORED: Space = {"lr": [0.1, 0.01], "layers": IntDistribution(1, 3), "norm": ["b
         ({"layers": [1, 2, 3]}, "'layers' was IntDistribution(high=3, log=False, low=1, step=1) a"),
     ],
 )
-def test_a_difference_is_said(change: dict[str, Any], how: str, in_a_grid: bool) -> None:
+def test_a_difference_is_described(change: dict[str, Any], how: str, in_a_grid: bool) -> None:
     now = {name: domain for name, domain in {**STORED, **change}.items() if domain is not None}
 
-    said = difference(STORED, checked_space(now), grid=in_a_grid)
+    text = difference(STORED, checked_space(now), grid=in_a_grid)
 
-    assert said is not None
-    assert said.startswith(how)
+    assert text is not None
+    assert text.startswith(how)
 
 
 @pytest.mark.parametrize(
-    ("had", "now"),
+    ("old", "new"),
     [
         ([0.1, 0.01], [0.1, 0.01, 0.001]),
         ([0.1, 0.01], [1.0, 0.01, 0.1]),
@@ -342,17 +348,17 @@ def test_a_difference_is_said(change: dict[str, Any], how: str, in_a_grid: bool)
         ([1, 2], [2, 1]),
     ],
 )
-def test_only_a_grid_may_get_more_numbers(had: list[Any], now: list[Any]) -> None:
-    assert difference({"x": had}, {"x": now}, grid=True) is None
-    assert difference({"x": had}, {"x": now}, grid=False) == f"'x' was {had} and is now {now}"
+def test_only_a_grid_may_grow_by_numbers(old: list[Any], new: list[Any]) -> None:
+    assert difference({"x": old}, {"x": new}, grid=True) is None
+    assert difference({"x": old}, {"x": new}, grid=False) == f"'x' was {old} and is now {new}"
 
 
 @pytest.mark.parametrize(
-    ("had", "now"), [([1], [1.0]), ([0, 1], [False, True]), ([1, 2], [1.0, 2.0, 3.0])]
+    ("old", "new"), [([1], [1.0]), ([0, 1], [False, True]), ([1, 2], [1.0, 2.0, 3.0])]
 )
-def test_numbers_of_another_kind_are_others(had: list[Any], now: list[Any]) -> None:
-    assert difference({"x": had}, {"x": now}, grid=True) == f"'x' was {had} and is now {now}"
+def test_numbers_of_another_type_are_a_difference(old: list[Any], new: list[Any]) -> None:
+    assert difference({"x": old}, {"x": new}, grid=True) == f"'x' was {old} and is now {new}"
 
 
-def test_the_order_of_the_names_is_no_difference() -> None:
+def test_the_order_of_names_is_not_a_difference() -> None:
     assert difference(STORED, dict(reversed(STORED.items())), grid=True) is None

@@ -1,4 +1,4 @@
-"""A storage opens or says in one sentence why not; its locks end with their holder."""
+"""Opening storages, their locks and their patience with outages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def url_of(kind: str, request: pytest.FixtureRequest) -> str:
-    """The URL of a storage of `kind` that is not there yet, or of an empty database."""
+    """The URL of a new storage: a file that does not exist, or an empty database."""
     if kind == "postgresql":
         database: str = request.getfixturevalue("database")
         return database
@@ -58,7 +58,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["journal", "sqlite"])
 def file_url(request: pytest.FixtureRequest) -> str:
-    """A storage of each kind that is a file."""
+    """A storage of each kind that is a single file."""
     return url_of(request.param, request)
 
 
@@ -67,13 +67,13 @@ def opened(url: str) -> closing[Storage]:
 
 
 def names(storage: Storage) -> list[str]:
-    """The studies that there are."""
+    """The names of the studies."""
     return sorted(study.study_name for study in storage.optuna.get_all_studies())
 
 
 @contextmanager
 def elsewhere(url: str, code: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has the storage `url` open, and runs `code` until it is killed."""
+    """Another process that opens the storage and runs `code`, until it is killed."""
     program = "import sys, optuna\nfrom tracker.search.storage import Storage\n"
     program += f"storage = Storage(sys.argv[1])\n{code}"
     with subprocess.Popen(
@@ -89,14 +89,14 @@ def elsewhere(url: str, code: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def heard(process: subprocess.Popen[str]) -> str:
-    """The next line that the process says."""
+def next_line(process: subprocess.Popen[str]) -> str:
+    """The next line that the process prints."""
     assert process.stdout
     return process.stdout.readline().strip()
 
 
-def in_one_sentence(error: BaseException) -> str:
-    """What the error says, which is one line and no secret."""
+def checked_message(error: BaseException) -> str:
+    """The message of an error, which must be one line without secrets."""
     text = str(error)
     assert "\n" not in text
     assert "hunter2" not in text
@@ -104,7 +104,7 @@ def in_one_sentence(error: BaseException) -> str:
     return text
 
 
-# -- what a URL may be -----------------------------------------------------------------------------
+# -- URLs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def in_one_sentence(error: BaseException) -> str:
         ("sqlite:///:memory:", "sqlite:///FILE"),
     ],
 )
-def test_a_wrong_url_is_one_sentence_and_makes_nothing(
+def test_an_unsupported_url_is_rejected_and_creates_nothing(
     url: str, allowed: str, workdir: Path
 ) -> None:
     with pytest.raises(ArgumentError) as caught:
         Storage(url)
-    sentence = in_one_sentence(caught.value)
-    assert sentence.endswith(".")
-    assert allowed in sentence
+    message = checked_message(caught.value)
+    assert message.endswith(".")
+    assert allowed in message
     assert list(workdir.iterdir()) == []
 
 
@@ -148,43 +148,43 @@ def test_a_wrong_url_is_one_sentence_and_makes_nothing(
         ("postgres://me@host/studies", "postgresql", None),
     ],
 )
-def test_three_slashes_are_a_relative_file_and_four_an_absolute_one(
+def test_three_slashes_start_a_relative_path_and_four_an_absolute_one(
     url: str, kind: str, file: str | None, workdir: Path
 ) -> None:
     assert parse(url) == (url, kind, None if file is None else workdir / file)
 
 
-def test_without_a_url_it_is_a_journal_here(workdir: Path) -> None:
+def test_the_default_is_a_journal_in_the_current_directory(workdir: Path) -> None:
     assert parse(None) == (DEFAULT, "journal", workdir / "studies.journal")
 
 
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def test_what_one_storage_stores_another_finds(url: str) -> None:
+def test_a_storage_reads_what_another_has_written(url: str) -> None:
     with opened(url) as one:
         study_id = one.optuna.create_new_study(MINIMIZE, "ours")
         one.optuna.set_study_user_attr(study_id, "tracker:x", {"a": [1, None, "é"]})
         with opened(url) as other:
             assert names(other) == ["ours"]
     with opened(url) as later:
-        found = later.optuna.get_study_id_from_name("ours")
-        assert later.optuna.get_study_user_attrs(found) == {"tracker:x": {"a": [1, None, "é"]}}
+        study_id = later.optuna.get_study_id_from_name("ours")
+        assert later.optuna.get_study_user_attrs(study_id) == {"tracker:x": {"a": [1, None, "é"]}}
 
 
-def test_the_folders_of_a_file_are_made(file_url: str, workdir: Path) -> None:
+def test_missing_folders_of_a_file_are_created(file_url: str, workdir: Path) -> None:
     with opened(file_url) as storage:
         storage.optuna.create_new_study(MINIMIZE, "ours")
     assert (workdir / "some/folder/studies").stat().st_size > 0
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
-def test_a_database_has_several_names(scheme: str, database: str) -> None:
+def test_postgresql_urls_may_name_their_driver(scheme: str, database: str) -> None:
     with opened(database.replace("postgresql", scheme, 1)) as storage, storage.lock():
         assert names(storage) == []
 
 
-def test_optuna_s_own_functions_open_the_same_journal(workdir: Path) -> None:
+def test_optuna_can_open_the_journal_without_this_library(workdir: Path) -> None:
     with opened("journal:///studies") as storage:
         storage.optuna.create_new_study(MINIMIZE, "ours")
     backend = optuna.storages.journal.JournalFileBackend(str(workdir / "studies"))
@@ -193,23 +193,23 @@ def test_optuna_s_own_functions_open_the_same_journal(workdir: Path) -> None:
 
 
 def refused(url: str) -> str:
-    """Why a storage cannot be opened."""
+    """The message for a storage that cannot be opened."""
     with pytest.raises(StoreError) as caught:
         Storage(url)
-    sentence = in_one_sentence(caught.value)
-    assert "cannot be opened" in sentence
-    return sentence
+    message = checked_message(caught.value)
+    assert "cannot be opened" in message
+    return message
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_a_folder_is_no_storage(kind: str, workdir: Path) -> None:
+def test_a_folder_is_not_a_storage(kind: str, workdir: Path) -> None:
     (workdir / "folder").mkdir()
     refused(f"{kind}:///folder")
     assert list((workdir / "folder").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_nothing_lies_below_a_file(kind: str, workdir: Path) -> None:
+def test_a_path_below_a_file_is_not_a_storage(kind: str, workdir: Path) -> None:
     (workdir / "file").write_text("mine")
     refused(f"{kind}:///file/studies")
 
@@ -227,7 +227,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 @pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE.keys())
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+def test_a_file_of_another_program_is_rejected_and_not_changed(
     kind: str, content: bytes, workdir: Path
 ) -> None:
     (workdir / "file").write_bytes(content)
@@ -242,7 +242,7 @@ import os, sys
 from tracker import Study, TrackerError
 
 study = Study("s", abs, space={"x": [1]}, sampler="grid", storage=sys.argv[1], inline=True)
-if os.getuid() == 0:  # whom no permissions stop
+if os.getuid() == 0:  # root ignores permissions
     os.setuid(65534)
 try:
     study.run(resume=True)
@@ -252,17 +252,20 @@ except TrackerError as error:
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-@pytest.mark.parametrize("there", [False, True], ids=["new", "resumed"])
-def test_a_storage_that_may_not_be_written_is_one_sentence(
-    kind: str, there: bool, workdir: Path
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "resumed"])
+def test_a_read_only_storage_is_reported_in_one_line(
+    kind: str, exists: bool, workdir: Path
 ) -> None:
     with TemporaryDirectory() as folder:
         url = f"{kind}:///{folder}/studies"
-        if there:
-            settings = {"space": {"x": [1, 2]}, "sampler": "grid", "offline": True}
-            tracker.Study("s", lambda trial: 1.0, storage=url, **settings, trials=1).run()
+        if exists:
+            space = {"x": [1, 2]}
+            study = tracker.Study(
+                "s", abs, space=space, sampler="grid", trials=1, storage=url, offline=True
+            )
+            study.run()
         os.chmod(folder, 0o555)
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", READ_ONLY, url],
             cwd=Path(__file__).parents[2],
             capture_output=True,
@@ -272,13 +275,13 @@ def test_a_storage_that_may_not_be_written_is_one_sentence(
             env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:////tmp/{uuid.uuid4().hex}.db"},
         )
         os.chmod(folder, 0o755)
-    assert told.stderr == ""
-    assert told.stdout.startswith(f"storage={url!r} cannot be ")
-    assert told.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"storage={url!r} cannot be ")
+    assert done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_of_another_version_of_optuna_is_refused(
+def test_a_database_of_another_optuna_version_is_rejected(
     kind: str, request: pytest.FixtureRequest, workdir: Path
 ) -> None:
     url = url_of(kind, request)
@@ -293,16 +296,16 @@ def test_a_database_of_another_version_of_optuna_is_refused(
         with closing(psycopg.connect(url, autocommit=True)) as connection:
             connection.execute(change)
     refused(url)
-    with warnings.catch_warnings():  # Optuna's constructor leaves its connections open
+    with warnings.catch_warnings():  # from connections that Optuna's constructor leaves open
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
 
 
-def test_a_server_that_is_not_there_is_one_sentence() -> None:
+def test_a_missing_server_is_reported_in_one_line() -> None:
     assert "refused" in refused(f"postgresql://me:hunter2@127.0.0.1:{free_port()}/studies")
 
 
-def test_a_database_that_is_not_there_is_one_sentence(
+def test_a_missing_database_is_reported_in_one_line(
     postgres: PostgresServer, database: str
 ) -> None:
     url = postgres.url("nowhere").replace("postgres@", "postgres:hunter2@")
@@ -318,7 +321,7 @@ def test_a_database_that_is_not_there_is_one_sentence(
         "postgresql+nothing://me:hunter2@127.0.0.1:1/studies",
     ],
 )
-def test_a_url_that_is_not_sound_is_one_sentence(url: str) -> None:
+def test_an_invalid_postgresql_url_is_reported_in_one_line(url: str) -> None:
     refused(url)
 
 
@@ -332,19 +335,19 @@ with storage.lock():
     sys.stdin.readline()
     time.sleep(0.2)
     Path("released").touch()
-print("goes on", flush=True)
+print("continues", flush=True)
 sys.stdin.readline()
 """
 
 
-def test_nobody_else_holds_the_lock_meanwhile(url: str, workdir: Path) -> None:
+def test_the_lock_excludes_other_processes(url: str, workdir: Path) -> None:
     with elsewhere(url, HOLDS) as other, opened_while_locked(url, other) as storage:
         assert other.stdin
         other.stdin.write("\n")
         other.stdin.flush()
         with storage.lock():
             assert (workdir / "released").exists()
-        assert heard(other) == "goes on"
+        assert next_line(other) == "continues"
 
 
 def test_a_killed_holder_releases_the_lock(url: str, workdir: Path) -> None:
@@ -356,13 +359,13 @@ def test_a_killed_holder_releases_the_lock(url: str, workdir: Path) -> None:
 
 @contextmanager
 def opened_while_locked(url: str, other: subprocess.Popen[str]) -> Iterator[Storage]:
-    """The storage, opened before `other` takes the lock: opening takes it too."""
+    """The storage, opened before `other` takes the lock, because opening takes it too."""
     with opened(url) as storage:
-        assert heard(other) == "holds"
+        assert next_line(other) == "holds"
         yield storage
 
 
-def test_two_storages_of_one_process_exclude_each_other_one_after_the_other(url: str) -> None:
+def test_two_storages_of_one_process_can_take_turns(url: str) -> None:
     with opened(url) as one, opened(url) as other:
         for storage in (one, other, one):
             with storage.lock():
@@ -377,7 +380,7 @@ def test_an_error_releases_the_lock(url: str) -> None:
             pass
 
 
-def test_a_holder_that_was_stopped_is_not_waited_for_for_ever(
+def test_waiting_for_a_suspended_holder_times_out(
     url: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with elsewhere(url, HOLDS) as other, opened_while_locked(url, other) as storage:
@@ -387,7 +390,7 @@ def test_a_holder_that_was_stopped_is_not_waited_for_for_ever(
             assert not (workdir / "released").exists()
 
 
-# -- SQLite takes one search -----------------------------------------------------------------------
+# -- SQLite allows one search ----------------------------------------------------------------------
 
 OWNS = """
 storage.own()
@@ -396,15 +399,15 @@ sys.stdin.read()
 """
 
 
-def test_a_sqlite_file_is_one_search_s_until_it_dies(workdir: Path) -> None:
+def test_a_sqlite_file_belongs_to_one_search_until_it_dies(workdir: Path) -> None:
     url = "sqlite:///studies.db"
     with elsewhere(url, OWNS) as other, opened(url) as storage:
-        assert heard(other) == "owns"
+        assert next_line(other) == "owns"
         with pytest.raises(StoreError) as caught:
             storage.own()
-        assert in_one_sentence(caught.value) == (
-            f"storage={url!r} is in use by another search, and SQLite takes one at a time; use "
-            "journal:///FILE or postgresql://… for several."
+        assert checked_message(caught.value) == (
+            f"storage={url!r} is in use by another search, and SQLite allows one at a "
+            "time; use journal:///FILE or postgresql://… for several."
         )
         assert names(storage) == []  # it may still be read
 
@@ -413,7 +416,7 @@ def test_a_sqlite_file_is_one_search_s_until_it_dies(workdir: Path) -> None:
         storage.own()
 
 
-def test_a_sqlite_file_is_given_back() -> None:
+def test_a_sqlite_file_can_be_released() -> None:
     with opened("sqlite:///studies.db") as one, opened("sqlite:///studies.db") as other:
         one.own()
         one.own()
@@ -426,19 +429,21 @@ def test_a_sqlite_file_is_given_back() -> None:
 
 
 @pytest.mark.parametrize("kind", ["journal", "postgresql"])
-def test_the_others_take_any_number_of_searches(kind: str, request: pytest.FixtureRequest) -> None:
+def test_other_storages_allow_any_number_of_searches(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     url = url_of(kind, request)
     with opened(url) as one, opened(url) as other:
         one.own()
         other.own()
 
 
-# -- a journal whose writer died -------------------------------------------------------------------
+# -- journals whose writer died --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A sound journal of three studies."""
+    """A journal of three studies."""
     file = tmp_path_factory.mktemp("written") / "journal"
     with quiet(), opened(f"journal:///{file}") as storage:
         for name in ("a", "b", "c"):
@@ -448,27 +453,27 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_half_a_line_is_cut_off_and_nothing_else_is_lost(
+def test_only_a_half_written_line_is_cut_off(
     data: st.DataObject, written: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     length = data.draw(st.integers(0, len(written)))
-    left = written[: written[:length].rfind(b"\n") + 1]
+    whole_lines = written[: written[:length].rfind(b"\n") + 1]
     file = tmp_path_factory.mktemp("half") / "journal"
     file.write_bytes(written[:length])
 
     with quiet(), opened(f"journal:///{file}") as storage:
-        assert names(storage) == ["a", "b", "c"][: left.count(b"\n")]
+        assert names(storage) == ["a", "b", "c"][: whole_lines.count(b"\n")]
         storage.optuna.create_new_study(MINIMIZE, "new")
         assert "new" in names(storage)
 
     now = file.read_bytes()
-    assert now.startswith(left)
-    (added,) = now[len(left) :].splitlines()
+    assert now.startswith(whole_lines)
+    (added,) = now[len(whole_lines) :].splitlines()
     assert json.loads(added)["study_name"] == "new"
 
 
 @pytest.mark.parametrize("size", [2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
-def test_a_half_line_may_be_of_any_length(size: int, written: bytes, workdir: Path) -> None:
+def test_a_half_written_line_may_have_any_length(size: int, written: bytes, workdir: Path) -> None:
     half = b'{"op_code":2,"x":"'.ljust(size, b"x")
     (workdir / "journal").write_bytes(written + half)
     with opened("journal:///journal") as storage:
@@ -478,7 +483,7 @@ def test_a_half_line_may_be_of_any_length(size: int, written: bytes, workdir: Pa
         assert names(storage) == ["a", "b", "c", "new"]
 
 
-def test_a_storage_that_is_open_goes_on_after_half_a_line_of_another(workdir: Path) -> None:
+def test_an_open_storage_cuts_off_the_half_written_line_of_another(workdir: Path) -> None:
     with opened("journal:///journal") as storage:
         storage.optuna.create_new_study(MINIMIZE, "a")
         with (workdir / "journal").open("ab") as file:
@@ -498,12 +503,12 @@ storage.optuna.create_new_study([optuna.study.StudyDirection.MINIMIZE], "theirs"
 """
 
 
-def test_a_writer_that_was_stopped_is_not_waited_for_for_ever(
+def test_waiting_for_a_suspended_writer_times_out(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened("journal:///journal") as storage:
         with elsewhere("journal:///journal", WRITES) as other:
-            assert heard(other) == "writes"
+            assert next_line(other) == "writes"
             other.send_signal(signal.SIGSTOP)
             monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 0.1)
             storage.optuna.create_new_study(MINIMIZE, "ours")
@@ -513,10 +518,10 @@ def test_a_writer_that_was_stopped_is_not_waited_for_for_ever(
         assert names(storage) == ["later", "ours", "theirs"]
 
 
-def test_a_writer_that_is_killed_does_not_hold_up_the_next_one(workdir: Path) -> None:
-    """Optuna's own lock would for half a minute."""
+def test_a_killed_writer_does_not_delay_the_next_one(workdir: Path) -> None:
+    """Optuna's own lock would delay it for half a minute."""
     with elsewhere("journal:///journal", WRITES) as other:
-        assert heard(other) == "writes"
+        assert next_line(other) == "writes"
         other.kill()
         with opened("journal:///journal") as storage:
             storage.optuna.create_new_study(MINIMIZE, "ours")
@@ -527,7 +532,7 @@ def test_a_writer_that_is_killed_does_not_hold_up_the_next_one(workdir: Path) ->
 
 
 class Outage:
-    """Does `do`; the first failure has whatever is wrong ended by `mend`."""
+    """Calls `do`; each failure calls `mend`, which ends the outage."""
 
     def __init__(self, do: Callable[[], Any], mend: Callable[[], None]) -> None:
         self._do, self._mend, self.failures = do, mend, 0
@@ -542,7 +547,7 @@ class Outage:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_a_study_goes_on_when_its_server_is_back(
+def test_requests_succeed_when_the_server_is_back(
     database: str, postgres: PostgresServer, mode: str
 ) -> None:
     with opened(database) as storage:
@@ -565,9 +570,7 @@ def test_a_study_goes_on_when_its_server_is_back(
         assert storage.optuna.get_study_user_attrs(study_id) == {"free": 1, "locked": 1}
 
 
-def test_a_study_is_made_once_by_a_server_that_goes_away(
-    database: str, postgres: PostgresServer
-) -> None:
+def test_a_study_is_created_once_despite_an_outage(database: str, postgres: PostgresServer) -> None:
     with opened(database) as storage:
         postgres.stop("immediate")
         outage = Outage(lambda: storage.optuna.create_new_study(MINIMIZE, "ours"), postgres.start)
@@ -575,7 +578,7 @@ def test_a_study_is_made_once_by_a_server_that_goes_away(
         assert names(storage) == ["ours"]
 
 
-def test_a_server_that_goes_away_while_the_lock_is_held_is_an_outage(
+def test_a_server_crash_while_the_lock_is_held_is_an_outage(
     database: str, postgres: PostgresServer
 ) -> None:
     with opened(database) as storage:
@@ -590,10 +593,10 @@ def test_a_server_that_goes_away_while_the_lock_is_held_is_an_outage(
 
         assert storage.patiently(do) == []
         with opened(database) as other, other.lock():
-            pass  # nobody holds it
+            pass  # it is free
 
 
-def test_a_journal_whose_disk_was_gone_for_a_while_goes_on(workdir: Path) -> None:
+def test_a_journal_survives_an_unavailable_disk(workdir: Path) -> None:
     with opened("journal:///disk/journal") as storage:
         storage.optuna.create_new_study(MINIMIZE, "a")
         shutil.move(workdir / "disk", workdir / "away")
@@ -609,12 +612,14 @@ def test_a_journal_whose_disk_was_gone_for_a_while_goes_on(workdir: Path) -> Non
 @pytest.mark.parametrize(
     "end", [{"stop": lambda: True}, {"patience": 0.3}], ids=lambda end: next(iter(end))
 )
-def test_patience_has_an_end(database: str, postgres: PostgresServer, end: dict[str, Any]) -> None:
+def test_patience_ends_at_the_deadline_or_when_told_to_stop(
+    database: str, postgres: PostgresServer, end: dict[str, Any]
+) -> None:
     with opened(database.replace("postgres@", "postgres:hunter2@")) as storage:
         postgres.stop()
         with pytest.raises(StoreError) as caught:
             storage.patiently(storage.optuna.get_all_studies, **end)
-        assert "does not answer" in in_one_sentence(caught.value)
+        assert "does not answer" in checked_message(caught.value)
 
 
 def test_other_errors_are_raised_at_once(url: str) -> None:
@@ -637,8 +642,7 @@ def test_other_errors_are_raised_at_once(url: str) -> None:
             assert calls == [1]
 
 
-def test_a_wrong_question_to_a_database_is_no_outage(url: str) -> None:
-    """However it is wrapped: who waits for an answer waits ten minutes."""
+def test_an_invalid_query_is_not_an_outage(url: str) -> None:
     with opened(url) as storage:
         for error in (
             psycopg.errors.UndefinedTable("relation does not exist"),
@@ -648,10 +652,10 @@ def test_a_wrong_question_to_a_database_is_no_outage(url: str) -> None:
             assert not storage.unreachable(error)
 
 
-# -- being quiet -----------------------------------------------------------------------------------
+# -- Optuna's log ----------------------------------------------------------------------------------
 
 
-def test_optuna_s_log_has_its_level_again() -> None:
+def test_the_level_of_optuna_s_log_is_restored() -> None:
     logs = logging.getLogger("optuna")
     before = logs.level
     with opened("journal:///studies"):

@@ -1,4 +1,4 @@
-"""Studies: exact budgets, true statuses, MLflow as Optuna's mirror, in this process."""
+"""Studies in one process: budgets, statuses, what MLflow shows, and mistakes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quadratic(trial: Trial) -> float:
 
 
 def family(store: Store) -> tuple[MlflowRun, dict[int, MlflowRun]]:
-    """The study's run, and those of its trials by number."""
+    """Return the study's run, and its trials' runs by number."""
     runs = store.runs()
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run is not parent]
@@ -64,13 +64,13 @@ def make(objective: Callable[[Trial], Any] = loss, **settings: Any) -> Study:
 # -- grids and budgets -------------------------------------------------------------------------
 
 
-def test_a_grid_visits_what_run_builder_gives_in_the_same_order(tracking_uri: str) -> None:
+def test_a_grid_runs_the_points_of_run_builder_in_order(tracking_uri: str) -> None:
     study = make().run()
     assert params(study) == [run._asdict() for run in RunBuilder.get_runs(SPACE)]
     assert [type(value) for value in study.trials[0].params.values()] == [float, int, bool]
 
 
-def test_each_trial_is_a_finished_child_of_the_study_s_run(store: Store) -> None:
+def test_each_trial_is_a_child_of_the_study_s_run(store: Store) -> None:
     study = make().run()
     parent, children = family(store)
     assert parent.info.status == "FINISHED"
@@ -90,7 +90,7 @@ def test_each_trial_is_a_finished_child_of_the_study_s_run(store: Store) -> None
     assert parent.data.metrics["best_objective"] == best.value
 
 
-def test_the_tables_hold_what_optuna_and_mlflow_do(store: Store, workdir: Path) -> None:
+def test_tables_agree_with_optuna_and_mlflow(store: Store, workdir: Path) -> None:
     study = make(metric="loss").run()
     parent, children = family(store)
     csv = pd.read_csv(io.StringIO(store.text(parent, "trials.csv", workdir)))
@@ -104,7 +104,7 @@ def test_the_tables_hold_what_optuna_and_mlflow_do(store: Store, workdir: Path) 
     assert "plotly" in store.text(parent, "study.html", workdir)
 
 
-def test_a_study_that_is_done_adds_nothing_when_run_again(store: Store) -> None:
+def test_resuming_a_finished_study_changes_nothing(store: Store) -> None:
     make().run()
     before = {run.info.run_id: run.to_dictionary() for run in store.runs()}
     study = make().run(resume=True)
@@ -112,7 +112,7 @@ def test_a_study_that_is_done_adds_nothing_when_run_again(store: Store) -> None:
     assert {run.info.run_id for run in store.runs()} == set(before)
 
 
-def test_points_that_are_added_to_a_grid_are_all_that_is_run(tracking_uri: str) -> None:
+def test_a_grown_grid_runs_only_its_new_points(tracking_uri: str) -> None:
     make().run()
     grown = {"lr": [0.1, 0.05, 0.01], "size": [16, 32], "shuffle": [True, False]}
     study = make(space=grown, sampler="grid").run(resume=True)
@@ -122,14 +122,14 @@ def test_points_that_are_added_to_a_grid_are_all_that_is_run(tracking_uri: str) 
     assert {each["lr"] for each in params(study)[8:]} == {0.05}
 
 
-def test_a_budget_is_what_the_study_gets_however_often_it_is_run(tracking_uri: str) -> None:
-    for trials, there in ((3, 3), (3, 3), (7, 7), (5, 7)):
+def test_the_budget_counts_all_runs_of_a_study(tracking_uri: str) -> None:
+    for trials, expected in ((3, 3), (3, 3), (7, 7), (5, 7)):
         study = make(quadratic, sampler="random", trials=trials).run(resume=True)
-        assert len(study.trials) == there
+        assert len(study.trials) == expected
     assert [trial.user_attrs["tracker:slot"] for trial in study.trials] == list(range(7))
 
 
-def test_a_trial_that_fails_is_tried_again_with_the_same_values(store: Store) -> None:
+def test_a_failed_trial_is_retried_with_the_same_values(store: Store) -> None:
     calls: Counter[str] = Counter()
 
     def flaky(trial: Trial) -> float:
@@ -149,7 +149,7 @@ def test_a_trial_that_fails_is_tried_again_with_the_same_values(store: Store) ->
     assert "in flaky" in children[1].data.tags["tracker.failure"]
 
 
-def test_a_trial_that_always_fails_is_given_up_after_its_retries(store: Store) -> None:
+def test_a_slot_is_abandoned_after_its_retries(store: Store) -> None:
     def fails(trial: Trial) -> float:
         if trial.params["lr"] == 0.1:
             raise RuntimeError("never")
@@ -165,7 +165,7 @@ def test_a_trial_that_always_fails_is_given_up_after_its_retries(store: Store) -
     assert parent.info.status == "FINISHED"
 
 
-def test_a_space_that_is_defined_by_running(store: Store) -> None:
+def test_an_objective_can_define_the_space_by_running(store: Store) -> None:
     def objective(trial: Trial) -> float:
         if trial.suggest_categorical("optimizer", ["sgd", "adam"]) == "sgd":
             return trial.suggest_float("momentum", 0, 0.9)
@@ -181,30 +181,30 @@ def test_a_space_that_is_defined_by_running(store: Store) -> None:
     assert len(run.data.params) == 2
 
 
-# -- reproducible ------------------------------------------------------------------------------
+# -- reproducibility ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "sampler",
     ["tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("random", "qmc"))],
 )
-def test_a_study_in_parts_is_the_study_in_one(sampler: str, tracking_uri: str) -> None:
+def test_a_study_run_in_parts_equals_one_run_at_once(sampler: str, tracking_uri: str) -> None:
     def objective(trial: Trial) -> float:
         x = trial.suggest_float("x", -1, 1)
         k = trial.suggest_int("k", 1, 64, log=True)
         return x * x + k / 64 + float(torch.rand(()))
 
-    found = []
+    results = []
     for name, parts in (("whole", (20,)), ("a", (5, 20)), ("b", (15, 20))):
         for trials in parts:
             study = Study(name, objective, sampler=sampler, trials=trials, seed=0).run(resume=True)
-        found.append([(trial.params, trial.value) for trial in study.trials])
-    assert found[0] == found[1] == found[2]
+        results.append([(trial.params, trial.value) for trial in study.trials])
+    assert results[0] == results[1] == results[2]
     other = Study("other", objective, sampler=sampler, trials=20, seed=1).run()
-    assert params(other) != [each for each, _ in found[0]]
+    assert params(other) != [each for each, _ in results[0]]
 
 
-def test_a_trial_s_seed_follows_from_the_study_s_and_its_place(tracking_uri: str) -> None:
+def test_a_trial_s_seed_follows_from_the_study_s_seed_and_the_slot(tracking_uri: str) -> None:
     seen: dict[str, list[tuple[int, float]]] = {}
 
     def objective(trial: Trial) -> float:
@@ -222,10 +222,10 @@ def test_a_trial_s_seed_follows_from_the_study_s_and_its_place(tracking_uri: str
     "sampler",
     ["random", "qmc", "tpe", "cmaes", pytest.param("gp", marks=pytest.mark.slow)],
 )
-def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(
+def test_interruptions_do_not_change_suggestions(
     sampler: str, declared: bool, tracking_uri: str
 ) -> None:
-    """And so do those that follow, from those that the sampler draws at random to the learnt."""
+    """Neither those of the interrupted trials nor those of later ones."""
 
     def objective(trial: Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
@@ -236,7 +236,7 @@ def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(
         return (x - 0.3) ** 2 + (y - trial.suggest_float("z", 0, 1)) ** 2
 
     between = FloatDistribution(0, 1)
-    found = []
+    results = []
     for stops in (set[int](), {1, 2, 4, 15}):
         study = Study(
             f"stops {len(stops)}",
@@ -252,12 +252,12 @@ def test_a_trial_that_was_cut_off_suggests_the_same_when_tried_again(
         trials = study.run(resume=True).trials
         done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         assert len(done) == 20
-        found.append([t.params for t in sorted(done, key=lambda t: t.user_attrs["tracker:slot"])])
-    assert found[0] == found[1]
+        results.append([t.params for t in sorted(done, key=lambda t: t.user_attrs["tracker:slot"])])
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_trial_that_was_enqueued_and_interrupted_is_tried_again(
+def test_an_enqueued_trial_is_retried_after_an_interruption(
     sampler: str, tracking_uri: str
 ) -> None:
     def objective(trial: Trial) -> float:
@@ -279,7 +279,7 @@ def test_a_trial_that_was_enqueued_and_interrupted_is_tried_again(
 # -- statuses ----------------------------------------------------------------------------------
 
 
-def test_a_pruned_trial_is_killed_and_tagged_and_the_saving_is_told(
+def test_a_pruned_trial_is_killed_and_tagged_and_the_saving_is_shown(
     store: Store, workdir: Path
 ) -> None:
     def objective(trial: Trial) -> float:
@@ -308,7 +308,7 @@ def test_a_pruned_trial_is_killed_and_tagged_and_the_saving_is_told(
     assert "63 of 120" in store.text(parent, "study.html", workdir)
 
 
-def test_nan_fails_the_trial_and_the_study_goes_on(store: Store) -> None:
+def test_nan_fails_the_trial_but_not_the_study(store: Store) -> None:
     study = make(lambda trial: math.nan if trial.number == 0 else 1.0, retries=3).run()
     assert [t.state.name for t in study.trials] == ["FAIL"] + ["COMPLETE"] * 7
     parent, children = family(store)
@@ -318,16 +318,18 @@ def test_nan_fails_the_trial_and_the_study_goes_on(store: Store) -> None:
 
 
 @pytest.mark.parametrize("returned", [None, "low", [1.0, 2.0], torch.ones(3)])
-def test_an_objective_that_returns_no_number_ends_the_study(returned: Any, store: Store) -> None:
+def test_an_objective_that_does_not_return_a_number_ends_the_study(
+    returned: Any, store: Store
+) -> None:
     with pytest.raises(ArgumentError, match="The objective returned"):
         make(lambda trial: returned).run()
     parent, children = family(store)
     assert parent.info.status == "FAILED"
     assert [run.info.status for run in children.values()] == ["FAILED"]
-    assert len(make(loss).run(resume=True).trials) == 9  # nothing is lost by it
+    assert len(make(loss).run(resume=True).trials) == 9  # the mistake does not use up the budget
 
 
-def test_ctrl_c_kills_the_trial_that_runs_and_a_resumed_study_runs_it_again(store: Store) -> None:
+def test_ctrl_c_kills_the_running_trial_and_resuming_retries_it(store: Store) -> None:
     def objective(trial: Trial) -> float:
         if trial.number == 2:
             raise KeyboardInterrupt
@@ -346,7 +348,7 @@ def test_ctrl_c_kills_the_trial_that_runs_and_a_resumed_study_runs_it_again(stor
     assert not parent.data.tags.get("tracker.failure")
 
 
-def test_what_somebody_enqueued_is_scheduled_then_run(store: Store) -> None:
+def test_an_enqueued_trial_is_scheduled_and_then_run(store: Store) -> None:
     make(quadratic, sampler="random", trials=1).run()
     there = Storage()
     optuna.load_study(study_name="study", storage=there.optuna).enqueue_trial({"x": 0.25})
@@ -360,7 +362,7 @@ def test_what_somebody_enqueued_is_scheduled_then_run(store: Store) -> None:
     assert len(children) == 2
 
 
-def test_what_was_enqueued_is_on_top_of_the_budget_also_when_that_grows(tracking_uri: str) -> None:
+def test_enqueued_trials_do_not_count_for_the_budget(tracking_uri: str) -> None:
     study = make(quadratic, sampler="random", trials=2).run()
     study.enqueue_trial({"x": 0.25})
     for trials, complete in ((2, 3), (4, 5)):
@@ -373,7 +375,7 @@ def test_what_was_enqueued_is_on_top_of_the_budget_also_when_that_grows(tracking
 # -- the mirror --------------------------------------------------------------------------------
 
 
-def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> None:
+def test_mirroring_writes_what_is_missing_and_nothing_else(store: Store) -> None:
     def objective(trial: Trial) -> float:
         trial.report(float(trial.number), 1)
         if trial.number in (3, 5):
@@ -394,7 +396,7 @@ def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> Non
     failed = {number for number, run in mended.items() if run.info.status == "FAILED"}
     assert failed == {3, 5}
     assert {run.info.status for run in mended.values()} == {"FINISHED", "FAILED"}
-    for number in failed:  # whoever wrote it
+    for number in failed:  # written by the trial or the mirror
         assert "RuntimeError: no" in mended[number].data.tags["tracker.failure"]
     assert mended[2].data.metrics == children[2].data.metrics
     assert mended[2].data.params == children[2].data.params
@@ -402,7 +404,9 @@ def test_the_mirror_writes_what_is_missing_and_nothing_else(store: Store) -> Non
 
 
 @pytest.mark.slow
-def test_an_offline_study_is_mirrored_whenever_its_runs_are_synced(store: Store) -> None:
+def test_an_offline_study_can_be_mirrored_before_and_after_its_runs_are_synced(
+    store: Store,
+) -> None:
     program = (
         "from tracker import Study\n"
         "Study('study', lambda trial: trial.params['lr'], space={'lr': [1, 2]}, sampler='grid',"
@@ -412,7 +416,9 @@ def test_an_offline_study_is_mirrored_whenever_its_runs_are_synced(store: Store)
     assert store.runs() == []
     storage = Storage()
     record = load(storage, "study")
-    mirror_study(storage, record, None, Path(".tracker"))  # too early: its runs are on their way
+    mirror_study(
+        storage, record, None, Path(".tracker")
+    )  # too early: its runs are still in their journal
     assert main(["sync"]) == 0
     mirror_study(storage, record, None, Path(".tracker"))
     assert mirror_study(storage, record, None, Path(".tracker"))[0] == 0
@@ -425,7 +431,7 @@ def test_an_offline_study_is_mirrored_whenever_its_runs_are_synced(store: Store)
 
 
 def training(trial: Trial, *, stop: dict[int, int] | None = None) -> float:
-    """Train a tiny network for four epochs; `stop` some trials, by number, after an epoch."""
+    """Train a tiny network for four epochs; `stop` holds the last epoch of trials, by number."""
     network = nn.Linear(4, 1)
     inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(
@@ -456,7 +462,7 @@ def training(trial: Trial, *, stop: dict[int, int] | None = None) -> float:
 WEIGHTS: list[torch.Tensor] = []
 
 
-def test_only_the_best_model_is_kept_and_registered_with_its_lineage(store: Store) -> None:
+def test_only_the_best_model_is_kept_and_registered_with_its_origin(store: Store) -> None:
     study = make(
         training,
         space={"lr": [0.0001, 0.1, 0.001]},
@@ -470,14 +476,14 @@ def test_only_the_best_model_is_kept_and_registered_with_its_lineage(store: Stor
     assert version.run_id == children[1].info.run_id
     assert version.tags["optuna.trial"] == "1"
     assert version.tags["tracker.study"] == "study"
-    left = store.client.search_logged_models([parent.info.experiment_id])
-    assert [model.source_run_id for model in left] == [children[1].info.run_id]
+    models = store.client.search_logged_models([parent.info.experiment_id])
+    assert [model.source_run_id for model in models] == [children[1].info.run_id]
     assert len(list((Path("mlruns") / "models").glob("*/artifacts/MLmodel"))) <= 1
     loaded = mlflow.pytorch.load_model("models:/tiny@best")
     assert loaded(torch.ones(2, 4)).shape == (2, 1)
 
 
-def test_a_model_that_is_registered_stays_when_a_better_one_comes(store: Store) -> None:
+def test_a_registered_model_is_kept_when_a_better_one_follows(store: Store) -> None:
     for rates in ([0.00001], [0.00001, 0.1]):
         make(training, space={"lr": rates}, sampler="grid", register="tiny").run(resume=True)
     for version in ("1", "2"):
@@ -487,7 +493,7 @@ def test_a_model_that_is_registered_stays_when_a_better_one_comes(store: Store) 
         )
 
 
-def test_a_trial_that_is_tried_again_goes_on_from_its_checkpoint(store: Store) -> None:
+def test_a_retried_trial_continues_from_its_checkpoint(store: Store) -> None:
     WEIGHTS.clear()
     space = {"lr": [0.01]}
     make(training, space=space, sampler="grid", models="none").run()
@@ -507,10 +513,10 @@ def test_a_trial_that_is_tried_again_goes_on_from_its_checkpoint(store: Store) -
     assert not list(Path(".tracker").glob("checkpoints/*"))
 
 
-def test_a_trial_that_goes_on_from_its_checkpoint_is_pruned_as_if_it_had_not_stopped(
+def test_a_trial_continued_from_its_checkpoint_is_pruned_as_without_interruption(
     store: Store,
 ) -> None:
-    """Its best value is an early one, without which the median is better."""
+    """Its best report is an early one; without it, the pruner would compare another value."""
 
     def objective(trial: Trial) -> float:
         network = nn.Linear(1, 1)
@@ -530,7 +536,7 @@ def test_a_trial_that_goes_on_from_its_checkpoint_is_pruned_as_if_it_had_not_sto
             manager.end_run()
         return value
 
-    found = []
+    results = []
     for stops_at in (-1, 1, 2):
         name = f"stops at {stops_at}"
         study = Study(
@@ -550,11 +556,11 @@ def test_a_trial_that_goes_on_from_its_checkpoint_is_pruned_as_if_it_had_not_sto
         ]
         history = store.history(run, "intermediate_value")
         assert dict(history) == last.intermediate_values
-        found.append((last.state, last.intermediate_values, history))
-    assert found[0] == found[1] == found[2]
+        results.append((last.state, last.intermediate_values, history))
+    assert results[0] == results[1] == results[2]
 
 
-def test_a_replayed_trial_is_the_trial_again(store: Store) -> None:
+def test_replaying_a_trial_repeats_its_training(store: Store) -> None:
     WEIGHTS.clear()
     study = make(training, space={"lr": [0.01, 0.1]}, sampler="grid", models="none")
     first = study.run()
@@ -595,7 +601,7 @@ def test_several_objectives_have_a_pareto_front(store: Store, workdir: Path) -> 
     ]
 
 
-def test_a_trial_that_breaks_a_constraint_is_never_the_best(store: Store) -> None:
+def test_an_infeasible_trial_is_never_the_best(store: Store) -> None:
     def objective(trial: Trial) -> float:
         trial.set_constraint("size", trial.params["size"] - 3)
         return -float(trial.params["size"])
@@ -607,7 +613,7 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best(store: Store) -> Non
     assert children[3].data.metrics["constraint.size"] == 1
 
 
-def test_a_study_begins_with_the_trials_of_another(store: Store) -> None:
+def test_a_study_can_start_with_the_trials_of_another(store: Store) -> None:
     Study("first", loss, space=SPACE, sampler="grid").run()
     second = Study("second", loss, space={**SPACE, "lr": [0.1, 0.5]}, sampler="grid")
     second.warm_start_from_study("first")
@@ -620,7 +626,9 @@ def test_a_study_begins_with_the_trials_of_another(store: Store) -> None:
     assert len(study.get_trials()) == 8
 
 
-def test_a_warm_start_from_nowhere_makes_nothing(workdir: Path, tracking_uri: str) -> None:
+def test_a_warm_start_from_a_missing_store_creates_nothing(
+    workdir: Path, tracking_uri: str
+) -> None:
     study = make(tracking_uri="sqlite:///none.db")
     study.warm_start_from_runs("old", "loss")
     with pytest.raises(StoreError, match=r"none.db' does not exist, and so has not the experiment"):
@@ -628,25 +636,25 @@ def test_a_warm_start_from_nowhere_makes_nothing(workdir: Path, tracking_uri: st
     make().run()
     again = make()
     again.warm_start_from_study("study", "journal:///./studies.journal")
-    with pytest.raises(ArgumentError, match="study='study' cannot begin with its own trials"):
+    with pytest.raises(ArgumentError, match="study='study' cannot start with its own trials"):
         again.run(resume=True)
     assert not (workdir / "none.db").exists()
 
 
-def test_a_study_begins_with_plain_runs_of_an_experiment(store: Store) -> None:
+def test_a_study_can_start_with_runs_of_an_experiment(store: Store) -> None:
     for lr, value in (("0.1", 3.0), ("0.5", 1.0), ("7", 0.0)):
         with start_run(params={"lr": lr, "size": 16, "shuffle": "true"}, experiment="old") as run:
             run.log_metrics({"val_loss": value})
     study = make()
     study.warm_start_from_runs("old", "val_loss")
-    found = study.run()
-    (imported,) = [t for t in found.trials if "tracker:source" in t.user_attrs]
+    result = study.run()
+    (imported,) = [t for t in result.trials if "tracker:source" in t.user_attrs]
     assert imported.params == {"lr": 0.1, "size": 16, "shuffle": True}
     assert imported.value == 3.0
-    assert len(found.trials) == 8
+    assert len(result.trials) == 8
 
 
-def test_a_study_does_not_begin_with_its_own_trials_when_it_is_resumed(store: Store) -> None:
+def test_a_resumed_study_does_not_import_its_own_trials(store: Store) -> None:
     with start_run(params={"x": 0.5}, experiment="Default") as run:
         run.log_metrics({"objective": 1.0})
     for _ in range(2):
@@ -654,47 +662,48 @@ def test_a_study_does_not_begin_with_its_own_trials_when_it_is_resumed(store: St
             "study", quadratic, space={"x": FloatDistribution(-1, 1)}, sampler="random", trials=2
         )
         study.warm_start_from_runs("Default", "objective")
-        found = study.run(resume=True)
-        assert len(found.trials) == 3
+        assert len(study.run(resume=True).trials) == 3
 
 
 # -- mistakes ----------------------------------------------------------------------------------
 
 
-def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: Store) -> None:
+def test_a_password_appears_in_no_message_and_no_store(database: str, store: Store) -> None:
     secret = database.replace("postgres@", "postgres:hunter2@")
     study = make(storage=secret)
     study.run()
-    with pytest.raises(ArgumentError, match="exists in storage") as raised:
+    with pytest.raises(ArgumentError, match="already exists in storage") as raised:
         study.run()
     storage = Storage(database)
     (stored,) = storage.optuna.get_all_studies()
     storage.close()
-    told = [str(raised.value), str(stored.user_attrs)]
-    told += [str(run.to_dictionary()) for run in store.runs()]
-    assert not any("hunter2" in text for text in told)
+    texts = [str(raised.value), str(stored.user_attrs)]
+    texts += [str(run.to_dictionary()) for run in store.runs()]
+    assert not any("hunter2" in text for text in texts)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "annealing"}, "sampler='annealing' is not known; allowed: grid, tpe"),
-        ({"sampler": "tpe"}, "trials is missing; sampler='tpe' never ends"),
+        ({"sampler": "annealing"}, "sampler='annealing' is unknown; allowed: grid, tpe"),
+        ({"sampler": "tpe"}, "trials is required: sampler='tpe' has no natural end"),
         ({"sampler": "tpe", "trials": 0}, "trials=0 is not allowed; it must be at least 1"),
         ({"sampler": "grid"}, "sampler='grid' needs a space"),
         ({"sampler": "grid", "space": {"lr": []}}, r"space\['lr'\] is empty"),
-        ({"sampler": "grid", "space": {"lr": [1, 1]}}, r"space\['lr'\] has the value 1 twice"),
+        ({"sampler": "grid", "space": {"lr": [1, 1]}}, r"space\['lr'\] contains 1 twice"),
         (
             {"sampler": "grid", "space": {"lr": FloatDistribution(0, 1)}},
-            "a grid needs a list or a step",
+            "is continuous; a grid needs a list or a step",
         ),
-        ({"pruner": "luck"}, "pruner='luck' is not known; allowed: none, median, hyperband"),
+        ({"pruner": "luck"}, "pruner='luck' is unknown; allowed: none, median, hyperband"),
         ({"direction": "up"}, "direction='up' is not allowed; it must be minimize or maximize"),
-        ({"metric": ["a", "b"]}, "must name as many as"),
+        ({"direction": ["minimize", 1]}, "direction=1 is not allowed"),
+        ({"direction": []}, "direction is empty; it must be minimize, maximize or a list"),
+        ({"metric": ["a", "b"]}, "must have one name for each of"),
         ({"metric": "loss?"}, r"metric name 'loss\?' is not allowed"),
         (
             {"direction": ["minimize"] * 2, "metric": ["a", "a"]},
-            r"metric=\['a', 'a'\] has the same name twice",
+            r"metric=\['a', 'a'\] contains a name twice",
         ),
         ({"sampler": "grid", "space": {"x:?": [1]}}, r"space name 'x:\?' is not allowed"),
         (
@@ -702,22 +711,25 @@ def test_a_password_is_in_no_message_and_in_neither_store(database: str, store: 
             "one objective",
         ),
         ({"retries": -1}, "retries=-1 is not allowed"),
-        ({"storage": "mysql://x/y"}, "storage='mysql://x/y' is not known; allowed are journal"),
-        ({"storage": "sqlite://"}, "names no file"),
+        ({"storage": "mysql://x/y"}, "storage='mysql://x/y' is not supported; allowed are journal"),
+        ({"storage": "sqlite://"}, "does not name a file"),
         ({"models": "some"}, "models='some' is not allowed; it must be best, all or none"),
-        ({"alias": "best"}, "alias='best' needs the name to register under"),
+        ({"alias": "best"}, "alias='best' needs register=NAME"),
         ({"register": "a/b"}, "register='a/b' is not allowed; it must be a name without / : and '"),
-        ({"register": "a", "alias": "latest"}, "alias='latest' is not allowed; it must be letters"),
+        (
+            {"register": "a", "alias": "latest"},
+            "alias='latest' is not allowed; it must consist of letters",
+        ),
         ({"register": "a", "alias": "v7"}, "alias='v7' is not allowed"),
         ({"register": "a", "models": "none"}, "register='a' needs one best model; models='none'"),
         (
             {"register": "a", "direction": ["minimize"] * 2, "metric": ["a", "b"]},
-            "register='a' needs one best model; there are several",
+            "register='a' needs one best model; it has several",
         ),
-        ({"grace_seconds": 0}, "grace_seconds=0 must be above 0"),
+        ({"grace_seconds": 0}, "grace_seconds=0 is not allowed; it must be > 0"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_makes_nothing(
+def test_a_mistake_is_one_sentence_and_creates_nothing(
     settings: dict[str, Any], message: str, workdir: Path, tracking_uri: str
 ) -> None:
     before = sorted(workdir.iterdir())
@@ -727,45 +739,39 @@ def test_a_mistake_is_one_sentence_and_makes_nothing(
     assert sorted(workdir.iterdir()) == before
 
 
-def test_a_worker_s_number_and_objective_are_checked(workdir: Path, tracking_uri: str) -> None:
+def test_workers_and_their_objective_are_checked(workdir: Path, tracking_uri: str) -> None:
     before = sorted(workdir.iterdir())
     with pytest.raises(ArgumentError, match="workers=0 is not allowed; it must be at least 1"):
         make().run(workers=0)
-    with pytest.raises(ArgumentError, match="it must be a function at the top of a module"):
+    with pytest.raises(ArgumentError, match="it must be a function at the top level of a module"):
         make(lambda trial: 1.0).run(workers=2)
     assert sorted(workdir.iterdir()) == before
 
 
-def test_a_study_that_exists_is_gone_on_with_only_when_asked(tracking_uri: str) -> None:
-    make().run()
-    with pytest.raises(ArgumentError, match="study='study' exists in storage"):
-        make().run()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_an_existing_study_is_resumed_only_on_request_and_with_its_settings(
+    tracking_uri: str,
+) -> None:
+    stored = {"space": SPACE, "sampler": "grid", "fixed": {"data": "digits"}}
+    study = make(**stored).run()
+    with pytest.raises(ArgumentError, match="study='study' already exists in storage"):
+        make(**stored).run()
+    for changed, message in (
         ({"space": {**SPACE, "lr": [0.3]}}, "another space: 'lr' was .* and is now"),
         ({"space": {"lr": [0.1, 0.01]}}, "another space: 'size' is missing"),
         ({"space": {**SPACE, "new": [1]}}, "another space: 'new' is new"),
         ({"seed": 5}, "has seed=0, not 5"),
         ({"sampler": "random", "trials": 5}, "has sampler='grid', not 'random'"),
         ({"direction": "maximize"}, "has directions="),
-        ({"fixed": {"data": "mnist"}}, "has data='digits', not 'mnist'; it goes on as it was"),
+        ({"experiment": "other"}, "has experiment=None, not 'other'"),
+        ({"fixed": {"data": "mnist"}}, "has data='digits', not 'mnist'; resume it with the stored"),
         ({"fixed": {}}, "has data='digits', not .not given."),
-    ],
-)
-def test_a_study_that_differs_from_the_stored_one_says_how(
-    settings: dict[str, Any], message: str, tracking_uri: str
-) -> None:
-    common = {"space": SPACE, "sampler": "grid", "fixed": {"data": "digits"}}
-    study = make(**common).run()
-    with pytest.raises(ArgumentError, match=message):
-        make(**common | settings).run(resume=True)
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            make(**stored | changed).run(resume=True)
     assert len(study.get_trials()) == 8
 
 
-def test_a_range_that_cannot_be_ends_the_study_with_a_sentence(tracking_uri: str) -> None:
+def test_an_invalid_range_ends_the_study(tracking_uri: str) -> None:
     for objective in (
         lambda trial: trial.suggest_float("lr", 1.0, 0.1),
         lambda trial: trial.suggest_float("lr", 0.0, 0.1, log=True),
@@ -776,16 +782,16 @@ def test_a_range_that_cannot_be_ends_the_study_with_a_sentence(tracking_uri: str
             Study("bad", objective, sampler="random", trials=2).run(resume=True)
 
 
-def test_what_the_space_gave_is_not_suggested_from_another_range(tracking_uri: str) -> None:
+def test_a_value_of_the_space_must_lie_in_the_suggested_range(tracking_uri: str) -> None:
     def narrower(trial: Trial) -> float:
         return trial.suggest_float("x", 0.0, 0.2) + trial.suggest_float("x", 0.0, 0.05)
 
     study = Study("study", narrower, space={"x": [0.1]}, sampler="grid")
-    with pytest.raises(ArgumentError, match=r"'x' is 0\.1 already, which is not of Float"):
+    with pytest.raises(ArgumentError, match=r"'x' is already 0\.1, which is not in Float"):
         study.run()
 
 
-def test_a_store_that_cannot_be_opened_makes_no_study(workdir: Path) -> None:
+def test_an_unusable_store_creates_no_study(workdir: Path) -> None:
     with pytest.raises(StoreError, match="tracking_uri"):
         make(tracking_uri="nonsense://x").run()
     (workdir / "folder").mkdir()

@@ -39,9 +39,13 @@ def mistake_files(
     """Return the confusion matrix and the worst mistakes; see `Run.log_mistakes`."""
     mistakes = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
     files = {
-        "mistakes/confusion.csv": mistakes.confusion.to_csv().encode(),
-        "mistakes/worst.csv": mistakes.worst.to_csv(index=False).encode(),
+        "mistakes/confusion.csv": _encoded(mistakes.confusion.to_csv()),
+        "mistakes/worst.csv": _encoded(mistakes.worst.to_csv(index=False)),
         "mistakes/confusion.png": confusion_picture(mistakes.confusion),
         "mistakes/worst.png": worst_picture(mistakes),
     }
     return {path: content for path, content in files.items() if content is not None}
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import shutil
@@ -68,6 +69,7 @@ class JournalWriter:
         self._held: list[_Row] = []  # encoded, and not on disk yet
         self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
         self._warned: set[str] = set()
+        self._nonfinite: set[tuple[str, str]] = set()  # run and metric, already warned about
         self._closed = False
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -178,13 +180,13 @@ class JournalWriter:
         ):
             if are_points:
                 points = [body for *_, body in group if isinstance(body, Point)]
-                metrics = Metrics(self._read_points(points))
+                metrics = Metrics(self._read_points(run, points))
                 rows.append((run, points[0].time, metrics.kind, encode(metrics)))
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows
 
-    def _read_points(self, points: list[Point]) -> list[tuple[str, float, int, int]]:
+    def _read_points(self, run: str, points: list[Point]) -> list[tuple[str, float, int, int]]:
         """Read the values of points; those that cannot be read are counted as lost."""
         values, problem = _read_values([point.value for point in points])
         if problem is not None:
@@ -194,8 +196,17 @@ class JournalWriter:
             for point, value in zip(points, values, strict=True)
             if value is not None
         ]
+        self._warn_nonfinite(run, read)
         self.lost += len(points) - len(read)
         return read
+
+    def _warn_nonfinite(self, run: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+        """Warn about NaN and infinity once per name: here, as values on a device are read here."""
+        for name, value, step, _ in points:
+            if not math.isfinite(value) and (run, name) not in self._nonfinite:
+                self._nonfinite.add((run, name))
+                stored = "" if math.isnan(value) else " (MLflow shows infinity as 1.797e+308)"
+                logger.warning("%s is %s at step %d%s.", name, value, step, stored)
 
     def _write_held(self, db: sqlite3.Connection | None) -> sqlite3.Connection | None:
         """Write the held rows; a disk that is full or gone is tried again at the next turn."""

@@ -16,8 +16,8 @@ from tracker.redaction import MASK
 from tracker.search.keeper import SETTLE_SECONDS, deliver_leftovers
 from tracker.search.leases import GRACE_SECONDS, PREFIX, Leases, active_searches, grace_of
 from tracker.search.plan import SEARCH
+from tracker.search.reap import reap
 from tracker.search.record import Record, load
-from tracker.search.session import reap
 from tracker.search.storage import Storage
 from tracker.validation import DIRECTORY
 

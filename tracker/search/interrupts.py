@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while a study runs: the first ends the running trials cleanly."""
+"""Ctrl-C and SIGTERM while a study runs: the first one ends the running trials cleanly.
+
+`delivery/signals.py` only records SIGTERM; a study also has to survive it for a while.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,7 @@ from tracker.delivery.signals import is_default
 
 @contextmanager
 def block_signals(*signals: signal.Signals) -> Iterator[None]:
-    """A process that is started within it is not told of `signals`, before it can say so itself.
-
-    It inherits that they are blocked. Here they wait until it is started.
-    """
+    """Block `signals`, also in processes that are started here until they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -26,25 +26,27 @@ def block_signals(*signals: signal.Signals) -> Iterator[None]:
 
 
 class Interrupts:
-    """Counts the signals that ask a study to end, and raises KeyboardInterrupt where it may.
+    """Counts the signals that ask a study to end, and raises KeyboardInterrupt for them.
 
-    That is within an objective, and not while it talks to the storage. The second signal raises
-    wherever it finds the program. Outside the main thread, and for signals that the program
-    handles or ignores itself, nothing is done.
+    The first one raises only inside an objective that is not accessing the storage; the second one
+    raises anywhere. Signals that the program handles or ignores itself are left alone, and so are
+    all signals outside the main thread.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
+        """`say` shows a message to the user."""
         self.count = 0
         self.name = ""
+        """The name of the latest signal."""
         self._say = say
-        self._before: dict[signal.Signals, Any] = {}
-        self._open = self._shielded = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._in_objective = self._shielded = False
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if is_default(number):
-                    self._before[number] = signal.signal(number, self._interrupt)
+                    self._previous[number] = signal.signal(number, self._interrupt)
         return self
 
     def __exit__(
@@ -53,38 +55,37 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.name = signal.Signals(number).name
         if self.count == 1:
-            self._say("Stopping: running trials end first; once more to stop at once.")
-        if self.count > 1 or (self._open and not self._shielded):
+            self._say("Stopping after the running trials; press Ctrl-C again to stop at once.")
+        if self.count > 1 or (self._in_objective and not self._shielded):
             raise KeyboardInterrupt(self.name)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Within it the signals raise, and one that came before does at once."""
-        self._open = True
+        """Let signals raise in this block, including an earlier one."""
+        self._in_objective = True
         try:
-            self.check()
+            self._raise_pending()
             yield
         finally:
-            self._open = False
+            self._in_objective = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Within it they wait."""
+        """Delay a first signal until the end of this block."""
         self._shielded = True
         try:
             yield
         finally:
             self._shielded = False
-        self.check()
+        self._raise_pending()
 
-    def check(self) -> None:
-        """Raise for a signal that came meanwhile."""
-        if self.count and self._open:
+    def _raise_pending(self) -> None:
+        if self.count and self._in_objective:
             raise KeyboardInterrupt(self.name)

@@ -28,8 +28,8 @@ from tracker.journal.reader import OFFLINE
 from tracker.redaction import public_uri
 from tracker.search.interrupts import block_signals
 from tracker.search.leases import BEATS, Leases, active_searches
+from tracker.search.reap import reap
 from tracker.search.record import load
-from tracker.search.session import reap
 from tracker.search.storage import Storage
 
 if TYPE_CHECKING:

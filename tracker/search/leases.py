@@ -1,8 +1,8 @@
-"""Which searches live: each shows a beat in the study's attributes, and the others watch it.
+"""Which searches are alive: each one stores a heartbeat in the study's attributes.
 
-Nobody compares clocks: a search is lost when its beat did not change for its own grace period,
-which it shows too, or that of who watches, whichever is longer. One of the same machine is lost as
-soon as its process is gone.
+No clocks are compared. A search counts as lost when its beat has not changed for a grace period on
+the observer's own clock: the longer of the two searches' periods. On the same machine it is also
+lost as soon as its process has ended.
 """
 
 from __future__ import annotations
@@ -18,77 +18,81 @@ import psutil
 
 PREFIX = "tracker:search:"
 GRACE_SECONDS = 60.0
-BEATS = 6  # in a grace period
+BEATS = 6
+"""Beats per grace period."""
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from any other, on this machine and elsewhere."""
+    """Identify this process among those of all machines."""
     return {"place": _place(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def _place() -> str:
-    """The machine since it was started, and the container: within one, a pid means something."""
-    boot, names = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    """The boot of this machine and the container: where a process id is unambiguous."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     parts = [socket.gethostname()]
     if boot.exists():
-        parts += [boot.read_text().strip(), os.readlink(names)]
+        parts += [boot.read_text().strip(), os.readlink(namespace)]
     return " ".join(parts)
 
 
 class Leases:
-    """Tells the searches that live from those that do not."""
+    """Tells live searches from dead ones."""
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Create an observer that has seen no beats.
+
+        Args:
+            grace: The observer's own grace period, in seconds.
+            clock: A monotonic clock, in seconds.
+        """
         self._grace, self._clock = grace, clock
-        self._seen: dict[str, tuple[Any, float]] = {}
+        self._last_beats: dict[str, tuple[Any, float]] = {}
 
     def forget(self) -> None:
-        """The storage did not answer: what was not seen meanwhile says nothing."""
-        self._seen.clear()
+        """Restart all grace periods, since no search can store a beat during an outage."""
+        self._last_beats.clear()
 
     def lives(self, search: str, attrs: Mapping[str, Any]) -> bool:
-        """Whether `search` lives, by the study's `attrs` of now."""
+        """Whether `search` is alive according to `attrs`, the study's current attributes."""
         info = attrs.get(f"{PREFIX}{search}")
         if info is None or "left" in info:
             return False
-        if info["place"] == _place() and not _runs(info["pid"], info["started"]):
+        if info["place"] == _place() and not _is_running(info["pid"], info["started"]):
             return False
         now = self._clock()
-        beat, since = self._seen.get(search, (None, now))
+        beat, since = self._last_beats.get(search, (None, now))
         if beat != info["beat"]:
-            self._seen[search] = (info["beat"], now)
+            self._last_beats[search] = (info["beat"], now)
             return True
         return now - since <= max(self._grace, grace_of(info))
 
 
 def grace_of(info: Mapping[str, Any]) -> float:
-    """The grace period that a search has shown."""
+    """Return the grace period that a search has stored, in seconds."""
     return float(info.get("grace", 0.0))
 
 
-def _runs(pid: int, started: float) -> bool:
+def _is_running(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
-        alike = abs(process.create_time() - started) < 1.0
-        return bool(alike and process.status() != psutil.STATUS_ZOMBIE)
+        same = abs(process.create_time() - started) < 1.0
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
+def searches(attrs: Mapping[str, Any]) -> list[str]:
+    """Return all searches that ever took part in the study, in no particular order."""
+    return [name.removeprefix(PREFIX) for name in attrs if name.startswith(PREFIX)]
+
+
 def active_searches(attrs: Mapping[str, Any]) -> set[str]:
-    """The searches that have not said that they end."""
-    return {
-        search
-        for search in searches(attrs)
-        if (info := attrs[f"{PREFIX}{search}"]) is not None and "left" not in info
-    }
+    """Return the searches that have not left."""
+    infos = {search: attrs[f"{PREFIX}{search}"] for search in searches(attrs)}
+    return {search for search, info in infos.items() if info is not None and "left" not in info}
 
 
 def was_here(search: str, attrs: Mapping[str, Any]) -> bool:
     """Whether a search ran on this machine."""
     return (attrs.get(f"{PREFIX}{search}") or {}).get("place") == _place()
-
-
-def searches(attrs: Mapping[str, Any]) -> list[str]:
-    """The searches that ever were, in no order."""
-    return [name.removeprefix(PREFIX) for name in attrs if name.startswith(PREFIX)]

@@ -30,8 +30,6 @@ from tracker.search.leases import PREFIX, Leases, searches
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
 from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
-from tracker.search.session import budget
-from tracker.search.space import grid, identity
 from tracker.search.storage import Storage
 from tracker.search.tables import INTERMEDIATE, objectives, rows, saved
 from tracker.statuses import Status
@@ -403,12 +401,9 @@ def status_of_study(
         trials: All its trials.
         attrs: Its user attributes, which say how each search ended.
     """
-    points = grid(study.spaces) if study.sampler == "grid" else None
-    total = budget(study, points)
-    slots = {identity(p): n for n, p in enumerate(points)} if points is not None else None
-    plan = Plan(study.retries, slots)
+    plan = Plan.of(study)
     plan.observe(trials)
-    if plan.finished(total) == total:
+    if plan.is_finished:
         return "FINISHED", None
     ends = [attrs[f"{PREFIX}{search}"] for search in searches(attrs)]
     last: Mapping[str, Any] = max(

@@ -1,28 +1,35 @@
-"""A study as it goes by: one bar, one line a trial; silence where nobody watches."""
+"""A study's progress on a terminal: a bar, and a line for each trial; silent elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from tracker.search.plan import ENDED
+from tracker.search.best import best_trials
+from tracker.search.plan import ENDED, Plan
 from tracker.search.record import Record
-from tracker.search.session import feasible
 
 
 class Progress:
-    """The bar of one search."""
+    """The progress bar of one search."""
 
-    def __init__(self, record: Record, total: int, finished: int) -> None:
-        self._record = record
-        self._best: float | None = None
+    def __init__(self, record: Record, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
+        """Show the bar.
+
+        Args:
+            record: The study.
+            plan: Its plan, which is kept up to date by the search.
+            trials: Those that existed before.
+        """
+        self._record, self._plan = record, plan
+        self._best = next(iter(best_trials(trials, record.directions)), None)
         self._bar = tqdm(
-            total=total,
-            initial=finished,
+            total=plan.total,
+            initial=plan.finished(),
             desc=record.name,
             unit="trial",
             disable=None,
@@ -30,37 +37,30 @@ class Progress:
             file=sys.stderr,
         )
 
-    def known(self, trial: FrozenTrial) -> None:
-        """A trial that ended before."""
-        if trial.state == TrialState.COMPLETE and len(trial.values) == 1 and feasible(trial):
-            value = trial.values[0]
-            down = self._record.directions[0] == "minimize"
-            if self._best is None or (value < self._best if down else value > self._best):
-                self._best = value
-
-    def ended(self, trial: FrozenTrial, finished: int) -> None:
-        """A trial ended; `finished` of the study's are done."""
-        self.known(trial)
+    def trial_ended(self, trial: FrozenTrial, is_best: bool) -> None:
+        """Show a trial that ended, and whether it is the best so far."""
+        self._best = trial if is_best else self._best
         if self._bar.disable:
             return
-        self._bar.write(line(self._record, trial), file=sys.stderr)
-        self._bar.n = finished
-        if self._best is not None:
-            self._bar.set_postfix_str(f"best {self._record.metrics[0]} {self._best:.5g}")
+        self.say(line(self._record, trial))
+        self._bar.n = self._plan.finished()
+        if self._best is not None and not self._record.is_multi_objective:
+            value = f"{self._best.values[0]:.5g}"
+            self._bar.set_postfix_str(f"best {self._record.metrics[0]} {value}")
         self._bar.refresh()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Show a line above the bar."""
         if not self._bar.disable:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """The bar stays where it is."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 
 def line(record: Record, trial: FrozenTrial) -> str:
-    """One line that tells of an ended trial."""
+    """Describe an ended trial in one line."""
     parts = [f"trial {trial.number:>3}", f"{trial.state.name.lower():<8}"]
     if trial.state == TrialState.COMPLETE:
         named = zip(record.metrics, trial.values, strict=True)
@@ -69,11 +69,10 @@ def line(record: Record, trial: FrozenTrial) -> str:
         parts.append(f"after {trial.last_step} steps")
     parts.append(" ".join(f"{name}={_short(value)}" for name, value in trial.params.items()))
     if trial.datetime_start and trial.datetime_complete:
-        took = (trial.datetime_complete - trial.datetime_start).total_seconds()
-        parts.append(f"{took:.1f} s")
+        seconds = (trial.datetime_complete - trial.datetime_start).total_seconds()
+        parts.append(f"{seconds:.1f} s")
     ended: Mapping[str, Any] = trial.user_attrs.get(ENDED, {})
-    if reason := (ended.get("reason") or "").partition("\n")[0]:
-        parts.append(reason)
+    parts.append((ended.get("reason") or "").partition("\n")[0])
     return "  ".join(part for part in parts if part)
 
 

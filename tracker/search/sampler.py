@@ -1,8 +1,8 @@
 """Samplers and pruners by name, and the seeds of a slot.
 
-Each trial gets a sampler of its own, seeded by the study's seed and the trial's slot. So what is
-suggested follows from the two, and from the trials before it where the sampler learns from them;
-not from who asks, or what was interrupted.
+Each trial gets a fresh sampler, seeded by the study's seed and the trial's slot. Suggestions follow
+from these two and, for samplers that learn, from earlier trials. They do not depend on which
+process asks, or on interruptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -28,7 +28,7 @@ SAMPLERS = ("grid", "tpe", "random", "gp", "cmaes", "qmc")
 PRUNERS = ("none", "median", "hyperband")
 
 _DIMENSIONS = 64
-_CHUNK = 256
+_CHUNK = 256  # points of the quasi-random sequence that are computed at once
 
 
 def sampler(
@@ -39,53 +39,69 @@ def sampler(
     several: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> BaseSampler:
-    """The sampler `name` for one slot of a study; `several` objectives, or one.
+    """Return the sampler for one slot of a study.
 
-    A grid's points are given to it, so it samples only what the objective suggests besides. `known`
-    is what an earlier attempt at the slot had: it has the same again.
+    Args:
+        name: One of `SAMPLERS`. A grid's points are given to the trial, so its sampler is only
+            asked for what the objective suggests besides.
+        seed: The study's seed.
+        slot: The slot's number.
+        several: Whether the study has several objectives.
+        known: Values suggested to earlier trials of the slot, which are suggested again.
+
+    Raises:
+        ArgumentError: The sampler is unknown, or takes one objective only.
     """
-    own = suggestion_seed(seed, slot)
-    make: dict[str, Callable[[], BaseSampler]] = {
-        "grid": lambda: optuna.samplers.RandomSampler(seed=own),
-        "random": lambda: optuna.samplers.RandomSampler(seed=own),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=own),
-        "gp": lambda: optuna.samplers.GPSampler(seed=own),
-        "cmaes": lambda: _CmaEs(own, slot),
+    own_seed = suggestion_seed(seed, slot)
+    factories: dict[str, Callable[[], BaseSampler]] = {
+        "grid": lambda: optuna.samplers.RandomSampler(seed=own_seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=own_seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=own_seed),
+        "gp": lambda: optuna.samplers.GPSampler(seed=own_seed),
+        "cmaes": lambda: _CmaEsSampler(own_seed, slot),
         "qmc": lambda: QuasiRandomSampler(seed, slot),
     }
-    if name not in make:
-        raise ArgumentError(f"sampler={name!r} is not known; allowed: {', '.join(SAMPLERS)}.")
+    if name not in factories:
+        raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
     if name == "cmaes" and several:
         raise ArgumentError("sampler='cmaes' takes one objective; tpe and gp take several.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        made = make[name]()
-    return _ReplaySampler(made, known) if known else made
+        fresh = factories[name]()
+    return _ReplaySampler(fresh, known) if known else fresh
 
 
 def pruner(name: str, steps: int | None) -> BasePruner:
-    """The pruner `name`, where a whole trial reports at the `steps` 1, 2, …; None is not known."""
+    """Return a pruner.
+
+    Args:
+        name: One of `PRUNERS`.
+        steps: The last step of a trial that is not pruned; None if unknown.
+
+    Raises:
+        ArgumentError: The pruner is unknown.
+    """
     if name == "none":
         return optuna.pruners.NopPruner()
     if name == "median":
         return optuna.pruners.MedianPruner()
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(max_resource="auto" if steps is None else steps)
-    raise ArgumentError(f"pruner={name!r} is not known; allowed: {', '.join(PRUNERS)}.")
+    raise ArgumentError(f"pruner={name!r} is unknown; allowed: {', '.join(PRUNERS)}.")
 
 
 def suggestion_seed(seed: int, slot: int) -> int:
-    """The seed of a slot's sampler, below 2**32."""
+    """Return the seed of a slot's sampler, below 2**32."""
     return int(np.random.SeedSequence([seed, slot, 0]).generate_state(1)[0])
 
 
 def training_seed(seed: int, slot: int) -> int:
-    """The seed of a slot's training, below 2**32."""
+    """Return the seed of a slot's training, below 2**32."""
     return int(np.random.SeedSequence([seed, slot, 1]).generate_state(1)[0])
 
 
-class _CmaEs(optuna.samplers.CmaEsSampler):
-    """Optuna's seeds each trial by its number, which is another one after an interruption."""
+class _CmaEsSampler(optuna.samplers.CmaEsSampler):
+    """CMA-ES seeded by slot: Optuna uses the trial's number, which an interruption changes."""
 
     def __init__(self, seed: int, slot: int) -> None:
         super().__init__(seed=seed, warn_independent_sampling=False)
@@ -94,17 +110,16 @@ class _CmaEs(optuna.samplers.CmaEsSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The same for every trial of a slot, if those that ended before are the same."""
         trial = copy.copy(trial)
         trial.number = self._slot
         return super().sample_relative(study, trial, search_space)
 
 
 class _ReplaySampler(BaseSampler):
-    """Gives what an earlier attempt had, which its checkpoint belongs to, and samples the rest.
+    """Repeats the values of an earlier attempt, which its checkpoint needs, and samples the rest.
 
-    What is known is drawn all the same: a random state, or what CMA-ES stores with a trial, is
-    then as it would have been.
+    Known values are sampled too, and discarded: random states, and what CMA-ES stores with the
+    trial, then stay the same as without the interruption.
     """
 
     def __init__(self, sampler: BaseSampler, known: Mapping[str, Any]) -> None:
@@ -130,8 +145,8 @@ class _ReplaySampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        drawn = self._sampler.sample_relative(study, trial, search_space)
-        return {name: self._known.get(name, value) for name, value in drawn.items()}
+        sampled = self._sampler.sample_relative(study, trial, search_space)
+        return {name: self._known.get(name, value) for name, value in sampled.items()}
 
     def sample_independent(
         self,
@@ -140,33 +155,22 @@ class _ReplaySampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        drawn = self._sampler.sample_independent(study, trial, param_name, param_distribution)
-        return self._known.get(param_name, drawn)
+        sampled = self._sampler.sample_independent(study, trial, param_name, param_distribution)
+        return self._known.get(param_name, sampled)
 
 
-class QuasiRandomSampler(BaseSampler):
-    """Slot k is the k-th point of a scrambled Sobol sequence, whoever asks and in what order.
+class QuasiRandomSampler(optuna.samplers.RandomSampler):
+    """Slot k is the k-th point of a scrambled Sobol sequence, whatever the order of the trials.
 
-    The i-th hyperparameter that a trial suggests takes the i-th coordinate, so that a space that
-    is defined by running works too. Optuna's own counts its points in the storage, where two
-    workers take the same one, and draws the first trials at random. Source: A. Owen, "Scrambling
-    Sobol' and Niederreiter-Xing points", 1998, as scipy.stats.qmc has it.
+    The i-th hyperparameter that a trial suggests takes the i-th coordinate, so define-by-run spaces
+    work too. Optuna's own sampler counts its points in the storage, where two workers can get the
+    same one, and draws the first trials at random. Source: A. Owen, "Scrambling Sobol' and
+    Niederreiter-Xing points", 1998, as implemented by scipy.stats.qmc.
     """
 
     def __init__(self, seed: int, slot: int) -> None:
+        super().__init__(suggestion_seed(seed, slot))
         self._seed, self._slot = seed, slot
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Nothing is sampled together."""
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Nothing is sampled together."""
-        return {}
 
     def sample_independent(
         self,
@@ -175,32 +179,29 @@ class QuasiRandomSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """The value at this trial's point of the sequence."""
+        """Return the value at this slot's point of the sequence."""
         dimension = len(trial.params)
         if dimension >= _DIMENSIONS:
             raise ArgumentError(f"sampler='qmc' takes at most {_DIMENSIONS} hyperparameters.")
-        where = _sobol(self._seed, self._slot // _CHUNK)[self._slot % _CHUNK, dimension]
-        return value_at(param_distribution, float(where))
+        share = _sobol(self._seed, self._slot // _CHUNK)[self._slot % _CHUNK, dimension]
+        return value_at(param_distribution, float(share))
 
 
-def value_at(distribution: BaseDistribution, where: float) -> Any:
-    """The value of `distribution` at a share `where` of it, from 0 up to but without 1."""
+def value_at(distribution: Any, share: float) -> Any:
+    """Return the value at `share` of a distribution's range, with 0 <= share < 1."""
     if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[int(where * len(distribution.choices))]
-    low, high = float(getattr(distribution, "low")), float(getattr(distribution, "high"))  # noqa: B009
-    step = getattr(distribution, "step", None)
-    log = bool(getattr(distribution, "log", False))
-    whole = isinstance(distribution, optuna.distributions.IntDistribution)
-    if log:
-        ends = (low - 0.5, high + 0.5) if whole else (low, high)
-        value = float(np.exp(np.log(ends[0]) + where * (np.log(ends[1]) - np.log(ends[0]))))
-        value = min(max(value, low), high)
-        return min(max(round(value), int(low)), int(high)) if whole else value
+        return distribution.choices[int(share * len(distribution.choices))]
+    low, high, step = distribution.low, distribution.high, distribution.step
+    is_int = isinstance(distribution, IntDistribution)
+    if distribution.log:
+        start, end = np.log([low - 0.5, high + 0.5] if is_int else [low, high])
+        value = float(np.exp(start + share * (end - start)))
+        return min(max(round(value) if is_int else value, low), high)
     if step is not None:
         count = round((high - low) / step) + 1
-        exact = Decimal(str(low)) + int(where * count) * Decimal(str(step))  # 0.1 + 2 * 0.1 is 0.3
-        return int(exact) if whole else float(exact)
-    return min(max((1.0 - where) * low + where * high, low), high)
+        exact = Decimal(str(low)) + int(share * count) * Decimal(str(step))  # 0.1 + 2 * 0.1 is 0.3
+        return int(exact) if is_int else float(exact)
+    return min(max((1.0 - share) * low + share * high, low), high)
 
 
 @lru_cache(maxsize=4)
@@ -211,16 +212,3 @@ def _sobol(seed: int, chunk: int) -> Any:
     if chunk:
         sequence.fast_forward(chunk * _CHUNK)
     return sequence.random(_CHUNK)
-
-
-def directions(given: str | Sequence[str]) -> list[str]:
-    """`minimize` and `maximize`, one or several; ArgumentError for anything else."""
-    several = [given] if isinstance(given, str) else list(given)
-    for direction in several:
-        if direction not in ("minimize", "maximize"):
-            raise ArgumentError(
-                f"direction={direction!r} is not allowed; it must be minimize or maximize."
-            )
-    if not several:
-        raise ArgumentError("direction is empty; it must be minimize, maximize or a list of them.")
-    return several

@@ -1,7 +1,7 @@
-"""One search: takes trials from the study, answers their questions, and says how they ended.
+"""One search: takes trials from a study, answers their requests and stores how they ended.
 
-All that touches the storage goes through here, in the one process that runs the search; its
-workers ask over pipes. Several searches, on several machines, share the storage.
+All access to the storage goes through here, in the one process that runs the search; its workers
+send requests over pipes. Several searches, also on several machines, can share a storage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -18,26 +18,28 @@ import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
-    FloatDistribution,
     IntDistribution,
+    json_to_distribution,
 )
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.errors import ArgumentError, TrackerError
 from tracker.search import sampler as samplers
-from tracker.search.leases import BEATS, PREFIX, Leases, active_searches, this_process
-from tracker.search.plan import ENDED, MOST_DEATHS, SEARCH, SLOT, Plan, Why
+from tracker.search.best import best_trials
+from tracker.search.channel import Ended, Task, TrialLostError, Verdict
+from tracker.search.leases import BEATS, PREFIX, Leases, this_process
+from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, Plan
+from tracker.search.reap import LOST, store_failure
 from tracker.search.record import Record
-from tracker.search.space import Space, distributions, grid, identity
+from tracker.search.space import distributions
 from tracker.search.storage import LOCK_SECONDS, Storage
 from tracker.statuses import Status
 
-_HOLD_SECONDS = 2.0  # after a storage did not answer, before it is asked again on the way
-
 QUEUED = 1_000_000
-"""The first slot of trials that somebody enqueued with Optuna: they are on top of the budget."""
+"""The first slot of trials that were enqueued with Optuna: they do not count for the budget."""
+
+_HOLD_SECONDS = 2.0  # after a failed request; until then reports are only queued
 
 logger = logging.getLogger(__name__)
 
@@ -45,158 +47,93 @@ Answer = Literal["wait", "done"]
 T = TypeVar("T")
 
 
-class TrialLostError(TrackerError):
-    """The trial was given up meanwhile: its process was silent for too long."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A trial to run."""
-
-    number: int
-    """Optuna's number of the trial."""
-    slot: int
-    """Its place in the study, which its seeds follow from."""
-    seed: int
-    """The seed of its training."""
-    key: str
-    """The key of its run."""
-    params: Mapping[str, Any]
-    """What is suggested already: all of the declared space."""
-    queued: bool = False
-    """Whether it waited in the storage, and may have a run."""
-    reported: Mapping[int, float] = field(default_factory=dict)
-    """What earlier attempts reported, by step."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a trial ended."""
-
-    state: Literal["COMPLETE", "PRUNED", "FAIL"]
-    values: Sequence[float] | None = None
-    why: Why | None = None
-    """Of a trial that FAILed."""
-    status: Status = "FINISHED"
-    """The status of its run."""
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the study makes of an ended trial."""
-
-    accepted: bool
-    """Whether it counts; not so for one that was given up before."""
-    best: bool = False
-    """Whether it is the best so far, or one of the best where there are several objectives."""
-    again: bool = False
-    """Whether its slot is tried again."""
-
-
 @dataclass
-class _Live:
+class _Running:
     task: Task
     trial: optuna.Trial
-    outbox: deque[tuple[int, float]] = field(default_factory=deque)
+    reports: deque[tuple[int, float]] = field(default_factory=deque)
+    """Steps and values that are not stored yet."""
 
 
 class Search:
-    """Takes part in a study until it is done. Not for several threads but where it says so."""
+    """Takes part in a study until it is done. Only `beat` may be called from another thread."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        record: Record,
-        *,
-        grace: float,
-    ) -> None:
-        """`grace` is how long another search may be silent, in seconds."""
-        self.on_end: Callable[[FrozenTrial], None] = lambda trial: None
-        """Told of each trial's end."""
+    def __init__(self, storage: Storage, record: Record, *, grace: float) -> None:
+        """Prepare a search; `enter` makes it visible to others.
+
+        Args:
+            storage: The storage of the study.
+            record: The study.
+            grace: How long another search may be silent before it counts as lost, in seconds.
+        """
+        self.on_end: Callable[[FrozenTrial, bool], None] = lambda trial, is_best: None
+        """Called with each trial that ends, and whether it is the best so far."""
         self.stopping: Callable[[], bool] = lambda: False
-        """Whether to wait no longer for a storage that does not answer."""
+        """Whether to stop waiting for a storage that does not answer."""
         self.id = uuid.uuid4().hex[:8]
-        self.storage = storage
-        self.record = record
-        self.grace = grace
+        self.storage, self.record, self.grace = storage, record, grace
+        self.plan = Plan.of(record)
+        space = record.spaces[-1] if record.spaces else {}
+        self._distributions = distributions(space, grid=self.plan.points is not None)
         self._optuna = storage.optuna
-        self._study_id = record.study_id
-        spaces = record.spaces
-        self._space: Space | None = spaces[-1] if spaces else None
-        is_grid = record.sampler == "grid"
-        self._points = grid(spaces) if is_grid else None
-        self.total = budget(record, self._points)
-        """How many slots the study has."""
-        self._distributions = distributions(self._space or {}, grid=is_grid)
-        self.plan = Plan(record.retries, _slots(self._points))
         self._leases = Leases(grace)
-        self._live: dict[int, _Live] = {}
-        self._silent_until = 0.0
+        self._running: dict[int, _Running] = {}
+        self._hold_until = 0.0
         self._beats = 0
         self._next_beat = 0.0
-        self._me = this_process()
-        self._directions = [StudyDirection[d.upper()] for d in record.directions]
+        self._process = this_process()
 
-    # -- taking trials ---------------------------------------------------------------------
+    # -- taking trials -----------------------------------------------------------------------------
 
     def claim(self) -> Task | Answer:
-        """The next trial to run; `wait` while others run the last ones, `done` after that."""
-
-        def claim() -> Task | Answer:
-            try:
-                return self._claim()
-            except UpdateFinishedTrialError:  # we were stopped, and somebody else has ended it
-                return "wait"
-            except Exception as error:
-                if self.storage.unreachable(error):
-                    self._leases.forget()
-                raise
-
-        return self._patiently(claim)
+        """Take the next trial; "wait" while others run the last ones, "done" after that."""
+        try:
+            return self._patiently(self._claim)
+        except UpdateFinishedTrialError:  # this process was suspended, and another ended the trial
+            return "wait"
 
     def _claim(self) -> Task | Answer:
         began = time.monotonic()
         with self.storage.lock():
-            trials = self._reap(self._trials())
-            slot = self.plan.again(QUEUED)
-            if slot is None and (waiting := self._waiting(trials)) is not None:
+            trials = self._fail_lost_trials(self.trials())
+            slot = self.plan.next_retry(QUEUED)
+            if slot is None and (queued := self._queued_trial(trials)) is not None:
                 slot = max([QUEUED - 1, *self.plan.slots]) + 1
-                if not self._pop(waiting, slot):
+                self._optuna.set_trial_user_attr(queued._trial_id, SLOT, slot)
+                self._optuna.set_trial_user_attr(queued._trial_id, SEARCH, self.id)
+                if not self._optuna.set_trial_state_values(queued._trial_id, TrialState.RUNNING):
                     return "wait"
-                return self._start(waiting._trial_id, slot, queued=True)
-            if slot is None and (slot := self.plan.free(self.total)) is None:
-                return "done" if self.plan.finished(self.total) == self.total else "wait"
-            trial_id = self._optuna.create_new_trial(self._study_id, self._template(slot))
-            # PostgreSQL forgets a lock with its connection; elsewhere its holder may be stopped.
+                return self._start(queued._trial_id, slot)
+            if slot is None and (slot := self.plan.next_slot()) is None:
+                return "done" if self.plan.is_finished else "wait"
+            trial_id = self._optuna.create_new_trial(self.record.study_id, self._new_trial(slot))
+            # PostgreSQL drops a lock with its connection; elsewhere the holder may be suspended.
             unsure = (
                 self.storage.kind == "postgresql" or time.monotonic() > began + LOCK_SECONDS / 2
             )
-            if unsure and self._is_second(trial_id, slot):
+            if unsure and self._yields_to_another(trial_id, slot):
                 return "wait"
             return self._start(trial_id, slot)
 
-    def _is_second(self, trial_id: int, slot: int) -> bool:
-        """Give a trial up whose slot somebody else has: one of us was stopped, and not waited for.
-
-        The first one has it; the other sees that when it goes on.
-        """
-        others = [
+    def _yields_to_another(self, trial_id: int, slot: int) -> bool:
+        """Fail this trial if another search claimed its slot first."""
+        rivals = [
             trial
-            for trial in self._trials()
+            for trial in self.trials()
             if trial.user_attrs.get(SLOT) == slot and trial.state != TrialState.FAIL
         ]
-        if all(trial._trial_id >= trial_id for trial in others):
+        if all(trial._trial_id >= trial_id for trial in rivals):
             return False
-        reason = "Another search took its place in the study."
-        fail(self._optuna, trial_id, Ended("FAIL", why="given up", status="FAILED", reason=reason))
+        ended = Ended.failed("given up", "Another search claimed its slot in the study first.")
+        store_failure(self._optuna, trial_id, ended)
         return True
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self._optuna.get_all_trials(self._study_id, deepcopy=False)
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials of the study; they must not be changed."""
+        return self._optuna.get_all_trials(self.record.study_id, deepcopy=False)
 
-    def _template(self, slot: int) -> FrozenTrial:
-        params: Mapping[str, Any] = {} if self._points is None else self._points[slot]
+    def _new_trial(self, slot: int) -> FrozenTrial:
+        params: Mapping[str, Any] = {} if self.plan.points is None else self.plan.points[slot]
         last = self.plan.slot(slot).last
         fixed = None if last is None or slot < QUEUED else last.system_attrs.get("fixed_params")
         return create_trial(
@@ -207,42 +144,32 @@ class Search:
             system_attrs={} if fixed is None else {"fixed_params": fixed},
         )
 
-    def _waiting(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """A trial that somebody enqueued with Optuna; a grid takes none but its points."""
-        if self._points is not None:
+    def _queued_trial(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """A trial that was enqueued with Optuna; a grid only has its own points."""
+        if self.plan.points is not None:
             return None
-        open_ = trials[self.plan.ended :]
-        return next((trial for trial in open_ if trial.state == TrialState.WAITING), None)
+        pending = trials[self.plan.first_open :]
+        return next((trial for trial in pending if trial.state == TrialState.WAITING), None)
 
-    def _pop(self, trial: FrozenTrial, slot: int) -> bool:
-        self._optuna.set_trial_user_attr(trial._trial_id, SLOT, slot)
-        self._optuna.set_trial_user_attr(trial._trial_id, SEARCH, self.id)
-        return self._optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-
-    def _start(self, trial_id: int, slot: int, *, queued: bool = False) -> Task | Answer:
-        record = self.record
-        study = optuna.Study(
-            record.name,
-            self._optuna,
-            samplers.sampler(
-                record.sampler,
-                record.seed,
-                slot,
-                several=len(record.directions) > 1,
-                known=self.plan.slot(slot).params,
-            ),
-            samplers.pruner(record.pruner, record.steps),
+    def _start(self, trial_id: int, slot: int) -> Task | Answer:
+        record, history = self.record, self.plan.slot(slot)
+        sampler = samplers.sampler(
+            record.sampler,
+            record.seed,
+            slot,
+            several=record.is_multi_objective,
+            known=history.params,
         )
-        trial = optuna.Trial(study, trial_id)
+        pruner = samplers.pruner(record.pruner, record.steps)
+        trial = optuna.Trial(optuna.Study(record.name, self._optuna, sampler, pruner), trial_id)
         params = dict(trial.params)
         for name, distribution in self._distributions.items():
             if name not in params:
                 try:
                     params[name] = _suggest(trial, name, distribution)
-                except ValueError as error:  # it was enqueued with what is not in the space
-                    reason = f"{name} cannot be suggested: {error}"
-                    ended = Ended("FAIL", why="invalid", status="FAILED", reason=reason)
-                    fail(self._optuna, trial_id, ended)
+                except ValueError as error:  # it was enqueued with a value outside the space
+                    ended = Ended.failed("invalid", f"{name} cannot be suggested: {error}")
+                    store_failure(self._optuna, trial_id, ended)
                     return "wait"
         task = Task(
             number=trial.number,
@@ -250,44 +177,75 @@ class Search:
             seed=samplers.training_seed(record.seed, slot),
             key=f"{record.key}-{trial.number}",
             params=params,
-            queued=queued,
-            reported=self.plan.slot(slot).reported,
+            reported=history.reported,
         )
-        self._live[task.number] = _Live(task, trial)
+        self._running[task.number] = _Running(task, trial)
         return task
 
-    # -- while a trial runs ----------------------------------------------------------------
+    def _fail_lost_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Fail the trials of dead searches, and those whose creation was never confirmed."""
+        orphans = [
+            trial
+            for trial in trials[self.plan.first_open :]
+            if trial.state == TrialState.RUNNING
+            and SEARCH in trial.user_attrs
+            and trial.number not in self._running
+        ]
+        if any(trial.user_attrs[SEARCH] != self.id for trial in orphans):
+            attrs = self._optuna.get_study_user_attrs(self.record.study_id)
+            orphans = [
+                trial
+                for trial in orphans
+                if (search := trial.user_attrs[SEARCH]) == self.id
+                or not self._leases.lives(search, attrs)
+            ]
+        for trial in orphans:
+            is_own = trial.user_attrs[SEARCH] == self.id
+            ended = Ended.failed("given up", "The storage did not answer.") if is_own else LOST
+            store_failure(self._optuna, trial._trial_id, ended)
+        trials = self.trials() if orphans else trials
+        self.plan.observe(trials)
+        return trials
 
-    def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:
-        """The value of a hyperparameter of a trial.
+    # -- requests of a running trial: the verbs of `Channel` ---------------------------------------
 
-        Raises ArgumentError where it was suggested before as something else, TrialLostError for a
-        trial that was given up.
+    def suggest(self, number: int, name: str, distribution: str) -> Any:
+        """Return the value of a hyperparameter.
+
+        Args:
+            number: The trial.
+            name: The hyperparameter.
+            distribution: Optuna's distribution as JSON.
+
+        Raises:
+            ArgumentError: It was suggested from an incompatible distribution before.
+            TrialLostError: The trial was abandoned.
         """
+        wanted = json_to_distribution(distribution)
         try:
-            return self._of(number, lambda trial: _suggest(trial, name, distribution))
+            return self._of(number, lambda trial: _suggest(trial, name, wanted))
         except ValueError as error:
             if isinstance(error, TrackerError):
                 raise
-            raise ArgumentError(f"{name}={distribution} cannot be suggested: {error}") from error
+            raise ArgumentError(f"{name}={wanted} cannot be suggested: {error}") from error
 
     def report(self, number: int, value: float, step: int) -> None:
         """Store an intermediate value, now or as soon as the storage answers."""
-        live = self._running(number)
-        live.outbox.append((step, value))
-        self._flush_reports(live)
+        running = self._trial(number)
+        running.reports.append((step, value))
+        self._flush_reports(running)
 
     def prune(self, number: int) -> str | None:
-        """Why a trial is to be pruned, None where it is not, or the storage does not answer."""
-        live = self._running(number)
-        if self.record.pruner == "none" or not self._flush_reports(live):
+        """Return why a trial should be pruned; None if not, or if the storage does not answer."""
+        running = self._trial(number)
+        if self.record.pruner == "none" or not self._flush_reports(running):
             return None
         try:
-            if not live.trial.should_prune():
+            if not running.trial.should_prune():
                 return None
-            frozen = self._optuna.get_trial(live.trial._trial_id)
+            frozen = self._optuna.get_trial(running.trial._trial_id)
         except UpdateFinishedTrialError as error:
-            raise self._given_up(number) from error
+            raise self._abandoned(number) from error
         except Exception as error:
             if not self.storage.unreachable(error):
                 raise
@@ -298,104 +256,98 @@ class Search:
         return f"The {self.record.pruner} pruner stopped it at step {step}, value {value:g}."
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
-        """Set an attribute of the user's."""
+        """Store a user attribute."""
         self._of(number, lambda trial: trial.set_user_attr(name, value))
 
     def constrain(self, number: int, name: str, value: float) -> None:
-        """Set a constraint; the trial is feasible where none is above 0."""
+        """Store a constraint."""
         self._of(number, lambda trial: trial.set_constraint(name, value))
 
     def _of(self, number: int, ask: Callable[[optuna.Trial], T]) -> T:
-        """What a running trial answers; TrialLostError where somebody else has ended it."""
-        live = self._running(number)
+        running = self._trial(number)
         try:
-            return self._patiently(lambda: ask(live.trial))
+            return self._patiently(lambda: ask(running.trial))
         except UpdateFinishedTrialError as error:
-            raise self._given_up(number) from error
+            raise self._abandoned(number) from error
 
-    def _running(self, number: int) -> _Live:
-        if number not in self._live:
-            raise self._given_up(number)
-        return self._live[number]
+    def _trial(self, number: int) -> _Running:
+        if number not in self._running:
+            raise self._abandoned(number)
+        return self._running[number]
 
-    def _given_up(self, number: int) -> TrialLostError:
-        self._live.pop(number, None)
-        return TrialLostError(f"Trial {number} was given up: nothing was heard of it for too long.")
+    def _abandoned(self, number: int) -> TrialLostError:
+        self._running.pop(number, None)
+        return TrialLostError(f"Trial {number} was abandoned: it was silent for too long.")
 
-    def _flush_reports(self, live: _Live) -> bool:
-        """Store what was reported; whether that is done."""
-        if time.monotonic() < self._silent_until:
+    def _flush_reports(self, running: _Running) -> bool:
+        """Store pending reports; return whether none is left."""
+        if time.monotonic() < self._hold_until:
             return False
-        while live.outbox:
-            step, value = live.outbox[0]
+        while running.reports:
+            step, value = running.reports[0]
             try:
-                live.trial.report(value, step)
+                running.trial.report(value, step)
             except UpdateFinishedTrialError as error:
-                raise self._given_up(live.task.number) from error
+                raise self._abandoned(running.task.number) from error
             except Exception as error:
                 if not self.storage.unreachable(error):
-                    live.outbox.popleft()  # the trial's end must not meet it again
+                    running.reports.popleft()  # or `finish` would fail on it again
                     raise
-                logger.debug("A report waits: %s", error)
-                self._silent_until = time.monotonic() + _HOLD_SECONDS
+                logger.debug("A report is pending: %s", error)
+                self._hold_until = time.monotonic() + _HOLD_SECONDS
                 self._leases.forget()
                 return False
-            live.outbox.popleft()
+            running.reports.popleft()
         return True
 
-    # -- the end of a trial ----------------------------------------------------------------
-
     def finish(self, number: int, ended: Ended) -> Verdict:
-        """Store how a trial ended; waits for a storage that does not answer."""
-        live = self._live.get(number)
-        if live is None:
-            return Verdict(accepted=False, again=True)
-        slot = live.task.slot
+        """Store how a trial ended, and wait for a storage that does not answer."""
+        running = self._running.get(number)
+        if running is None:
+            return Verdict(accepted=False, retry=True)
+        slot = running.task.slot
         if ended.why == "died" and (deaths := self.plan.slot(slot).deaths + 1) >= MOST_DEATHS:
-            given_up = f"Slot {slot} is given up: its worker died or fell silent {deaths} times."
-            ended = replace(ended, reason=f"{ended.reason} {given_up}")
+            abandoned = f"Slot {slot} is abandoned: its worker died or hung {deaths} times."
+            ended = replace(ended, reason=f"{ended.reason} {abandoned}")
             logger.warning("Trial %d of study %s: %s", number, self.record.name, ended.reason)
-
-        def tell() -> bool:
-            self._silent_until = 0.0
-            frozen = self._optuna.get_trial(live.trial._trial_id)
-            if frozen.state.is_finished():  # by us, but the answer was lost; or by others
-                ours = frozen.user_attrs.get(SEARCH) == self.id
-                return ours and frozen.state.name == ended.state
-            while live.outbox:
-                step, value = live.outbox[0]
-                live.trial.report(value, step)
-                live.outbox.popleft()
-            self._tell(live, ended)
-            return True
-
         try:
-            accepted = self._patiently(tell)
+            accepted = self._patiently(lambda: self._store_end(running, ended))
         except UpdateFinishedTrialError:
             accepted = False
         finally:
-            self._live.pop(number, None)
-        trials = self._patiently(self._trials)
+            self._running.pop(number, None)
+        trials = self._patiently(self.trials)
         self.plan.observe(trials)
-        own = next((t for t in reversed(trials) if t.number == number), None)
-        best = accepted and own is not None and is_best(own, trials, self._directions)
-        again = not self.plan.resolved(slot)
-        if own is not None:
-            self.on_end(own)
-        return Verdict(accepted=accepted, best=best, again=again)
+        best = accepted and trials[number] in best_trials(trials, self.record.directions)
+        self.on_end(trials[number], best)
+        return Verdict(accepted=accepted, best=best, retry=not self.plan.resolved(slot))
 
-    def _tell(self, live: _Live, ended: Ended) -> None:
-        trial_id = live.trial._trial_id
+    def _store_end(self, running: _Running, ended: Ended) -> bool:
+        """Return whether the trial ended like this, and not because another search failed it."""
+        self._hold_until = 0.0
+        trial_id = running.trial._trial_id
+        frozen = self._optuna.get_trial(trial_id)
+        if frozen.state.is_finished():  # an earlier request was executed, but its answer was lost
+            return frozen.user_attrs.get(SEARCH) == self.id and frozen.state.name == ended.state
+        while running.reports:
+            step, value = running.reports[0]
+            running.trial.report(value, step)
+            running.reports.popleft()
         if ended.state == "FAIL":
-            fail(self._optuna, trial_id, ended)
+            store_failure(self._optuna, trial_id, ended)
         else:
             values = None if ended.values is None else list(ended.values)
-            live.trial.study.tell(live.trial, values, TrialState[ended.state])
+            running.trial.study.tell(running.trial, values, TrialState[ended.state])
+        return True
 
-    # -- who lives -------------------------------------------------------------------------
+    # -- taking part -------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Show that this search is alive, before it takes a trial."""
+        self._patiently(lambda: self._show({"beat": 0}))
 
     def beat(self, *, force: bool = False) -> None:
-        """Show that this search lives, when it is time to; safe in a thread of its own."""
+        """Show that this search is alive, if it is time to or `force` is set."""
         if time.monotonic() < self._next_beat and not force:
             return
         self._next_beat = time.monotonic() + self.grace / BEATS
@@ -408,156 +360,37 @@ class Search:
             logger.debug("A beat is missing: %s", error)
             self._leases.forget()
 
+    def abandon(self, ended: Ended) -> None:
+        """End all running trials of this search."""
+        for number in list(self._running):
+            self.finish(number, ended)
+
     def leave(self, status: Status, reason: str | None) -> None:
-        """Say how this search ended."""
+        """Store how this search ended."""
         left = {"status": status, "reason": reason}
         self.storage.patiently(lambda: self._show({"left": left}), patience=self.grace)
 
-    def enter(self) -> None:
-        """Show that this search lives; nobody takes it for lost from here on."""
-        self._patiently(lambda: self._show({"beat": 0}))
-
-    def _show(self, more: Mapping[str, Any]) -> None:
-        info = {**self._me, "grace": self.grace, "time": time.time(), **more}
-        self._optuna.set_study_user_attr(self._study_id, f"{PREFIX}{self.id}", info)
+    def _show(self, state: Mapping[str, Any]) -> None:
+        info = {**self._process, "grace": self.grace, "time": time.time(), **state}
+        self._optuna.set_study_user_attr(self.record.study_id, f"{PREFIX}{self.id}", info)
 
     def _patiently(self, do: Callable[[], T]) -> T:
-        return self.storage.patiently(do, self.stopping)
+        def attempt() -> T:
+            try:
+                return do()
+            except Exception as error:
+                if self.storage.unreachable(error):
+                    self._leases.forget()
+                raise
 
-    def abandon(self, ended: Ended) -> None:
-        """Give up what this search runs: it ends in the middle of things."""
-        for number in list(self._live):
-            self.finish(number, ended)
-
-    def _reap(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Fail the trials of dead searches, and such as we never got the answer to; all of now."""
-        left = [
-            t
-            for t in trials[self.plan.ended :]
-            if t.state == TrialState.RUNNING
-            and SEARCH in t.user_attrs
-            and t.number not in self._live
-        ]
-        if any(t.user_attrs[SEARCH] != self.id for t in left):
-            attrs = self._optuna.get_study_user_attrs(self._study_id)
-            left = [
-                t
-                for t in left
-                if t.user_attrs[SEARCH] == self.id
-                or not self._leases.lives(t.user_attrs[SEARCH], attrs)
-            ]
-        for trial in left:
-            fail(self._optuna, trial._trial_id, lost(trial, self.id))
-        trials = self._trials() if left else trials
-        self.plan.observe(trials)
-        return trials
-
-
-def reap(storage: Storage, record: Record, dead: Callable[[str], bool]) -> list[FrozenTrial]:
-    """Fail the trials of searches that are `dead`, and mark those as gone; returns the trials."""
-    with storage.lock():
-        found = [
-            trial
-            for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
-            if trial.state == TrialState.RUNNING
-            and (by := trial.user_attrs.get(SEARCH)) is not None
-            and dead(by)
-        ]
-        for trial in found:
-            fail(storage.optuna, trial._trial_id, lost(trial, ""))
-        attrs = storage.optuna.get_study_user_attrs(record.study_id)
-        for search in active_searches(attrs):
-            if dead(search):
-                left = {"status": "FAILED", "reason": "The process that ran the study was lost."}
-                info = {**attrs[f"{PREFIX}{search}"], "time": time.time(), "left": left}
-                storage.optuna.set_study_user_attr(record.study_id, f"{PREFIX}{search}", info)
-    return found
-
-
-def lost(trial: FrozenTrial, by: str) -> Ended:
-    """What becomes of a trial whose search is dead."""
-    if trial.user_attrs[SEARCH] == by:  # created, but the answer was lost
-        return Ended("FAIL", why="given up", status="FAILED", reason="The storage did not answer.")
-    reason = "The process that ran its search ended without saying how, or was silent for too long."
-    return Ended("FAIL", why="lost", status="FAILED", reason=reason)
-
-
-def fail(storage: optuna.storages.BaseStorage, trial_id: int, ended: Ended) -> None:
-    """Store that a trial failed, and why; nothing where somebody else has ended it."""
-    why = {"why": ended.why, "status": ended.status, "reason": (ended.reason or "")[:2000]}
-    try:
-        storage.set_trial_user_attr(trial_id, ENDED, why)
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return
-
-
-def budget(record: Record, points: Sequence[Any] | None) -> int:
-    """How many slots a study has, whose grid has `points`."""
-    if points is None:
-        return record.trials or 0
-    return min(record.trials or len(points), len(points))
-
-
-def is_best(
-    trial: FrozenTrial, trials: Iterable[FrozenTrial], directions: Sequence[StudyDirection]
-) -> bool:
-    """Whether no other complete trial is as good in all and better in one objective.
-
-    Of equal ones the first is the best. A trial that breaks a constraint is none.
-    """
-    if trial.state != TrialState.COMPLETE or not feasible(trial):
-        return False
-    ours = _losses(trial, directions)
-    for other in trials:
-        if other.number == trial.number or other.state != TrialState.COMPLETE:
-            continue
-        if not feasible(other):
-            continue
-        theirs = _losses(other, directions)
-        if all(a <= b for a, b in zip(theirs, ours, strict=True)) and (
-            theirs != ours or other.number < trial.number
-        ):
-            return False
-    return True
-
-
-def feasible(trial: FrozenTrial) -> bool:
-    """Whether a trial keeps all its constraints."""
-    return all(value <= 0.0 for value in trial.constraints.values())
-
-
-def _losses(trial: FrozenTrial, directions: Sequence[StudyDirection]) -> list[float]:
-    return [
-        -value if direction == StudyDirection.MAXIMIZE else value
-        for value, direction in zip(trial.values, directions, strict=True)
-    ]
+        return self.storage.patiently(attempt, self.stopping)
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
-    match distribution:
-        case FloatDistribution():
-            return trial.suggest_float(
-                name,
-                distribution.low,
-                distribution.high,
-                step=distribution.step,
-                log=distribution.log,
-            )
-        case IntDistribution():
-            return trial.suggest_int(
-                name,
-                distribution.low,
-                distribution.high,
-                step=distribution.step,
-                log=distribution.log,
-            )
-        case CategoricalDistribution():
-            return trial.suggest_categorical(name, distribution.choices)
-    raise ArgumentError(f"{name}={distribution} is not a distribution that Optuna suggests from.")
-
-
-def _slots(points: Sequence[Mapping[str, Any]] | None) -> dict[tuple[Any, ...], int] | None:
-    if points is None:
-        return None
-    return {identity(point): slot for slot, point in enumerate(points)}
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    wanted: Any = distribution
+    suggest = (
+        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    )
+    return suggest(name, wanted.low, wanted.high, step=wanted.step, log=wanted.log)

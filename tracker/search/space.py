@@ -1,8 +1,8 @@
-"""Search spaces: what each hyperparameter may be, the points of a grid, and how two spaces differ.
+"""Search spaces: the domain of each hyperparameter, the points of a grid, comparison of spaces.
 
     {"lr": [0.01, 0.001], "momentum": FloatDistribution(0.0, 0.9), "layers": IntDistribution(1, 3)}
 
-A list names the values themselves, as `RunBuilder.get_runs` takes it; a range is one of Optuna's
+A list holds the values themselves, as for `RunBuilder.get_runs`; a range is one of Optuna's
 distributions.
 """
 
@@ -33,18 +33,25 @@ Space = dict[str, Domain]
 Point = dict[str, Value]
 
 LARGEST_GRID = 100_000
-_LARGEST_WHOLE = 2**53  # up to which Optuna, which stores floats, keeps each int
+_LARGEST_INT = 2**53  # Optuna stores floats, which hold every int up to here
 
 
 def checked_space(given: Mapping[str, Any]) -> Space:
-    """`given` as a space; ArgumentError, in one sentence, where a name or its values cannot be."""
+    """Return `given` as a space.
+
+    Raises:
+        ArgumentError: A name or a domain is not allowed.
+    """
     space: Space = {}
     for name, domain in given.items():
         checked_name(name, "space")
         if isinstance(domain, CategoricalDistribution):
             domain = list(domain.choices)
         if isinstance(domain, BaseDistribution):
-            space[name] = _checked_range(name, domain)
+            bounds = getattr(domain, "low", 0), getattr(domain, "high", 0)
+            if not all(map(math.isfinite, bounds)):
+                raise ArgumentError(f"space[{name!r}]={domain} must be finite.")
+            space[name] = domain
         elif isinstance(domain, (str, bytes, Mapping, Set)) or not isinstance(domain, Iterable):
             raise ArgumentError(
                 f"space[{name!r}]={domain!r} is not allowed; it must be a list of values or one of "
@@ -55,37 +62,28 @@ def checked_space(given: Mapping[str, Any]) -> Space:
     return space
 
 
-def _checked_range(name: str, domain: BaseDistribution) -> BaseDistribution:
-    ends = getattr(domain, "low", 0), getattr(domain, "high", 0)
-    if not all(map(math.isfinite, ends)):
-        raise ArgumentError(f"space[{name!r}]={domain} must be finite.")
-    return domain
-
-
 def _checked_values(name: str, values: list[Any]) -> list[Value]:
     if not values:
         raise ArgumentError(f"space[{name!r}] is empty; it must have at least one value.")
+    seen: set[Value] = set()
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ArgumentError(
-                f"space[{name!r}] has the value {value!r}; allowed are numbers, texts, True, False "
+                f"space[{name!r}] contains {value!r}; allowed are numbers, strings, True, False "
                 "and None."
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise ArgumentError(f"space[{name!r}] has the value {value}; it must be finite.")
-    seen: set[Value] = set()
-    for value in values:
+            raise ArgumentError(f"space[{name!r}] contains {value}; numbers must be finite.")
         if value in seen:
-            raise ArgumentError(f"space[{name!r}] has the value {value!r} twice.")
+            raise ArgumentError(f"space[{name!r}] contains {value!r} twice.")
         seen.add(value)
-    return [float(value) if isinstance(value, float) else value for value in values]  # numpy's
+    return [float(value) if isinstance(value, float) else value for value in values]  # NumPy's
 
 
 def distributions(space: Space, *, grid: bool) -> dict[str, BaseDistribution]:
-    """Optuna's distributions of `space`.
+    """Return Optuna's distributions for `space`.
 
-    The numbers of a `grid` are points on a range, so that points can be added to it later: Optuna
-    lets a range grow, but not a list of choices.
+    The numbers of a `grid` become a range: Optuna lets a range grow later, a list of choices not.
     """
     return {name: _distribution(domain, grid) for name, domain in space.items()}
 
@@ -95,7 +93,7 @@ def _distribution(domain: Domain, grid: bool) -> BaseDistribution:
         return domain
     numbers = [v for v in domain if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if grid and len(numbers) == len(domain):
-        if all(isinstance(n, int) and abs(n) <= _LARGEST_WHOLE for n in numbers):
+        if all(isinstance(n, int) and abs(n) <= _LARGEST_INT for n in numbers):
             return IntDistribution(int(min(numbers)), int(max(numbers)))
         if all(isinstance(number, float) for number in numbers):
             return FloatDistribution(float(min(numbers)), float(max(numbers)))
@@ -103,7 +101,7 @@ def _distribution(domain: Domain, grid: bool) -> BaseDistribution:
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a distribution has a value."""
+    """Whether `value` lies in a distribution."""
     try:
         return distribution._contains(distribution.to_internal_repr(value))
     except (ValueError, TypeError):
@@ -111,52 +109,52 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
 
 
 def grid(spaces: Sequence[Space]) -> list[Point]:
-    """The points of a grid, each once: those of the first space, then what later ones add.
+    """Return the points of a grid, each once: those of the first space, then later additions.
 
-    Within a space they come as from `RunBuilder.get_runs`: the first name is the slowest.
+    Within a space the order is that of `RunBuilder.get_runs`: the first name varies slowest.
+
+    Raises:
+        ArgumentError: The grid is too large, or a domain has infinitely many values.
     """
-    points: list[Point] = []
-    seen: set[tuple[Any, ...]] = set()
+    points: dict[tuple[Any, ...], Point] = {}
     for space in spaces:
         values = {name: _values(name, domain) for name, domain in space.items()}
         count = math.prod(map(len, values.values()))
         if count > LARGEST_GRID:
-            raise ArgumentError(f"The grid has {count:,} points; allowed are {LARGEST_GRID:,}.")
+            raise ArgumentError(
+                f"The grid has {count:,} points; at most {LARGEST_GRID:,} are allowed."
+            )
         for combination in product(*values.values()):
             point = dict(zip(values, combination, strict=True))
-            if (key := identity(point)) not in seen:
-                seen.add(key)
-                points.append(point)
-    return points
+            points.setdefault(identity(point), point)
+    return list(points.values())
 
 
 def identity(point: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes a point of a grid that one: its values by name, 1 and True being two."""
+    """Return a key that is equal for equal points of a grid, and tells 1 from True."""
     return tuple(sorted((k, isinstance(v, bool), repr(v)) for k, v in point.items()))
 
 
 def _values(name: str, domain: Domain) -> list[Value]:
+    if isinstance(domain, list):
+        return domain
     step = getattr(domain, "step", None)
-    low, high = getattr(domain, "low", 0), getattr(domain, "high", 0)
-    if step is not None and (high - low) / step > LARGEST_GRID:
+    if step is None or getattr(domain, "log", False):
+        raise ArgumentError(
+            f"space[{name!r}]={domain} is continuous; a grid needs a list or a step."
+        )
+    low, high, step = (Decimal(str(getattr(domain, each))) for each in ("low", "high", "step"))
+    if (high - low) / step > LARGEST_GRID:
         raise ArgumentError(
             f"space[{name!r}]={domain} has too many values; a grid has at most {LARGEST_GRID:,} "
             "points."
         )
-    if isinstance(domain, IntDistribution) and not domain.log:
-        return list(range(domain.low, domain.high + 1, domain.step))
-    if isinstance(domain, FloatDistribution) and domain.step is not None:
-        low, high, step = (Decimal(str(x)) for x in (domain.low, domain.high, domain.step))
-        return [float(low + index * step) for index in range(int((high - low) / step) + 1)]
-    if isinstance(domain, BaseDistribution):
-        raise ArgumentError(
-            f"space[{name!r}]={domain} has no end of values; a grid needs a list or a step."
-        )
-    return domain
+    kind = int if isinstance(domain, IntDistribution) else float
+    return [kind(low + index * step) for index in range(int((high - low) / step) + 1)]
 
 
 def to_json(space: Space) -> dict[str, Any]:
-    """`space` as JSON, in order."""
+    """Return `space` as JSON, in order."""
     return {
         name: distribution_to_json(domain) if isinstance(domain, BaseDistribution) else domain
         for name, domain in space.items()
@@ -164,7 +162,7 @@ def to_json(space: Space) -> dict[str, Any]:
 
 
 def from_json(stored: Mapping[str, Any]) -> Space:
-    """What `to_json` was given."""
+    """Invert `to_json`."""
     return {
         name: json_to_distribution(domain) if isinstance(domain, str) else list(domain)
         for name, domain in stored.items()
@@ -172,9 +170,12 @@ def from_json(stored: Mapping[str, Any]) -> Space:
 
 
 def difference(stored: Space, given: Space, *, grid: bool) -> str | None:
-    """How `given` differs from the stored space of a study; None where it may go on with it.
+    """Describe why a study with space `stored` cannot continue with `given`; None if it can.
 
-    A grid may have got more numbers.
+    Args:
+        stored: The latest space of the study.
+        given: The space to continue with. A grid's may have more numbers.
+        grid: Whether the study is a grid.
     """
     for name in stored:
         if name not in given:
@@ -182,20 +183,17 @@ def difference(stored: Space, given: Space, *, grid: bool) -> str | None:
     for name, domain in given.items():
         if name not in stored:
             return f"{name!r} is new"
-        had = stored[name]
-        if json.dumps(to_json({name: had})) == json.dumps(to_json({name: domain})):
-            continue
-        lists = not isinstance(had, BaseDistribution) and not isinstance(domain, BaseDistribution)
-        if grid and lists and _grows(had, domain):
-            continue
-        return f"{name!r} was {had} and is now {domain}"
+        old = stored[name]
+        same = json.dumps(to_json({name: old})) == json.dumps(to_json({name: domain}))
+        if not same and not (grid and _is_extended(old, domain)):
+            return f"{name!r} was {old} and is now {domain}"
     return None
 
 
-def _grows(had: Domain, domain: Domain) -> bool:
-    assert isinstance(had, list)
-    assert isinstance(domain, list)
-    kinds = [type(_distribution(each, grid=True)) for each in (had, domain)]
-    return kinds[0] is kinds[1] is not CategoricalDistribution and all(
-        value in domain for value in had
-    )
+def _is_extended(old: Domain, new: Domain) -> bool:
+    """Whether two lists hold numbers of one kind, and the new one all of the old one's."""
+    if not isinstance(old, list) or not isinstance(new, list):
+        return False
+    kinds = {type(_distribution(domain, grid=True)) for domain in (old, new)}
+    is_numeric = len(kinds) == 1 and CategoricalDistribution not in kinds
+    return is_numeric and all(value in new for value in old)

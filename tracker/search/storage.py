@@ -1,8 +1,8 @@
-"""Where a study lies: Optuna's storages, with a lock of the whole study and errors of an outage.
+"""Optuna's storages, with a lock for a whole study and patience with outages.
 
 | URL | for |
 |---|---|
-| `journal:///FILE` | any number of workers on this machine; the default |
+| `journal:///FILE` | any number of workers on one machine; the default |
 | `sqlite:///FILE` | one search at a time, with any number of workers |
 | `postgresql://…` | several machines |
 """
@@ -17,12 +17,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
@@ -32,21 +31,23 @@ from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from tracker.errors import ArgumentError, StoreError
+from tracker.locks import Lock
 from tracker.redaction import public_uri
 
 DEFAULT = "journal:///studies.journal"
 LOCK_SECONDS = 10.0
-"""A lock is held for milliseconds; longer only by a process that was stopped."""
+"""How long to wait for a lock. It is held for milliseconds, or by a process that was suspended."""
 
 T = TypeVar("T")
 
-# A machine that goes away is noticed in seconds on either side, not in the hours of TCP's own.
-_KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5}
+# Each side notices in seconds that the other machine has disappeared; TCP alone takes hours.
 _POSTGRES: dict[str, Any] = {
     "connect_timeout": 5,
     "tcp_user_timeout": 20_000,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
     "keepalives_count": 3,
-    **_KEEPALIVE,
     "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
 }
 
@@ -54,14 +55,21 @@ logger = logging.getLogger(__name__)
 
 
 def parse(url: str | None) -> tuple[str, str, Path | None]:
-    """The URL, its kind and its file, if it has one; ArgumentError where it is none of ours."""
+    """Split the URL of a storage; None is the default storage.
+
+    Returns:
+        The URL, its kind ("journal", "sqlite" or "postgresql") and its file, if it is one.
+
+    Raises:
+        ArgumentError: There is no such kind of storage, or the URL has no file.
+    """
     url = url or DEFAULT
     scheme, separator, rest = url.partition("://")
     kind = scheme.partition("+")[0]
     kind = "postgresql" if kind == "postgres" else kind
     if not separator or kind not in ("sqlite", "journal", "postgresql"):
         raise ArgumentError(
-            f"storage={public_uri(url)!r} is not known; allowed are journal:///FILE, "
+            f"storage={public_uri(url)!r} is not supported; allowed are journal:///FILE, "
             "sqlite:///FILE and postgresql://USER@HOST/DATABASE."
         )
     if kind == "postgresql":
@@ -69,51 +77,51 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
     name = rest.removeprefix("/")
     if name in ("", ":memory:") or not rest.startswith("/"):
         raise ArgumentError(
-            f"storage={url!r} names no file; it must be {kind}:///FILE, or {kind}:////PATH for an "
-            "absolute one."
+            f"storage={url!r} does not name a file; it must be {kind}:///FILE, or "
+            f"{kind}:////PATH for an absolute path."
         )
     return url, kind, Path(name).absolute()
 
 
 class Storage:
-    """One of Optuna's storages, and what it lacks: a lock, and patience with an outage."""
+    """One of Optuna's storages, as `optuna`, with a lock and with patience."""
 
     def __init__(self, url: str | None = None, *, make: bool = True) -> None:
-        """Open the storage at `url`, by default `DEFAULT`; StoreError where it cannot be.
+        """Open a storage.
 
-        A file that is not there is made, unless `make` says no.
+        Args:
+            url: See the table above; by default `DEFAULT`.
+            make: Whether to create a missing file.
+
+        Raises:
+            ArgumentError: The URL is not allowed.
+            StoreError: The storage cannot be opened.
         """
         self.url, self.kind, self._file = parse(url)
         self._connection: Any = None
+        self._locks: dict[str, _FileLock | _AdvisoryLock] = {}
+        self._is_owner = False
         if not make and self._file is not None and not self._file.exists():
             raise StoreError(f"storage={self.url!r} does not exist.")
-        self._locks: dict[str, FileLock] = {}
-        self._owner: FileLock | None = None
         try:
             if self._file is not None:
-                _check_file(self._file, self.kind)
+                _check_content(self._file, self.kind)
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             with self.lock(), quiet():
                 self.optuna = self._open()
         except (OSError, SQLAlchemyError, RuntimeError, ValueError, ImportError) as error:
-            raise StoreError(
-                f"storage={public_uri(self.url)!r} cannot be opened: {_first_line(error)}"
-            ) from error
+            raise self._error("cannot be opened", error) from error
 
     def _open(self) -> BaseStorage:
         if self.kind == "journal":
             file = str(self._file)
-            return JournalStorage(JournalFileBackend(file, lock_obj=_KernelLock(file)))
-        if self.kind == "sqlite":
-            backend = RDBStorage(
-                f"sqlite:///{self._file}", engine_kwargs={"connect_args": {"timeout": 60}}
-            )
-        else:
-            backend = RDBStorage(
-                self._sqlalchemy_url(),
-                engine_kwargs={"pool_pre_ping": True, "connect_args": dict(_POSTGRES)},
-            )
-        return get_storage(backend)
+            return JournalStorage(JournalFileBackend(file, lock_obj=_JournalLock(file)))
+        url = f"sqlite:///{self._file}"
+        engine: dict[str, Any] = {"connect_args": {"timeout": 60}}
+        if self.kind == "postgresql":
+            url = self._sqlalchemy_url()
+            engine = {"pool_pre_ping": True, "connect_args": dict(_POSTGRES)}
+        return get_storage(RDBStorage(url, engine_kwargs=engine))
 
     def _sqlalchemy_url(self) -> str:
         try:
@@ -124,79 +132,61 @@ class Storage:
             url = url.set(drivername="postgresql+psycopg")
         return url.render_as_string(hide_password=False)
 
-    def own(self) -> None:
-        """Take a SQLite file for this process alone, as long as it lives.
+    def _error(self, what: str, error: BaseException) -> StoreError:
+        cause = error.__cause__ or error
+        first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        return StoreError(f"storage={public_uri(self.url)!r} {what}: {public_uri(first_line)}")
 
-        Two processes that take trials from one SQLite file take the same ones. StoreError where
-        another has it. The other storages are for any number.
+    def own(self) -> None:
+        """Reserve an SQLite file for this process until `disown`; a no-op for other storages.
+
+        Two searches on one SQLite file could claim the same trial.
+
+        Raises:
+            StoreError: Another process has reserved it.
         """
-        if self.kind != "sqlite" or self._owner is not None:
+        if self.kind != "sqlite" or self._is_owner:
             return
-        self._owner = FileLock(f"{self._file}.search.lock", fallback_to_soft=False)
-        try:
-            self._owner.acquire(timeout=0)
-        except Timeout:
-            self._owner = None
+        self._is_owner = self._lock("search").take(timeout=0)
+        if not self._is_owner:
             raise StoreError(
-                f"storage={self.url!r} is in use by another search, and SQLite takes one at a "
+                f"storage={self.url!r} is in use by another search, and SQLite allows one at a "
                 "time; use journal:///FILE or postgresql://… for several."
-            ) from None
+            )
 
     def disown(self) -> None:
-        """Give a SQLite file back."""
-        if self._owner is not None:
-            self._owner.release()
-            self._owner = None
+        """Release an SQLite file."""
+        if self._is_owner:
+            self._is_owner = False
+            self._lock("search").release()
 
     @contextmanager
     def lock(self, name: str = "") -> Iterator[bool]:
-        """Nobody else holds this lock of the storage meanwhile; its holder's death releases it.
+        """Hold a lock of this storage. It is released if its holder dies.
 
-        A holder that is stopped, and holds it for LOCK_SECONDS, is not waited for: who depends on
-        the lock looks whether it is held, or afterwards whether it took longer, see `Search.claim`.
-        A lock of another `name` is another lock.
+        If the holder is suspended for LOCK_SECONDS, acquisition times out: check the yielded value,
+        or afterwards how long it took, as `Search.claim` does.
+
+        Args:
+            name: Locks of different names are independent.
         """
-        if self._file is not None:
-            lock = self._file_lock(name)
-            with suppress(Timeout):
-                lock.acquire(timeout=LOCK_SECONDS)
-            try:
-                yield lock.is_locked
-            finally:
-                lock.release()
-            return
-        connection = self._connected()
-        until, pause = time.monotonic() + LOCK_SECONDS, 0.001
-        while not (held := self._asked(connection, "SELECT pg_try_advisory_lock(%s)", name)):
-            if time.monotonic() > until:
-                break
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+        lock = self._lock(name)
+        is_held = lock.take(timeout=LOCK_SECONDS)
         try:
-            yield held
+            yield is_held
         finally:
-            try:
-                self._asked(connection, "SELECT pg_advisory_unlock(%s)", name)
-            except ConnectionError as error:
-                logger.debug("The lock went with its connection: %s", error)
+            lock.release()
 
-    def _file_lock(self, name: str) -> FileLock:
+    def _lock(self, name: str) -> _FileLock | _AdvisoryLock:
         if name not in self._locks:
-            file = f"{self._file}.{name}.lock" if name else f"{self._file}.lock"
-            self._locks[name] = FileLock(file, fallback_to_soft=False)
+            if self._file is None:
+                self._locks[name] = _AdvisoryLock(self._connect, name)
+            else:
+                suffix = f".{name}.lock" if name else ".lock"
+                self._locks[name] = _FileLock(Path(f"{self._file}{suffix}"))
         return self._locks[name]
 
-    def _asked(self, connection: Any, query: str, name: str) -> bool:
-        import psycopg
-
-        digest = hashlib.sha256(f"tracker{name}".encode()).digest()
-        number = int.from_bytes(digest[:8], "big", signed=True)
-        try:
-            return bool(connection.execute(query, [number]).fetchone()[0])
-        except psycopg.Error as error:
-            raise ConnectionError(str(error)) from error
-
-    def _connected(self) -> Any:
+    def _connect(self) -> Any:
         import psycopg
 
         if self._connection is None or self._connection.closed:
@@ -210,7 +200,7 @@ class Storage:
         return self._connection
 
     def close(self) -> None:
-        """Let go of connections and locks."""
+        """Close connections and release locks."""
         self.disown()
         if self._connection is not None:
             self._connection.close()
@@ -221,131 +211,166 @@ class Storage:
             backend.engine.dispose()
 
     def unreachable(self, error: BaseException) -> bool:
-        """Whether `error` says that the storage does not answer now, and may later."""
-        if _is_for_good(error):
+        """Whether `error` means that the storage does not answer now, but may later."""
+        if _is_permanent(error):
             return False
         if isinstance(error, StorageInternalError):
-            return isinstance(
-                error.__cause__, (OperationalError, InterfaceError, PendingRollbackError)
-            )
+            cause = error.__cause__
+            return isinstance(cause, (OperationalError, InterfaceError, PendingRollbackError))
         return isinstance(error, (OperationalError, InterfaceError, OSError))
 
     def patiently(
         self, do: Callable[[], T], stop: Callable[[], bool] = lambda: False, patience: float = 600.0
     ) -> T:
-        """What `do` returns, tried again while the storage does not answer.
+        """Call `do` until the storage answers, and return its result.
 
-        Raises StoreError after `patience` seconds, or when `stop` says so.
+        Args:
+            do: May be called several times.
+            stop: Whether to give up early.
+            patience: When to give up, in seconds.
+
+        Raises:
+            StoreError: The storage did not answer, or cannot be written.
         """
-        until, pause, warned = time.monotonic() + patience, 0.1, False
+        until, pause, is_warned = time.monotonic() + patience, 0.1, False
         while True:
             try:
                 return do()
             except Exception as error:
-                if _is_for_good(error):
-                    raise self._refusal(error) from error
+                if _is_permanent(error):
+                    raise self._error("cannot be written", error) from error
                 if not self.unreachable(error):
                     raise
                 if time.monotonic() > until or stop():
-                    raise StoreError(
-                        f"storage={public_uri(self.url)!r} does not answer: {_first_line(error)}"
-                    ) from error
-                if not warned and time.monotonic() > until - patience + 2.0:
-                    warned = True
+                    raise self._error("does not answer", error) from error
+                if not is_warned and time.monotonic() > until - patience + 2.0:
+                    is_warned = True
                     logger.warning("The storage does not answer; the study waits for it.")
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 
-    def _refusal(self, error: BaseException) -> StoreError:
-        return StoreError(
-            f"storage={public_uri(self.url)!r} cannot be written: {_first_line(error)}"
-        )
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Make what the storage raises a StoreError, in one sentence."""
-        try:
-            yield
-        except (OSError, SQLAlchemyError, StorageInternalError) as error:
-            raise self._refusal(error) from error
-
-
-def _is_for_good(error: BaseException) -> bool:
-    """Whether it will be the same later: this process may not write there."""
+def _is_permanent(error: BaseException) -> bool:
+    """Whether this process is not allowed to write to the storage."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, OperationalError):
         return "readonly database" in str(cause)
     return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class _KernelLock(BaseJournalFileLock):
-    """Optuna's own locks stay for 30 s where their holder died, and are then taken by force."""
+class _FileLock(Lock):
+    """A lock beside the storage's file; OSError, as for an outage, if it cannot be taken."""
+
+    def take(self, timeout: float = 0) -> bool:
+        try:
+            return super().take(timeout)
+        except StoreError as error:
+            raise error.__cause__ or FileNotFoundError(str(error)) from error
+
+
+class _AdvisoryLock:
+    """A lock of a PostgreSQL database, with the methods of `Lock`."""
+
+    def __init__(self, connect: Callable[[], Any], name: str) -> None:
+        digest = hashlib.sha256(f"tracker{name}".encode()).digest()
+        self._number = int.from_bytes(digest[:8], "big", signed=True)
+        self._connect = connect
+        self._connection: Any = None
+
+    def take(self, timeout: float = 0) -> bool:
+        self._connection = self._connect()
+        return _polled(lambda: self._query("SELECT pg_try_advisory_lock(%s)"), timeout)
+
+    def release(self) -> None:
+        try:
+            self._query("SELECT pg_advisory_unlock(%s)")
+        except ConnectionError as error:
+            logger.debug("The lock ended with its connection: %s", error)
+
+    def _query(self, query: str) -> bool:
+        import psycopg
+
+        try:
+            return bool(self._connection.execute(query, [self._number]).fetchone()[0])
+        except psycopg.Error as error:
+            raise ConnectionError(str(error)) from error
+
+
+class _JournalLock(BaseJournalFileLock):
+    """Locks a journal by the kernel; Optuna's own locks outlive their holder by 30 s.
+
+    The file itself is locked, since version 0.1.0 does that; `Lock` would truncate it.
+    """
 
     def __init__(self, file: str) -> None:
-        self._path = file
-        self._held: int | None = None
+        self._file = file
+        self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Wait for the lock; what a dead process wrote half of is cut off.
+        """Take the lock, and cut off what a dead process has half written.
 
-        A holder that was stopped is not waited for for ever: an append is whole without a lock too.
+        It does not wait forever for a suspended holder: an append is whole even without the lock.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if _locked(descriptor):
+            if _polled(lambda: _flock(descriptor), LOCK_SECONDS):
                 _cut_half_line(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        self._held = descriptor
+        self._descriptor = descriptor
         return True
 
     def release(self) -> None:
-        """Give it back."""
-        held, self._held = self._held, None
-        if held is not None:
-            os.close(held)
+        """Release the lock."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    until, pause = time.monotonic() + LOCK_SECONDS, 0.0005
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _polled(take: Callable[[], bool], timeout: float) -> bool:
+    until, pause = time.monotonic() + timeout, 0.0005
+    while not take():
+        if time.monotonic() > until:
+            return False
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
+    return True
 
 
-def _check_file(path: Path, kind: str) -> None:
-    """Raise ValueError for a file of something else: what looks like half a line would be cut."""
+def _check_content(path: Path, kind: str) -> None:
+    """Raise ValueError for another program's file: its end could be cut off as half a line."""
     first = b'{"op_code":' if kind == "journal" else b"SQLite format 3\0"
     if path.exists():
         with path.open("rb") as file:
             head = file.read(len(first))
         if not first.startswith(head):
-            raise ValueError(f"it is no {kind} file of Optuna's.")
+            raise ValueError(f"it is not a {kind} file of Optuna.")
 
 
 def _cut_half_line(descriptor: int) -> None:
     end = os.fstat(descriptor).st_size
     if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
         return
-    while end > 0:
+    newline = -1
+    while end > 0 and newline < 0:
         start = max(0, end - (1 << 20))
         newline = os.pread(descriptor, end - start, start).rfind(b"\n")
         end = start + newline + 1
-        if newline >= 0:
-            break
     os.ftruncate(descriptor, end)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna tells of each study it makes, and warns of what is experimental."""
+    """Silence Optuna's messages about new studies and experimental features."""
     logs = logging.getLogger("optuna")
     level = logs.level
     logs.setLevel(logging.WARNING)
@@ -355,8 +380,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logs.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return public_uri(next(iter(str(cause).strip().splitlines()), type(cause).__name__))

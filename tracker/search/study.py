@@ -1,4 +1,4 @@
-"""Study: a search space, an objective, a budget; each trial an MLflow run below the study's.
+"""Study: a search space, an objective and a budget; each trial is an MLflow run.
 
 def objective(trial):
     network = build(width=trial.params["width"])
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,13 +22,16 @@ from typing import Any
 import optuna
 
 from tracker.capture.provenance import environment_tags
-from tracker.delivery.base import Delivery, Mode, delivery, mode_of
+from tracker.delivery.base import delivery, mode_of
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
 from tracker.search import warm_start
-from tracker.search.executors.inprocess import run_here
-from tracker.search.executors.processes import WORKER, Pool, Spec, check_picklable
+from tracker.search.channel import Ended
+from tracker.search.config import StudyConfig
+from tracker.search.executors.base import Executor, TrialSpec
+from tracker.search.executors.inprocess import InProcessExecutor
+from tracker.search.executors.processes import WORKER, ProcessExecutor, check_picklable
 from tracker.search.interrupts import Interrupts
 from tracker.search.keeper import (
     SETTLE_SECONDS,
@@ -42,14 +44,12 @@ from tracker.search.keeper import (
 )
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
+from tracker.search.reap import reap
 from tracker.search.record import Record, load, open_study
-from tracker.search.replay import replay
-from tracker.search.sampler import directions
-from tracker.search.session import Ended, Search, reap
-from tracker.search.space import checked_space
-from tracker.search.storage import Storage, parse
-from tracker.search.trial import Objective, Tracking
-from tracker.statuses import Status, outcome
+from tracker.search.session import Search
+from tracker.search.storage import Storage
+from tracker.search.trial import Objective, replay
+from tracker.statuses import Outcome, outcome
 from tracker.store.uri import check, resolve
 from tracker.validation import DIRECTORY
 
@@ -57,117 +57,99 @@ logger = logging.getLogger(__name__)
 
 
 class Study:
-    """A search over hyperparameters, in Optuna's storage, mirrored in MLflow."""
+    """A search over hyperparameters: stored by Optuna, shown by MLflow."""
 
     def __init__(
         self,
         name: str,
         objective: Objective,
         *,
-        space: Mapping[str, Any] | None = None,
-        sampler: str = "tpe",
-        pruner: str = "none",
-        trials: int | None = None,
-        direction: str | Sequence[str] = "minimize",
-        metric: str | Sequence[str] = "objective",
         storage: str | None = None,
-        seed: int = 0,
-        retries: int = 0,
-        steps: int | None = None,
-        experiment: str | None = None,
         tracking_uri: str | None = None,
         directory: str | Path = DIRECTORY,
-        models: str = "best",
-        register: str | None = None,
-        alias: str | None = None,
-        replay: str | None = None,
-        fixed: Mapping[str, Any] | None = None,
         grace_seconds: float = GRACE_SECONDS,
         inline: bool | None = None,
         offline: bool | None = None,
+        **settings: Any,
     ) -> None:
-        """Nothing is opened or made before `run`.
+        """Describe a study; nothing is opened or created before `run`.
 
-        name: of the study, in the storage and of its run.
-        objective: called with a `Trial`, returns its value, or one for each direction.
-        space: what every trial is given in `trial.params`: lists of values, as for
-            `RunBuilder.get_runs`, or optuna.distributions. The objective may suggest more.
-        sampler: grid, tpe, random, gp, cmaes or qmc.
-        pruner: none, median or hyperband.
-        trials: the budget, in trials that are done: complete, pruned, or failed for the last time.
-            None is all of a grid.
-        direction: minimize or maximize; a list of them for several objectives.
-        metric: the objectives' names.
-        storage: journal:///FILE, sqlite:///FILE or postgresql://…; by default
-            journal:///studies.journal, which is right for any number of workers of one machine.
-        seed: with a trial's place in the study decides what is suggested and trained.
-        retries: how often a trial that raised is tried again.
-        steps: the last step that a trial reports, which hyperband needs and pruning is measured by.
-        experiment, tracking_uri, directory, inline, offline: as for `RunManager`.
-        models: whose models are kept: best, all or none.
-        register: the name to register the best trial's model under, with `alias`.
-        replay: the command that trains trial {number} again, for the study's page.
-        fixed: what all trials have in common, as JSON: a study is not gone on with beside it.
-        grace_seconds: how long a worker or another search may be silent before it counts as lost.
+        Args:
+            name: Its name, in the storage and of its run.
+            objective: Called with a `Trial`; returns its value, or one for each direction.
+            storage: journal:///FILE, sqlite:///FILE or postgresql://…. The default,
+                journal:///studies.journal, suits any number of workers on one machine.
+            tracking_uri: The MLflow store, as for `RunManager`.
+            directory: Where journals and checkpoints are kept.
+            grace_seconds: How long a worker or another search may be silent before it is lost.
+            inline: Whether this process delivers the runs itself, as for `RunManager`.
+            offline: Whether runs stay on disk until `tracker sync`, as for `RunManager`.
+            **settings: Fields of `StudyConfig`, which are stored with the study, and:
+                space: A list of values or one of optuna.distributions for each hyperparameter in
+                `trial.params`. The objective may suggest more.
+                direction: "minimize" (the default), "maximize", or a list for several objectives.
+                metric: The name of the objective, or a list.
 
-        Raises ArgumentError for what is not allowed.
+        Raises:
+            ArgumentError: An argument is not allowed.
         """
         if not callable(objective):
             raise ArgumentError(f"objective={objective!r} is not allowed; it must be a function.")
         if not grace_seconds > 0:
-            raise ArgumentError(f"grace_seconds={grace_seconds!r} must be above 0.")
+            raise ArgumentError(f"grace_seconds={grace_seconds!r} is not allowed; it must be > 0.")
         self._objective = objective
         self._storage_url = storage
-        self._directory = Path(directory)
         self._tracking_uri = tracking_uri
-        self._mode: Mode = mode_of(inline=inline, offline=offline)
+        self._directory = Path(directory)
         self._grace = float(grace_seconds)
+        self._mode = mode_of(inline=inline, offline=offline)
+        self._config = StudyConfig.from_arguments(name, storage=storage, **settings)
         self._sources: list[warm_start.Source] = []
-        self._record = Record(
-            name=name,
-            sampler=sampler,
-            pruner=pruner,
-            trials=trials,
-            directions=tuple(directions(direction)),
-            metrics=(metric,) if isinstance(metric, str) else tuple(metric),
-            seed=seed,
-            retries=retries,
-            steps=steps,
-            spaces=() if space is None else (checked_space(space),),
-            experiment=experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME"),
-            experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
-            storage=public_uri(parse(storage)[0]),
-            models=models,
-            register=register,
-            alias=alias,
-            replay=replay,
-            fixed=dict(fixed or {}),
-        )
 
     def warm_start_from_study(self, name: str, storage: str | None = None) -> None:
-        """Begin with the complete trials of another study that have this one's hyperparameters."""
+        """Start with the complete trials of another study whose hyperparameters fit.
+
+        Args:
+            name: The other study.
+            storage: Its storage, by default this study's.
+        """
         self._sources.append(warm_start.FromStudy(name, storage or self._storage_url))
 
     def warm_start_from_runs(self, experiment: str, metric: str) -> None:
-        """Begin with the FINISHED runs of an MLflow experiment that have the space's params.
+        """Start with the FINISHED runs of an MLflow experiment whose params fit the space.
 
-        `metric`, its last value, is their objective.
+        Args:
+            experiment: The name of the experiment.
+            metric: The metric whose last value is the objective.
+
+        Raises:
+            ArgumentError: The study has no space.
         """
-        if not self._record.spaces:
+        if not self._config.spaces:
             raise ArgumentError("warm_start_from_runs needs a space, to match the runs' params.")
         self._sources.append(warm_start.FromRuns(experiment, metric, self._tracking_uri))
 
     def run(self, *, workers: int = 1, resume: bool = False) -> optuna.Study:
-        """Run trials until the budget is used, and return the study as Optuna's own.
+        """Run trials until the budget is used up.
 
-        With one worker trials run in this process, else in processes of their own, which import
-        the objective. `resume` goes on with the study where it exists. Raises ArgumentError or
-        StoreError, with nothing half-made, for what is not allowed; KeyboardInterrupt for Ctrl-C
-        and SIGTERM, when the running trials have ended; a second one ends them at once.
+        Args:
+            workers: How many trials run at a time. A single worker is this process; several are
+                processes of their own, which import the objective.
+            resume: Continue the study if it exists, with its stored settings. Only the budget and a
+                grid's numeric values may grow.
+
+        Returns:
+            The study as Optuna's own.
+
+        Raises:
+            ArgumentError: An argument, or the objective, is not allowed.
+            StoreError: The storage or the MLflow store cannot be used.
+            KeyboardInterrupt: Ctrl-C or SIGTERM, after the running trials have ended; a second one
+                kills them.
         """
         if not isinstance(workers, int) or workers < 1:
             raise ArgumentError(f"workers={workers!r} is not allowed; it must be at least 1.")
-        if _in_worker():
+        if multiprocessing.current_process().name == WORKER:
             raise ArgumentError(
                 "run() was called in a worker: put it under `if __name__ == '__main__':`."
             )
@@ -175,73 +157,72 @@ class Study:
             check_picklable(self._objective)
         uri = resolve(self._tracking_uri)
         check(uri)
-        given = replace(self._record, tracking_uri=public_uri(uri))
-        imported = [source.trials(given) for source in self._sources]
+        config = replace(self._config, tracking_uri=public_uri(uri))
+        imported = [source.trials(config) for source in self._sources]
         storage = Storage(self._storage_url)
         try:
             storage.own()
-            record = open_study(storage, given, resume=resume)
+            record = storage.patiently(
+                lambda: open_study(storage, config, resume=resume), patience=0.0
+            )
             for trials in imported:
                 warm_start.add(storage, record, trials)
-            return self._run(storage, record, workers)
+            self._run(Search(storage, record, grace=self._grace), workers)
+            return optuna.Study(record.name, storage.optuna)
         finally:
-            storage.close()  # what is returned opens its own connections, if it is asked more
+            storage.close()  # the returned study opens connections of its own when needed
 
-    def _run(self, storage: Storage, record: Record, workers: int) -> optuna.Study:
-        environment = environment_tags()
-        search = Search(storage, record, grace=self._grace)
+    def _run(self, search: Search, workers: int) -> None:
         search.enter()
-        trials = storage.optuna.get_all_trials(record.study_id, deepcopy=False)
+        trials = search.trials()
         search.plan.observe(trials)
-        progress = Progress(record, search.total, search.plan.finished(search.total))
-        for trial in trials:
-            progress.known(trial)
-        search.on_end = lambda trial: progress.ended(trial, search.plan.finished(search.total))
-        ended: tuple[Status, str | None] = ("FAILED", "The study was left.")
+        progress = Progress(search.record, search.plan, trials)
+        search.on_end = progress.trial_ended
+        spec = self._spec(search.record, environment_tags())
+        ended = Outcome("FAILED", "The study was abandoned.")
         keeper: Keeper = NoKeeper()
-        way: Delivery | None = None
+        executor: Executor | None = None
         try:
             with Interrupts(progress.say) as interrupts:
                 search.stopping = lambda: interrupts.count > 0
-                keeper = self._keeper(record, search, environment)
-                if workers == 1:
-                    way = delivery(self._directory, self._tracking_uri, self._mode)
-                    tracking = self._tracking(record)
-                    run_here(search, self._objective, way, tracking, environment, interrupts)
-                else:
-                    spec = Spec(
-                        self._objective,
-                        self._tracking(record),
-                        self._tracking_uri,
-                        self._mode,
-                        environment,
-                        max(1, (os.cpu_count() or 1) // workers),
-                    )
-                    Pool(search, spec, workers).run(lambda: interrupts.count)
+                keeper = self._start_keeper(search, spec.environment)
+                executor = (
+                    InProcessExecutor(spec) if workers == 1 else ProcessExecutor(spec, workers)
+                )
+                executor.run(search, interrupts)
                 if interrupts.count:
                     raise KeyboardInterrupt(interrupts.name)
-            ended = ("FINISHED", None)
+            ended = Outcome("FINISHED")
         except BaseException as error:
-            result = outcome(error)
-            ended = (result.status, result.reason)
+            ended = outcome(error)
             raise
         finally:
             progress.close()
-            self._leave(search, keeper, way, ended)
-        return optuna.Study(record.name, storage.optuna)
+            self._end(search, spec, ended)
+            settled = executor is None or executor.settle(SETTLE_SECONDS)
+            if (problem := keeper.finish(settled=settled)) is not None:
+                logger.warning(
+                    "The study is not yet complete in MLflow: %s. Complete it with: "
+                    "tracker mirror --study %s --storage %s",
+                    *(problem.rstrip("."), search.record.name, search.record.storage),
+                )
 
-    def _tracking(self, record: Record) -> Tracking:
-        experiment = record.experiment
-        return Tracking(
-            record.name, record.key, record.metrics, experiment, self._directory, record.models
+    def _spec(self, record: Record, environment: Mapping[str, str]) -> TrialSpec:
+        return TrialSpec(
+            record=record,
+            objective=self._objective,
+            directory=self._directory,
+            tracking_uri=self._tracking_uri,
+            mode=self._mode,
+            environment=environment,
         )
 
-    def _keeper(self, record: Record, search: Search, environment: Mapping[str, str]) -> Keeper:
+    def _start_keeper(self, search: Search, environment: Mapping[str, str]) -> Keeper:
         if self._mode == "offline":
             return NoKeeper()
-        duty = KeeperConfig(
+        config = KeeperConfig(
             storage=search.storage.url,
-            study=record.name,
+            study=search.record.name,
             search=search.id,
             tracking_uri=self._tracking_uri,
             directory=str(self._directory.absolute()),
@@ -250,57 +231,40 @@ class Study:
             started=now(),
             grace=self._grace,
         )
-        return InlineKeeper(duty) if self._mode == "inline" else KeeperProcess(duty)
+        return InlineKeeper(config) if self._mode == "inline" else KeeperProcess(config)
 
-    def _leave(
-        self,
-        search: Search,
-        keeper: Keeper,
-        way: Delivery | None,
-        ended: tuple[Status, str | None],
-    ) -> None:
-        """End what is left, complete the mirror; say what is not."""
-        reason = "The study ended in the middle of it."
-        search.abandon(Ended("FAIL", why="interrupted", status="KILLED", reason=reason))
+    def _end(self, search: Search, spec: TrialSpec, ended: Outcome) -> None:
+        """End trials that still run, and leave the study."""
+        search.abandon(Ended.failed("interrupted", "The study ended before the trial did."))
         storage, record = search.storage, search.record
-        storage.patiently(lambda: reap(storage, record, search.id.__eq__))  # lost answers
-        search.leave(*ended)
-        if search.plan.finished(search.total) == search.total:
-            shutil.rmtree(self._tracking(search.record).folders, ignore_errors=True)
-        settled = True
-        if way is not None:
-            settled = way.flush(SETTLE_SECONDS)
-            if self._mode == "inline":
-                way.close()
-        if (problem := keeper.finish(settled=settled)) is not None:
-            logger.warning(
-                "The study is not all in MLflow yet: %s. What is missing is written by: "
-                "tracker mirror --study %s --storage %s",
-                *(problem.rstrip("."), search.record.name, search.record.storage),
-            )
+        storage.patiently(lambda: reap(storage, record, search.id.__eq__))  # of lost answers
+        search.leave(ended.status, ended.reason)
+        if search.plan.is_finished:
+            shutil.rmtree(spec.checkpoints, ignore_errors=True)
 
     def replay(self, number: int) -> Sequence[float] | None:
-        """Train trial `number` again, with its hyperparameters and seed, as a run of its own.
+        """Train a trial again, with its hyperparameters and seed, as a run that stands alone.
 
-        Returns its values, None where it failed. The study does not change. Raises StoreError
-        where there is no such study or trial.
+        Args:
+            number: The trial's number. The study does not change.
+
+        Returns:
+            Its values; None if it failed.
+
+        Raises:
+            StoreError: The study or the trial does not exist.
         """
         storage = Storage(self._storage_url, make=False)
-        record = load(storage, self._record.name)
+        record = load(storage, self._config.name)
         trials = storage.optuna.get_all_trials(record.study_id)
         if not 0 <= number < len(trials):
             raise StoreError(
                 f"study={record.name!r} has no trial {number}; it has 0 to {len(trials) - 1}."
             )
-        way = delivery(self._directory, self._tracking_uri, self._mode)
+        runs = delivery(self._directory, self._tracking_uri, self._mode)
         try:
-            tracking = self._tracking(record)
-            return replay(record, trials[number], self._objective, way, tracking).values
+            return replay(trials[number], self._spec(record, environment_tags()), runs).values
         finally:
             storage.close()
             if self._mode == "inline":
-                way.close()
-
-
-def _in_worker() -> bool:
-    return multiprocessing.current_process().name == WORKER
+                runs.close()

@@ -1,15 +1,16 @@
-"""One trial: what the objective is given, and the run that it is."""
+"""One trial: what the objective gets, the run that records it, and how its end is decided."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -18,6 +19,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import FrozenTrial
 from torch import Tensor, nn
 
 from tracker.delivery.base import Delivery
@@ -25,8 +27,10 @@ from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.grid import run_name
 from tracker.manager import RunManager
 from tracker.run import Run
-from tracker.search.plan import Why
-from tracker.search.session import Ended, Task, TrialLostError, Verdict
+from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
+from tracker.search.executors.base import TrialSpec
+from tracker.search.plan import SLOT
+from tracker.search.sampler import training_seed
 from tracker.search.space import contains
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Outcome, outcome
@@ -38,91 +42,37 @@ from tracker.views.files import json_text, write_atomically
 Objective = Callable[["Trial"], float | Sequence[float]]
 
 
-class Channel(Protocol):
-    """The way from a trial to the search that it belongs to."""
-
-    def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:
-        """The value of a hyperparameter."""
-
-    def report(self, number: int, value: float, step: int) -> None:
-        """Tell an intermediate value."""
-
-    def prune(self, number: int) -> str | None:
-        """Why the trial is to be pruned, None where it is not."""
-
-    def set_attr(self, number: int, name: str, value: Any) -> None:
-        """Set an attribute of the user's."""
-
-    def constrain(self, number: int, name: str, value: float) -> None:
-        """Set a constraint."""
-
-    def finish(self, number: int, ended: Ended) -> Verdict:
-        """Tell how the trial ended."""
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """How the trials of a study are tracked."""
-
-    study: str
-    """The study's name."""
-    key: str
-    """The key of the study's run, the parent of them all."""
-    metrics: tuple[str, ...]
-    experiment: str | None
-    directory: Path
-    """Holds the journals and, below `checkpoints`, what trials go on from."""
-    models: str
-    """`best` logs a model if its trial is the best so far; `all` and `none`."""
-    is_replay: bool = False
-    """Whether the run stands alone, for a trial that was trained before."""
-
-    @property
-    def folders(self) -> Path:
-        """Where the slots' folders lie while the study goes on."""
-        return self.directory.absolute() / "checkpoints" / self.key
-
-    def folder(self, slot: int) -> Path:
-        """Where a slot's checkpoints lie until it is done."""
-        return self.folders / f"{slot:06d}"
-
-
 class TrialRun(Run):
-    """The run of a trial: its checkpoints stay on disk, its model waits for the verdict."""
+    """The run of a trial: checkpoints stay on disk, the model waits for the verdict."""
 
-    def __init__(
-        self,
-        delivery: Delivery,
-        task: Task,
-        tracking: Tracking,
-        environment: Mapping[str, str],
-    ) -> None:
+    def __init__(self, delivery: Delivery, task: Task, spec: TrialSpec) -> None:
+        record = spec.record
         super().__init__(
             delivery,
             task.params,
-            tracking.experiment,
+            record.experiment,
             run_name({"trial": task.number, **task.params}) or f"trial={task.number}",
             {
-                "tracker.replays" if tracking.is_replay else "tracker.study": tracking.study,
+                "tracker.replays" if spec.is_replay else "tracker.study": record.name,
                 "optuna.trial": str(task.number),
                 "optuna.state": "RUNNING",
                 "tracker.slot": str(task.slot),
             },
             key=task.key,
-            parent_key=None if tracking.is_replay else tracking.key,
-            environment=environment,
+            parent_key=None if spec.is_replay else record.key,
+            environment=spec.environment,
         )
-        self._folder = tracking.folder(task.slot)
+        self._folder = spec.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
-        self._held: Callable[[], bool] | None = None
-        self.resume_state = _resume_state(self._folder)
+        self._log_pending_model: Callable[[], bool] | None = None
+        self.resume_state = _load_resume_state(self._folder)
         for row in self.resume_state.rows if self.resume_state else []:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self.log_metrics(metrics, row["epoch"])
             self.log_epoch(row)
 
     def log_epoch(self, row: Mapping[str, Any]) -> None:
-        """Add a row to the epochs' table; another attempt at the trial goes on from there."""
+        """Add a row to the epochs' table; a later attempt at the trial continues the table."""
         self._rows.append(dict(row))
         super().log_epoch(row)
 
@@ -134,19 +84,19 @@ class TrialRun(Run):
         step: int = 0,
         **more: Any,
     ) -> bool:
-        """Log `network`, as it is when the objective returns, if the trial is the best so far."""
+        """Log `network` when the objective has returned, if the study keeps the trial's model."""
         if name != "model":
             return super().log_model(network, example, name, step, **more)
-        self._held = partial(super().log_model, network, example, name, step, **more)
+        self._log_pending_model = partial(super().log_model, network, example, name, step, **more)
         return True
 
-    def log_held_model(self) -> None:
-        """Log the model that was to be logged."""
-        if self._held is not None:
-            self._held()
+    def log_pending_model(self) -> None:
+        """Log the model of the last `log_model`, if there was one."""
+        if self._log_pending_model is not None:
+            self._log_pending_model()
 
     def log_checkpoint(self, step: int, **states: Any) -> bool:
-        """Save a checkpoint where the next attempt at the trial finds it."""
+        """Save a checkpoint for the next attempt at the trial."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = [{**row} for row in self._rows]
@@ -162,15 +112,15 @@ class TrialRun(Run):
         shutil.rmtree(self._folder / f"{step:08d}", ignore_errors=True)
 
 
-def _resume_state(folder: Path) -> ResumeState | None:
-    """What an earlier attempt at a trial left in `folder`: its last whole checkpoint."""
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+def _load_resume_state(folder: Path) -> ResumeState | None:
+    """Load what an earlier attempt at the trial has left, up to its last whole checkpoint."""
     checkpoints: dict[int, Checkpoint] = {}
-    for step in reversed(steps):
-        try:
-            checkpoints[step] = load_checkpoint(folder / f"{step:08d}")
-        except StoreError:  # it was being written, or deleted
-            continue
+    for path in folder.glob("*"):
+        if path.name.isdecimal():
+            try:
+                checkpoints[int(path.name)] = load_checkpoint(path)
+            except StoreError:  # it was being written or deleted
+                continue
     if not checkpoints:
         return None
     last = checkpoints[max(checkpoints)]
@@ -192,23 +142,22 @@ def _resume_state(folder: Path) -> ResumeState | None:
 
 
 class Trial:
-    """What an objective is given: hyperparameters to ask for, a run to log to."""
+    """What an objective gets: hyperparameters to ask for and a run to log to."""
 
     def __init__(self, task: Task, run: TrialRun, channel: Channel, folder: Path) -> None:
         self.number = task.number
         """The number of the trial in Optuna's storage."""
         self.seed = task.seed
-        """The seed that all random generators have when the objective is called."""
+        """The seed of all random generators when the objective is called."""
         self.params: dict[str, Any] = dict(task.params)
-        """What was suggested; all of the study's space from the beginning."""
+        """The suggested values; initially those of the study's space."""
         self.run: Run = run
         """The trial's run. The study begins and ends it."""
         self.folder = folder
-        """A folder that all attempts at this trial share, for what it goes on from; see `manager`,
-        which keeps checkpoints there. Made by who writes to it, removed when the trial is done."""
+        """A folder for checkpoints, shared by all attempts at this trial; see `manager`. Create it
+        before writing to it. It is removed when the trial is done."""
         self._channel = channel
         self._unlogged: dict[str, Any] = {}
-        self._reported: tuple[float, int] | None = None
 
     def suggest_float(
         self,
@@ -219,17 +168,28 @@ class Trial:
         step: float | None = None,
         log: bool = False,
     ) -> float:
-        """A number from `low` to `high`. Raises ArgumentError for a range that cannot be."""
+        """Suggest a number.
+
+        Args:
+            name: The hyperparameter.
+            low: The smallest value.
+            high: The largest value.
+            step: The distance between values; by default the range is continuous.
+            log: Whether to sample logarithmically.
+
+        Raises:
+            ArgumentError: The range is invalid, or differs from an earlier one.
+        """
         return float(self._suggest(name, lambda: FloatDistribution(low, high, log=log, step=step)))
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """A whole number from `low` to `high`. Raises ArgumentError for one that cannot be."""
+        """Suggest an integer; arguments and errors are those of `suggest_float`."""
         return int(self._suggest(name, lambda: IntDistribution(low, high, log=log, step=step)))
 
     def suggest_categorical(self, name: str, choices: Iterable[Any]) -> Any:
-        """One of `choices`. Raises ArgumentError where there are none."""
+        """Suggest one of `choices`; ArgumentError if there are none."""
         return self._suggest(name, lambda: CategoricalDistribution(list(choices)))
 
     def _suggest(self, name: str, distribution: Callable[[], BaseDistribution]) -> Any:
@@ -240,38 +200,40 @@ class Trial:
         if name in self.params and name not in self._unlogged and name in self.run.params:
             if contains(wanted, value := self.params[name]):
                 return value
-            raise ArgumentError(f"{name!r} is {value!r} already, which is not of {wanted}.")
+            raise ArgumentError(f"{name!r} is already {value!r}, which is not in {wanted}.")
         value = self._channel.suggest(self.number, name, wanted)
         self.params[name] = self._unlogged[name] = value
         return value
 
     def report(self, value: float, step: int) -> None:
-        """Tell how good the trial is after `step`, an epoch as a rule, for the pruner.
+        """Report an intermediate value to the pruner.
 
-        Raises ArgumentError for what is no number or step, TrialLostError where the trial was given
-        up meanwhile.
+        Args:
+            value: How good the trial is after `step`.
+            step: Usually an epoch.
+
+        Raises:
+            ArgumentError: The value is not a number, or the step not an integer from 0.
+            TrialLostError: The trial was abandoned in the meantime.
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ArgumentError(f"step={step!r} is not allowed; it must be a whole number from 0.")
+            raise ArgumentError(f"step={step!r} is not allowed; it must be an integer from 0.")
         number = _number(value)
         if number is None:
             raise ArgumentError(f"value={value!r} is not allowed; it must be a number.")
-        self._tell(number, step)
-
-    def _tell(self, value: float, step: int) -> None:
         self.log_params()
-        self.run.log_metrics({INTERMEDIATE: value}, step)
-        self._channel.report(self.number, value, step)
+        self.run.log_metrics({INTERMEDIATE: number}, step)
+        self._channel.report(self.number, number, step)
 
     def restore(self, reported: Mapping[int, float], last: int) -> None:
-        """Report again what an earlier attempt did up to its step `last`, as if it had gone on."""
+        """Repeat the reports of an earlier attempt up to its step `last`."""
         for step, value in sorted(reported.items()):
             if step <= last:
-                self._tell(value, step)
-                self._channel.prune(self.number)  # some pruners note what they saw; it said no then
+                self.report(value, step)
+                self._channel.prune(self.number)  # some pruners keep a state; the answer was no
 
     def should_prune(self) -> bool:
-        """Whether to give the trial up, by what was reported: `raise optuna.TrialPruned()`."""
+        """Whether to stop the trial, given its reports: `raise optuna.TrialPruned()`."""
         reason = self._channel.prune(self.number)
         if reason is None:
             return False
@@ -279,121 +241,167 @@ class Trial:
         return True
 
     def set_user_attr(self, name: str, value: Any) -> None:
-        """Keep something with the trial in Optuna's storage; it must be made of JSON."""
+        """Store a JSON value with the trial in Optuna's storage."""
         self._channel.set_attr(self.number, name, value)
 
     def set_constraint(self, name: str, value: float) -> None:
-        """Say how far a constraint is broken: not, where `value` is 0 or less."""
+        """Store by how much a constraint is violated; 0 or less satisfies it."""
         self._channel.constrain(self.number, name, float(value))
         self.run.log_metrics({f"constraint.{name}": float(value)})
 
     def manager(self, **settings: Any) -> RunManager:
-        """A RunManager that logs to the trial's run, for the verbs and for `fit`.
+        """Create a RunManager that logs to the trial's run.
 
-        `save_checkpoint` keeps its checkpoints in `folder`. Where an earlier attempt at this trial
-        was cut off, `manager.checkpoint` is its last one, as for a run that is resumed. `settings`
-        are those of `RunManager()`.
+        `save_checkpoint` keeps its checkpoints in `folder`. If an earlier attempt at this trial was
+        cut off, `manager.checkpoint` is its last one, as in a resumed run. `settings` are arguments
+        of `RunManager`.
         """
         self.log_params()
         return RunManager(run=self.run, **settings)
 
     def log_params(self) -> None:
-        """Log what was suggested since."""
+        """Log the values suggested since the last call."""
         if self._unlogged:
             self.run.log_params(self._unlogged)
             self._unlogged = {}
 
 
 class ObjectiveError(ArgumentError):
-    """The objective returned what is no value."""
+    """The objective did not return its values."""
 
 
-def run_trial(
-    task: Task,
-    objective: Objective,
-    channel: Channel,
-    delivery: Delivery,
-    tracking: Tracking,
-    environment: Mapping[str, str],
-) -> None:
-    """Run one trial, from its run's beginning to its end.
+def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery) -> None:
+    """Run one trial, from the beginning of its run to the end.
 
-    An objective that fails is no error here. Raises KeyboardInterrupt, SystemExit and the user's
-    mistakes (ArgumentError, CallOrderError) after the trial has ended.
+    Args:
+        task: The trial.
+        spec: What the trials of the study share.
+        channel: The trial's connection to its search.
+        delivery: Takes the run to MLflow.
+
+    Raises:
+        KeyboardInterrupt: The trial was interrupted, and has ended.
+        ArgumentError: The user's mistake, which would fail all trials; this one has ended. So for
+            CallOrderError and SystemExit. Other errors of the objective only fail the trial.
     """
-    run = TrialRun(delivery, task, tracking, environment)
-    trial = Trial(task, run, channel, tracking.folder(task.slot))
+    run = TrialRun(delivery, task, spec)
+    trial = Trial(task, run, channel, spec.folder(task.slot))
+    metrics, models = spec.record.metrics, spec.record.models
     error: BaseException | None = None
     values: list[float] | None = None
     try:
         if run.resume_state is not None and run.resume_state.checkpoint is not None:
             trial.restore(task.reported, run.resume_state.checkpoint.epoch)
         set_seed(task.seed)
-        values = _checked(objective(trial), len(tracking.metrics))
-    except BaseException as raised:  # noqa: BLE001 - passed on below where it is not a trial's own
+        values = _checked(spec.objective(trial), len(metrics))
+    except BaseException as raised:  # noqa: BLE001 - raised again below if it concerns the study
         error = raised
     ended = trial_ended(error, values)
     trial.log_params()
     verdict = channel.finish(task.number, ended)
     if not verdict.accepted:
-        ended = Ended("FAIL", why="given up", status="FAILED", reason="The trial was given up.")
+        ended = Ended.failed("given up", "The trial was abandoned.")
     if verdict.accepted and ended.state == "COMPLETE":
-        run.log_metrics(objectives(tracking.metrics, ended.values or ()))
-        if tracking.models == "all" or (tracking.models == "best" and verdict.best):
-            run.log_held_model()
+        run.log_metrics(objectives(metrics, ended.values or ()))
+        if models == "all" or (models == "best" and verdict.best):
+            run.log_pending_model()
     run.set_tags({"optuna.state": ended.state})
     run.end(Outcome(ended.status, ended.reason), wait=False)
-    if not verdict.again:
+    if not verdict.retry:
         shutil.rmtree(trial.folder, ignore_errors=True)
-    if error is not None and _stops(error):
+    if error is not None and _stops_the_study(error):
         raise error
 
 
 def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> Ended:
-    """How a trial ended whose objective raised `error` or returned `values`: the one place.
+    """Decide how a trial ended whose objective raised `error` or returned `values`.
 
     | what happened | trial | run |
     |---|---|---|
-    | it returned | COMPLETE | FINISHED |
+    | values returned | COMPLETE | FINISHED |
     | TrialPruned | PRUNED | KILLED |
     | NaN, an exception | FAIL | FAILED |
-    | Ctrl-C, SIGTERM | FAIL, its slot is free again | KILLED |
-    | given up meanwhile | FAIL | FAILED |
+    | Ctrl-C, SIGTERM | FAIL, and its slot is free again | KILLED |
+    | abandoned in the meantime | FAIL | FAILED |
     """
     if error is None:
         assert values is not None
         if any(map(math.isnan, values)):
-            reason = f"The objective returned {values}, and NaN is no value to compare."
-            return Ended("FAIL", why="invalid", status="FAILED", reason=reason)
+            reason = f"The objective returned {values}, but NaN cannot be compared."
+            return Ended.failed("invalid", reason)
         return Ended("COMPLETE", values)
     if isinstance(error, optuna.TrialPruned):
-        return Ended("PRUNED", status="KILLED", reason=None)
+        return Ended("PRUNED", status="KILLED")
     run = outcome(error)
     if run.status == "KILLED":
-        return Ended("FAIL", why="interrupted", status="KILLED", reason=run.reason)
-    given_up = isinstance(error, (TrialLostError, ArgumentError, CallOrderError))
-    why: Why = "given up" if given_up else "failed"
-    return Ended("FAIL", why=why, status="FAILED", reason=run.reason)
+        return Ended.failed("interrupted", run.reason)
+    is_slots_fault = not isinstance(error, (TrialLostError, ArgumentError, CallOrderError))
+    return Ended.failed("failed" if is_slots_fault else "given up", run.reason)
 
 
-def _stops(error: BaseException) -> bool:
-    """Whether an objective's error is the whole study's."""
+def _stops_the_study(error: BaseException) -> bool:
     return isinstance(error, (ArgumentError, CallOrderError)) or not isinstance(error, Exception)
 
 
 def _checked(returned: Any, count: int) -> list[float]:
     several = list(returned) if isinstance(returned, (list, tuple)) else [returned]
-    numbers = [_number(value) for value in several]
-    if None in numbers or len(numbers) != count:
+    numbers = [number for value in several if (number := _number(value)) is not None]
+    if not len(numbers) == len(several) == count:
         wanted = "a number" if count == 1 else f"{count} numbers"
         raise ObjectiveError(f"The objective returned {returned!r}; it must return {wanted}.")
-    return [number for number in numbers if number is not None]
+    return numbers
 
 
 def _number(value: Any) -> float | None:
-    if value is None or isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes)):
         return None
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of many
+    except (TypeError, ValueError, RuntimeError):  # None, or a tensor of several numbers
         return None
+
+
+class _ReplayChannel(Channel):
+    """Answers like the search did when the trial ran."""
+
+    def __init__(self, frozen: FrozenTrial) -> None:
+        self._params = frozen.params
+        self.ended: Ended | None = None
+
+    def request(self, verb: str, *arguments: Any) -> Any:
+        if verb == "suggest":
+            number, name, _ = arguments
+            if name not in self._params:
+                raise ArgumentError(f"{name!r} was not suggested in trial {number}.")
+            return self._params[name]
+        if verb == "finish":
+            _, self.ended = arguments
+            return Verdict(accepted=True, best=True)
+        return None  # nothing is stored, and no trial pruned
+
+
+def replay(frozen: FrozenTrial, spec: TrialSpec, delivery: Delivery) -> Ended:
+    """Train a trial again, as a run that stands alone.
+
+    Args:
+        frozen: The trial, which has ended.
+        spec: That of the study.
+        delivery: Takes the run to MLflow.
+
+    Returns:
+        How it ended this time.
+
+    Raises:
+        ArgumentError: The trial was not run by this library.
+    """
+    slot = frozen.user_attrs.get(SLOT)
+    if slot is None:
+        raise ArgumentError(f"trial {frozen.number} was not run by this study.")
+    key = f"replay-{uuid.uuid4().hex}"  # so that none of the study's checkpoints is used
+    seed = training_seed(spec.record.seed, slot)
+    task = Task(number=frozen.number, slot=slot, seed=seed, key=key, params=frozen.params)
+    record = replace(spec.record, key=key, models="all")
+    channel = _ReplayChannel(frozen)
+    run_trial(task, replace(spec, record=record, is_replay=True), channel, delivery)
+    assert channel.ended is not None
+    return channel.ended

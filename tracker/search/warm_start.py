@@ -1,11 +1,9 @@
-"""Trials that a study begins with: those of another study, or runs of an MLflow experiment."""
+"""Trials that a study starts with: from another study, or from runs of an MLflow experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -13,164 +11,167 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
+from tracker.search.config import StudyConfig
 from tracker.search.plan import SOURCE
 from tracker.search.record import Record
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
 from tracker.store.uri import check_there, resolve
 
-Points = Set[tuple[Any, ...]] | None
-"""The points of a grid."""
-
 
 class Source(Protocol):
     """Where earlier trials come from."""
 
-    def trials(self, record: Record) -> list[FrozenTrial]:
-        """Those that fit `record`; StoreError or ArgumentError where there are none."""
+    def trials(self, config: StudyConfig) -> list[FrozenTrial]:
+        """Return the trials that fit a study.
+
+        Raises:
+            StoreError: The source cannot be read.
+            ArgumentError: No trial fits.
+        """
 
 
 @dataclass(frozen=True)
 class FromStudy:
-    """Another study of Optuna's, ours or not."""
+    """Another study of Optuna, created by this library or not."""
 
     name: str
     storage: str | None
 
-    def trials(self, record: Record) -> list[FrozenTrial]:
-        """Its complete trials that have the hyperparameters of the space, within their ranges."""
-        if self.name == record.name and _place(self.storage) == _place(record.storage):
-            raise ArgumentError(f"study={self.name!r} cannot begin with its own trials.")
+    def trials(self, config: StudyConfig) -> list[FrozenTrial]:
+        """Return its complete trials whose hyperparameters lie in the space."""
+        if self.name == config.name and _location(self.storage) == _location(config.storage):
+            raise ArgumentError(f"study={self.name!r} cannot start with its own trials.")
         storage = Storage(self.storage, make=False)
         try:
             try:
                 study_id = storage.optuna.get_study_id_from_name(self.name)
             except KeyError:
-                raise StoreError(
-                    f"study={self.name!r} is not in storage={public_uri(storage.url)!r}."
-                ) from None
+                where = public_uri(storage.url)
+                raise StoreError(f"study={self.name!r} is not in storage={where!r}.") from None
             directions = [d.name.lower() for d in storage.optuna.get_study_directions(study_id)]
-            if tuple(directions) != record.directions:
+            if tuple(directions) != config.directions:
                 raise ArgumentError(
                     f"study={self.name!r} has direction={directions}, not "
-                    f"{list(record.directions)}."
+                    f"{list(config.directions)}."
                 )
-            found = storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
-            label, points = f"study {self.name} trial", _points(record)
-            fitting = [
-                fits
-                for trial in found
-                if (fits := _fitting(record, points, trial, f"{label} {trial.number}")) is not None
-            ]
+            complete = storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
         finally:
             storage.close()
-        return _some(fitting, f"study={self.name!r}")
+        filter_ = _Filter(config)
+        fitting = []
+        for trial in complete:
+            # Without a declared space, every trial fits.
+            wanted = filter_.distributions if config.spaces else trial.distributions
+            params = {name: trial.params[name] for name in wanted if name in trial.params}
+            if filter_.accepts(params):
+                source = f"study {self.name} trial {trial.number}"
+                new = _new_trial(params, wanted, trial.values, source)
+                new.datetime_start = trial.datetime_start or new.datetime_start
+                new.datetime_complete = trial.datetime_complete or new.datetime_complete
+                fitting.append(new)
+        return _not_empty(fitting, f"study={self.name!r}")
 
 
 @dataclass(frozen=True)
 class FromRuns:
-    """The FINISHED runs of an experiment in MLflow."""
+    """The FINISHED runs of an MLflow experiment."""
 
     experiment: str
     metric: str
     tracking_uri: str | None
 
-    def trials(self, record: Record) -> list[FrozenTrial]:
-        """Those with a value of the metric and params within the space."""
+    def trials(self, config: StudyConfig) -> list[FrozenTrial]:
+        """Return the runs that have the metric, and params in the space."""
         from tracker.store.client import MlflowStore  # importing mlflow takes seconds
         from tracker.store.runs import StudyRuns
 
-        if len(record.directions) > 1:
+        if config.is_multi_objective:
             raise ArgumentError("warm_start_from_runs takes one objective.")
         check_there(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
-        runs = StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment)
-        wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
-        points = _points(record)
+        filter_ = _Filter(config)
         fitting = []
-        for run in runs:
-            ours = {"tracker.source", "tracker.replays"} & run.tags.keys()
-            if ours or run.tags.get("tracker.study") == record.name:
-                continue  # what comes from here, or was brought here
-            if self.metric not in run.metrics:
+        for run in StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment):
+            is_copy = {"tracker.source", "tracker.replays"} & run.tags.keys()
+            if is_copy or run.tags.get("tracker.study") == config.name:
                 continue
-            params = {}
-            for name, distribution in wanted.items():
-                if name in run.params and (read := _read(distribution, run.params[name])):
-                    params[name] = read[0]
-            if params.keys() == wanted.keys() and _is_point(points, params):
-                source = f"run {run.run_id}"
-                value = [run.metrics[self.metric]]
-                fitting.append(_trial(params, wanted, value, source, None, None))
-        return _some(fitting, f"experiment={self.experiment!r}")
+            params = {
+                name: value
+                for name, distribution in filter_.distributions.items()
+                for value in _parsed(distribution, run.params.get(name))
+            }
+            if self.metric in run.metrics and filter_.accepts(params):
+                values, source = [run.metrics[self.metric]], f"run {run.run_id}"
+                fitting.append(_new_trial(params, filter_.distributions, values, source))
+        return _not_empty(fitting, f"experiment={self.experiment!r}")
 
 
 def add(storage: Storage, record: Record, trials: Iterable[FrozenTrial]) -> None:
-    """Add `trials` to a study, each once."""
+    """Add trials to a study, except for those that were added before.
+
+    Args:
+        storage: The storage of the study.
+        record: The study.
+        trials: The result of `Source.trials`.
+    """
     with storage.lock():
-        had = {
+        present = {
             trial.user_attrs.get(SOURCE)
             for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
         }
         for trial in trials:
-            if trial.user_attrs[SOURCE] not in had:
+            if trial.user_attrs[SOURCE] not in present:
                 storage.optuna.create_new_trial(record.study_id, trial)
 
 
-def _fitting(record: Record, points: Points, trial: FrozenTrial, source: str) -> FrozenTrial | None:
-    if not record.spaces:
-        params, wanted = trial.params, trial.distributions
-    else:
-        wanted = distributions(record.spaces[-1], grid=record.sampler == "grid")
-        params = {name: trial.params[name] for name in wanted if name in trial.params}
-        if params.keys() != wanted.keys() or not all(
-            contains(distribution, params[name]) for name, distribution in wanted.items()
-        ):
-            return None
-        if not _is_point(points, params):
-            return None
-    times = trial.datetime_start, trial.datetime_complete
-    return _trial(params, wanted, trial.values, source, *times)
+@dataclass
+class _Filter:
+    """Accepts hyperparameters that lie in a study's space."""
+
+    config: StudyConfig
+    distributions: dict[str, BaseDistribution] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_grid = self.config.sampler == "grid"
+        points = grid(self.config.spaces) if is_grid else []
+        self._points = set(map(identity, points)) if is_grid else None
+        if self.config.spaces:
+            self.distributions = distributions(self.config.spaces[-1], grid=is_grid)
+
+    def accepts(self, params: Mapping[str, Any]) -> bool:
+        is_in_space = all(
+            name in params and contains(distribution, params[name])
+            for name, distribution in self.distributions.items()
+        )
+        return is_in_space and (self._points is None or identity(params) in self._points)
 
 
-def _trial(
+def _new_trial(
     params: Mapping[str, Any],
     wanted: Mapping[str, BaseDistribution],
     values: Sequence[float],
     source: str,
-    begin: datetime | None,
-    end: datetime | None,
 ) -> FrozenTrial:
-    trial = create_trial(
+    return create_trial(
         state=TrialState.COMPLETE,
         params=dict(params),
         distributions=dict(wanted),
         values=list(values),
         user_attrs={SOURCE: source},
     )
-    trial.datetime_start, trial.datetime_complete = (
-        begin or trial.datetime_start,
-        end or trial.datetime_complete,
-    )
-    return trial
 
 
-def _place(url: str | None) -> Path | str:
-    known, _, file = parse(url)
-    return file or public_uri(known)
+def _location(url: str | None) -> object:
+    url, _, file = parse(url)
+    return file or public_uri(url)
 
 
-def _points(record: Record) -> Points:
-    return {identity(point) for point in grid(record.spaces)} if record.sampler == "grid" else None
-
-
-def _is_point(points: Points, params: Mapping[str, Any]) -> bool:
-    return points is None or identity(params) in points
-
-
-def _read(distribution: BaseDistribution, text: str) -> list[Any]:
-    """The value that MLflow holds as `text`, in a list; empty if it is not in `distribution`."""
+def _parsed(distribution: BaseDistribution, text: str | None) -> list[Any]:
+    """The value that MLflow shows as `text`, in a list; empty if it is not in `distribution`."""
+    if text is None:
+        return []
     if isinstance(distribution, CategoricalDistribution):
-        return [choice for choice in distribution.choices if _same(choice, text)][:1]
+        return [choice for choice in distribution.choices if _is_shown_as(choice, text)][:1]
     try:
         number = float(text)
     except ValueError:
@@ -179,7 +180,7 @@ def _read(distribution: BaseDistribution, text: str) -> list[Any]:
     return [value] if value == number and contains(distribution, value) else []
 
 
-def _same(choice: Any, text: str) -> bool:
+def _is_shown_as(choice: Any, text: str) -> bool:
     if isinstance(choice, (bool, type(None), str)):
         return str(choice).lower() == text.lower()
     try:
@@ -188,7 +189,7 @@ def _same(choice: Any, text: str) -> bool:
         return False
 
 
-def _some(trials: list[FrozenTrial], where: str) -> list[FrozenTrial]:
+def _not_empty(trials: list[FrozenTrial], source: str) -> list[FrozenTrial]:
     if not trials:
-        raise ArgumentError(f"{where} has no complete trial with these hyperparameters.")
+        raise ArgumentError(f"{source} has no complete trial with these hyperparameters.")
     return trials

@@ -1,1 +1,1 @@
-"""Where the trials of a search run."""
+"""Executors: where the trials of a search run."""

@@ -1,7 +1,7 @@
-"""Trials in processes of their own, which ask the search over pipes.
+"""Trials in worker processes, which send requests to the search over pipes.
 
-A worker that dies is noticed at once, one that is silent for the grace period gives its trial up,
-and goes on with the next one when it is back. Nobody but the search touches the storage.
+The death of a worker is noticed at once. A worker that is silent for the grace period loses its
+trial; if it comes back, it continues with the next one. Only the search accesses the storage.
 """
 
 from __future__ import annotations
@@ -14,336 +14,319 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    distribution_to_json,
-    json_to_distribution,
-)
-
 from tracker.errors import ArgumentError, StoreError, TrackerError
-from tracker.search.interrupts import block_signals
-from tracker.search.session import Ended, Search, Task, TrialLostError, Verdict
-
-_TICK_SECONDS = 0.25
-_WAIT_SECONDS = 0.5  # while others run the last trials, between two looks at whether one is free
-_ALIVE_SECONDS = 1.0
-_EXIT_SECONDS = 30.0  # for a worker that was told to end: its runs are delivered meanwhile
-_STARTS = 3  # of workers that end before they are ready, until we give up
-_KILLED_STARTS = 20  # of such that are killed: by whoever does that, or for want of memory
+from tracker.search.channel import Channel, Ended, TrialLostError, Verdict
+from tracker.search.executors.base import TrialSpec
+from tracker.search.interrupts import Interrupts, block_signals
+from tracker.search.session import Search
 
 WORKER = "trial worker"
 """The name of a worker's process."""
 
+_POLL_SECONDS = 0.25
+_WAIT_SECONDS = 0.5  # until the next claim, if other searches run the last trials
+_ALIVE_SECONDS = 1.0  # between two signs of life of a worker
+_EXIT_SECONDS = 30.0  # for a worker to end, including the delivery of its runs
+_MAX_FAILED_STARTS = 3  # in a row
+_MAX_KILLED_STARTS = 20  # by the user, or for lack of memory
+
+_CONTEXT = multiprocessing.get_context("spawn")
+_STOPPED = Ended.failed("interrupted", "It was still running when its search ended.")
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a worker must know."""
-
-    objective: Any
-    tracking: Any
-    tracking_uri: str | None
-    mode: Any
-    environment: Mapping[str, str]
-    threads: int
-
-
 def check_picklable(objective: Any) -> None:
-    """Raise ArgumentError for an objective that no other process can import."""
+    """Raise ArgumentError for an objective that another process cannot import."""
     try:
         pickle.dumps(objective)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ArgumentError(
-            f"objective={objective!r} cannot run in another process ({error}); with workers above "
-            "1 it must be a function at the top of a module."
+            f"objective={objective!r} cannot run in another process ({error}); with more than one "
+            "worker it must be a function at the top level of a module."
         ) from error
 
 
-# -- the search's side -----------------------------------------------------------------------------
+# -- the side of the search ------------------------------------------------------------------------
 
 
 @dataclass
 class _Worker:
     process: Any
     connection: Connection
-    heard: float
+    last_message: float
     trial: int | None = None
-    lost: bool = False
-    ready: bool = False
-    told: bool = False
-    stopped: bool = False
-    """By us, at the end: what it did is interrupted, not lost."""
+    is_ready: bool = False
+    """Whether it has ever asked for a trial."""
+    is_silent: bool = False
+    """Whether it lost its trial to silence, and has not come back."""
+    is_leaving: bool = False
+    """Whether it was asked to end."""
+    was_killed: bool = False
+    """Whether this executor killed it."""
+
+    def send(self, *message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:  # it is dead, which the next read reports
+            logger.debug("%s", error)
+
+    def stop(self) -> None:
+        self.is_leaving = True
+        self.send("stop")
 
 
-class Pool:
-    """Runs the trials of a search in `workers` processes."""
+class ProcessExecutor:
+    """Runs trials in worker processes."""
 
-    def __init__(self, search: Search, spec: Spec, workers: int) -> None:
-        self._search = search
+    def __init__(self, spec: TrialSpec, workers: int) -> None:
+        """Prepare an executor; `run` starts its processes.
+
+        Args:
+            spec: What the trials share; it must be picklable.
+            workers: The number of processes.
+        """
         self._spec = spec
-        self._wanted = workers
+        self._count = workers
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._claim_at = 0.0
-        self._false_starts = self._killed_starts = 0
-        self._done = False
+        self._failed_starts = self._killed_starts = 0
+        self._is_done = False
         self._error: TrackerError | None = None
 
-    def run(self, stopping: Callable[[], int]) -> None:
-        """Run until the study is done, or `stopping` says so: 1 is cleanly, 2 at once.
+    def run(self, search: Search, interrupts: Interrupts) -> None:
+        """Run trials until the study is done, or interrupted.
 
-        Raises the user's mistake that a trial met.
+        Args:
+            search: Where trials come from.
+            interrupts: After the first, trials are interrupted; after the second, killed.
+
+        Raises:
+            ArgumentError: The objective made a mistake that affects the whole study.
+            StoreError: The workers cannot start.
         """
         try:
-            while not (self._done and not self._busy()):
-                if stopping() or self._error is not None:
+            while not self._is_done or any(w.trial is not None for w in self._active()):
+                if interrupts.count or self._error is not None:
                     break
-                self._hire()
-                self._turn()
-                self._hand_out()
-            self._stop_all(stopping)
+                self._start_workers()
+                self._handle_messages(search)
+                self._fail_silent(search)
+                self._hand_out_trials(search)
+            self._stop_all(search, interrupts)
         finally:
             for worker in self._workers:
-                worker.stopped = worker.process.is_alive()
+                worker.was_killed = worker.process.is_alive()
                 worker.process.kill()
             for worker in list(self._workers):
-                worker.process.join()
-                self._bury(worker)
+                self._remove(worker, search)
         if self._error is not None:
             raise self._error
 
-    def _busy(self) -> bool:
-        return any(worker.trial is not None and not worker.lost for worker in self._workers)
+    def settle(self, timeout: float) -> bool:
+        """Return True: the workers have handed over their runs before they ended."""
+        return True
 
-    def _hire(self) -> None:
-        live = [worker for worker in self._workers if not worker.lost]
-        resource_tracker.ensure_running()  # with the first process it would unblock the signals
-        for _ in range(0 if self._done else self._wanted - len(live)):
+    def _active(self) -> list[_Worker]:
+        return [worker for worker in self._workers if not worker.is_silent]
+
+    def _start_workers(self) -> None:
+        resource_tracker.ensure_running()  # started with a worker, it would unblock the signals
+        threads = max(1, (os.cpu_count() or 1) // self._count)
+        for _ in range(0 if self._is_done else self._count - len(self._active())):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=work, args=(theirs, self._spec), name=WORKER)
+            process = _CONTEXT.Process(target=work, args=(theirs, self._spec, threads), name=WORKER)
             with block_signals(signal.SIGINT):
                 process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, time.monotonic()))
 
-    def _turn(self) -> None:
-        """Hear what the workers say, for a moment."""
-        ready = wait([worker.connection for worker in self._workers], _TICK_SECONDS)
+    def _handle_messages(self, search: Search) -> None:
+        """Wait a moment for messages of the workers, and handle them."""
+        ready = wait([worker.connection for worker in self._workers], _POLL_SECONDS)
         for worker in [worker for worker in self._workers if worker.connection in ready]:
-            self._hear(worker)
-        self._search.beat()
-        for worker in list(self._workers):
-            silent = time.monotonic() - worker.heard > self._search.grace
-            if silent and worker.trial is not None and not worker.lost:
-                worker.lost = True
-                reason = f"Its process was silent for {self._search.grace:g} s."
-                ended = Ended("FAIL", why="died", status="FAILED", reason=reason)
-                self._search.finish(worker.trial, ended)
+            self._handle_message(worker, search)
+        search.beat()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _handle_message(self, worker: _Worker, search: Search) -> None:
         try:
-            message = worker.connection.recv()
+            verb, *arguments = worker.connection.recv()
         except (EOFError, OSError):
-            worker.process.join()
-            self._bury(worker)
+            self._remove(worker, search)
             return
-        worker.heard = time.monotonic()
-        worker.lost = False
-        match message:
-            case ("alive",):
-                pass
-            case ("mistake", text):
-                self._error = ArgumentError(text)
-            case ("next",):
-                worker.trial, worker.ready = None, True
-                self._claim_at = 0.0
-                self._false_starts = self._killed_starts = 0
-                self._idle.append(worker)
-            case ("finish", number, ended):
-                self._send(worker, ("ok", self._search.finish(number, ended)))
-            case ("report", number, value, step):
-                self._answer(worker, self._search.report, number, value, step, reply=False)
-            case ("suggest", number, name, distribution):
-                known = json_to_distribution(distribution)
-                self._answer(worker, self._search.suggest, number, name, known)
-            case (str(verb), *arguments):
-                self._answer(worker, getattr(self._search, _VERBS[verb]), *arguments)
+        worker.last_message = time.monotonic()
+        worker.is_silent = False
+        if verb == "next":
+            worker.trial, worker.is_ready = None, True
+            self._claim_at = 0.0
+            self._failed_starts = self._killed_starts = 0
+            self._idle.append(worker)
+        elif verb == "mistake":
+            self._error = ArgumentError(*arguments)
+        elif verb != "alive":
+            _answer(worker, search, verb, *arguments)
 
-    def _answer(
-        self, worker: _Worker, verb: Callable[..., Any], *arguments: Any, reply: bool = True
-    ) -> None:
-        try:
-            answer: tuple[str, Any] = ("ok", verb(*arguments))
-        except TrialLostError as error:
-            answer = ("lost", str(error))
-        except ArgumentError as error:
-            answer = ("mistake", str(error))
-        except StoreError:
-            raise
-        except Exception as error:  # of this trial only, as it would be in the objective's process
-            if self._search.storage.unreachable(error):
-                raise
-            answer = ("error", f"{type(error).__name__}: {error}")
-            if not reply:  # the trial is told at its next question
-                ended = Ended("FAIL", why="failed", status="FAILED", reason=answer[1])
-                self._search.finish(arguments[0], ended)
-        if reply:
-            self._send(worker, answer)
+    def _fail_silent(self, search: Search) -> None:
+        for worker in self._active():
+            silent = time.monotonic() - worker.last_message > search.grace
+            if silent and worker.trial is not None:
+                worker.is_silent = True
+                reason = f"Its process was silent for {search.grace:g} s."
+                search.finish(worker.trial, Ended.failed("died", reason))
 
-    def _send(self, worker: _Worker, message: Any) -> None:
-        try:
-            worker.connection.send(message)
-        except OSError as error:  # it is dead, which its end of the pipe tells
-            logger.debug("%s", error)
-
-    def _hand_out(self) -> None:
-        """Give the idle workers a trial each, as long as there are any."""
-        surplus = sum(not worker.lost for worker in self._workers) - self._wanted
+    def _hand_out_trials(self, search: Search) -> None:
+        """Give a trial to each idle worker, while there are any."""
+        surplus = len(self._active()) - self._count
+        self._idle = [worker for worker in self._idle if worker in self._workers]
         while self._idle:
-            worker = self._idle.pop(0)
-            if worker not in self._workers:
-                continue
-            if surplus > 0 or self._done:
+            if surplus > 0 or self._is_done:
                 surplus -= 1
-                self._send(worker, ("stop",))
-                worker.told = True
+                self._idle.pop(0).stop()
                 continue
             if time.monotonic() < self._claim_at:
-                self._idle.insert(0, worker)
                 return
-            answer = self._search.claim()
-            if isinstance(answer, Task):
-                worker.trial = answer.number
-                worker.heard = time.monotonic()
-                self._send(worker, ("run", answer))
-                continue
-            self._done = answer == "done"
-            self._idle.insert(0, worker)
-            if not self._done:  # others run the last ones
+            task = search.claim()
+            if task == "wait":  # for the last trials, which others run
                 self._claim_at = time.monotonic() + _WAIT_SECONDS
                 return
+            if task == "done":
+                self._is_done = True
+                continue
+            worker = self._idle.pop(0)
+            worker.trial = task.number
+            worker.last_message = time.monotonic()
+            worker.send("run", task)
 
-    def _bury(self, worker: _Worker) -> None:
-        """A worker's process has ended."""
-        if worker not in self._workers:
-            return
+    def _remove(self, worker: _Worker, search: Search) -> None:
+        """Wait for the end of a worker's process, and clean up after it."""
+        worker.process.join()
         self._workers.remove(worker)
         worker.connection.close()
         code = worker.process.exitcode
         if worker.trial is not None:
-            self._search.finish(worker.trial, _STOPPED if worker.stopped else _death(code))
-        if not worker.ready and code:
-            if code < 0 or code > 128:  # by a signal, the second where it was handled
-                self._killed_starts += 1
-            else:
-                self._false_starts += 1
-            failed = self._false_starts >= _STARTS or self._killed_starts >= _KILLED_STARTS
-            if failed and self._error is None:
-                self._error = StoreError(
-                    "The workers' processes end before they begin (see above); a script that runs "
-                    "a study must do so under `if __name__ == '__main__':`."
-                )
+            search.finish(worker.trial, _STOPPED if worker.was_killed else _death(code))
+        if worker.is_ready or not code:
+            return
+        if code < 0 or code > 128:  # by a signal; above 128 if it was handled
+            self._killed_starts += 1
+        else:
+            self._failed_starts += 1
+        is_hopeless = (
+            self._failed_starts >= _MAX_FAILED_STARTS or self._killed_starts >= _MAX_KILLED_STARTS
+        )
+        if is_hopeless and self._error is None:
+            self._error = StoreError(
+                "The worker processes end before they are ready (see above); a script that runs "
+                "a study must do so under `if __name__ == '__main__':`."
+            )
 
-    def _stop_all(self, stopping: Callable[[], int]) -> None:
-        """Have all workers end: those with a trial are interrupted."""
+    def _stop_all(self, search: Search, interrupts: Interrupts) -> None:
+        """End all workers, and interrupt those that have a trial."""
         until = time.monotonic() + _EXIT_SECONDS
         for worker in self._workers:
-            if worker.lost:
+            if worker.is_silent:
                 worker.process.kill()
-            elif worker.trial is not None or not worker.ready:
+            elif worker.trial is not None or not worker.is_ready:
                 worker.process.terminate()
-            elif not worker.told:
-                self._send(worker, ("stop",))
-        while self._workers and stopping() < 2 and time.monotonic() < until:
-            ready = wait([worker.connection for worker in self._workers], _TICK_SECONDS)
-            for worker in [worker for worker in self._workers if worker.connection in ready]:
-                self._hear(worker)
-                if worker in self._idle:
-                    self._idle.remove(worker)
-                    self._send(worker, ("stop",))
-            self._search.beat()
+            elif not worker.is_leaving:
+                worker.stop()
+        self._idle.clear()
+        while self._workers and interrupts.count < 2 and time.monotonic() < until:
+            self._handle_messages(search)
+            while self._idle:
+                self._idle.pop().stop()
 
 
-_CONTEXT = multiprocessing.get_context("spawn")
-_VERBS = {"prune": "prune", "attr": "set_attr", "constrain": "constrain"}
-
-
-_STOPPED = Ended(
-    "FAIL", why="interrupted", status="KILLED", reason="It had not ended when its search did."
-)
+def _answer(worker: _Worker, search: Search, verb: str, *arguments: Any) -> None:
+    """Execute a request of a worker's trial."""
+    try:
+        answer = ("ok", getattr(search, verb)(*arguments))
+    except TrialLostError as error:
+        answer = ("lost", str(error))
+    except ArgumentError as error:
+        answer = ("mistake", str(error))
+    except StoreError:
+        raise
+    except Exception as error:  # fails this trial only, as in the objective's own process
+        if verb == "finish" or search.storage.unreachable(error):
+            raise
+        answer = ("error", f"{type(error).__name__}: {error}")
+        if verb == "report":  # nobody waits for the answer; the next request is refused
+            search.finish(arguments[0], Ended.failed("failed", answer[1]))
+    if verb != "report":
+        worker.send(*answer)
 
 
 def _death(code: int | None) -> Ended:
-    """What becomes of the trial of a worker that ended with `code` and did not say how."""
+    """The end of a trial whose worker exited with `code` before it finished the trial."""
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        reason = "Its process was stopped by SIGTERM."
-        return Ended("FAIL", why="interrupted", status="KILLED", reason=reason)
+        return Ended.failed("interrupted", "Its process was stopped by SIGTERM.")
     if code is not None and code < 0:
-        reason = f"Its process was killed by {signal.Signals(-code).name}."
-    else:
-        reason = f"Its process ended with exit code {code}."
-    return Ended("FAIL", why="died", status="FAILED", reason=reason)
+        return Ended.failed("died", f"Its process was killed by {signal.Signals(-code).name}.")
+    return Ended.failed("died", f"Its process ended with exit code {code}.")
 
 
-# -- the worker's side -----------------------------------------------------------------------------
+# -- the side of a worker --------------------------------------------------------------------------
 
 
-class Pipe:
-    """A worker's way to the search."""
+class PipeChannel(Channel):
+    """A worker's connection to the search. SIGTERM never separates a request from its answer."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self.gone = False
-        """Whether the search is dead."""
-        self._shielded = True  # until the first trial is asked for
-        self._interrupted: str | None = None
+        self.is_closed = False
+        """Whether the search has ended."""
+        self._is_shielded = True  # until the first trial is asked for
+        self._interrupted_by: str | None = None
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM: it waits while an answer does, and from a trial's end on."""
-        self._interrupted = signal.Signals(number).name
-        if not self._shielded:
-            raise KeyboardInterrupt(self._interrupted)
+        """Handle SIGTERM, during requests and from the end of a trial with a delay."""
+        self._interrupted_by = signal.Signals(number).name
+        if not self._is_shielded:
+            raise KeyboardInterrupt(self._interrupted_by)
 
     def unshield(self) -> None:
-        """From here on SIGTERM interrupts, also one that came before."""
-        self._shielded = False
-        if self._interrupted is not None:
-            raise KeyboardInterrupt(self._interrupted)
+        """Let SIGTERM raise from here on, including an earlier one."""
+        self._is_shielded = False
+        if self._interrupted_by is not None:
+            raise KeyboardInterrupt(self._interrupted_by)
 
     def send(self, *message: Any) -> None:
-        """Say something; nothing where nobody hears it."""
+        """Send a message, if the search is still alive."""
         try:
             with self._sending:
                 self._connection.send(message)
         except OSError:
-            self.gone = True
+            self.is_closed = True
 
     def receive(self) -> Any:
-        """What the search says; `("stop",)` where it is dead."""
+        """Return the search's next message; `("stop",)` if it has ended."""
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            self.gone = True
+            self.is_closed = True
             return ("stop",)
 
-    def _ask(self, *message: Any) -> Any:
-        self._shielded = True  # an answer that nobody took would be the next one's
+    def request(self, verb: str, *arguments: Any) -> Any:
+        """Send a request and return the answer; reports are not answered."""
+        if verb == "report":
+            self.send(verb, *arguments)
+            return None
+        self._is_shielded = True
         try:
-            self.send(*message)
+            self.send(verb, *arguments)
             kind, *answer = self.receive()
         finally:
-            if message[0] != "finish":
-                self._shielded = False
-        if message[0] != "finish":
+            self._is_shielded = verb == "finish"
+        if verb != "finish":
             self.unshield()
         if kind == "ok":
             return answer[0]
@@ -351,76 +334,55 @@ class Pipe:
             raise ArgumentError(answer[0])
         if kind == "error":
             raise TrackerError(answer[0])
-        raise TrialLostError(answer[0] if answer else "The search that the trial belongs to ended.")
-
-    def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:
-        """The value of a hyperparameter."""
-        return self._ask("suggest", number, name, distribution_to_json(distribution))
-
-    def report(self, number: int, value: float, step: int) -> None:
-        """Tell an intermediate value; nothing is waited for."""
-        self.send("report", number, value, step)
-
-    def prune(self, number: int) -> str | None:
-        """Why the trial is to be pruned, None where it is not."""
-        reason: str | None = self._ask("prune", number)
-        return reason
-
-    def set_attr(self, number: int, name: str, value: Any) -> None:
-        """Set an attribute of the user's."""
-        self._ask("attr", number, name, value)
-
-    def constrain(self, number: int, name: str, value: float) -> None:
-        """Set a constraint."""
-        self._ask("constrain", number, name, value)
-
-    def finish(self, number: int, ended: Ended) -> Verdict:
-        """Tell how the trial ended."""
-        try:
-            verdict: Verdict = self._ask("finish", number, ended)
-        except TrialLostError:
-            return Verdict(accepted=False, again=True)
-        return verdict
+        if verb == "finish":
+            return Verdict(accepted=False, retry=True)
+        raise TrialLostError(answer[0] if answer else "The search of the trial has ended.")
 
 
-def work(connection: Connection, spec: Spec) -> None:
-    """Run trials until told to stop: the main function of a worker."""
+def work(connection: Connection, spec: TrialSpec, threads: int) -> None:
+    """Run trials until told to stop: the main function of a worker.
+
+    Args:
+        connection: This worker's end of the pipe.
+        spec: What the trials share.
+        threads: How many threads torch may use.
+    """
     import torch
 
     from tracker.delivery.base import delivery, leave_all
     from tracker.search.trial import run_trial
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search says what is to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search decides what ends
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    pipe = Pipe(connection)
-    signal.signal(signal.SIGTERM, pipe.interrupt)
-    torch.set_num_threads(spec.threads)
-    threading.Thread(target=_show_life, args=(pipe,), name="alive", daemon=True).start()
-    code, way = 0, None
+    channel = PipeChannel(connection)
+    signal.signal(signal.SIGTERM, channel.interrupt)
+    torch.set_num_threads(threads)
+    threading.Thread(target=_send_life_signs, args=(channel,), name="alive", daemon=True).start()
+    code, runs = 0, None
     try:
-        way = delivery(spec.tracking.directory, spec.tracking_uri, spec.mode)
+        runs = delivery(spec.directory, spec.tracking_uri, spec.mode)
         while True:
-            pipe.unshield()
-            pipe.send("next")
-            kind, *task = pipe.receive()
+            channel.unshield()
+            channel.send("next")
+            kind, *task = channel.receive()
             if kind != "run":
                 break
-            run_trial(task[0], spec.objective, pipe, way, spec.tracking, spec.environment)
+            run_trial(task[0], spec, channel, runs)
     except KeyboardInterrupt:
         code = 128 + signal.SIGTERM
     except TrackerError as error:
-        pipe.send("mistake", str(error))
+        channel.send("mistake", str(error))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_all()
-        if way is not None and spec.mode == "inline":
-            way.close()
+        if runs is not None and spec.mode == "inline":
+            runs.close()
     sys.exit(code)
 
 
-def _show_life(pipe: Pipe) -> None:
-    """Say that we live; end the trial when nobody hears it."""
-    while not pipe.gone:
-        pipe.send("alive")
+def _send_life_signs(channel: PipeChannel) -> None:
+    """Show that this process is alive, and end its trial when the search has died."""
+    while not channel.is_closed:
+        channel.send("alive")
         time.sleep(_ALIVE_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)

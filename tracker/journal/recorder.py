@@ -1,0 +1,225 @@
+"""What a run logs, as records in the journal."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import posixpath
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tracker.errors import ArgumentError, CallOrderError
+from tracker.journal import records
+from tracker.journal.records import Point, Record, now
+from tracker.journal.writer import JournalWriter
+from tracker.redaction import is_secret_name, public_values
+from tracker.statuses import Status
+from tracker.validation import (
+    checked_name,
+    checked_number,
+    checked_params,
+    checked_path,
+    checked_step,
+    checked_tags,
+)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes params, metrics, tags and files of one run to the journal.
+
+    Every logging method raises CallOrderError after the run has ended, or in a forked process.
+    """
+
+    def __init__(
+        self,
+        journal: JournalWriter,
+        key: str,
+        params: Mapping[str, str],
+        last_steps: Mapping[str, int],
+    ) -> None:
+        """Record to a journal.
+
+        Args:
+            journal: The journal of this process.
+            key: Key of the run in the journal.
+            params: Params that a resumed run has.
+            last_steps: Last step of each metric that a resumed run has.
+        """
+        self._journal = journal
+        self._key = key
+        self._pid = os.getpid()
+        self._status: Status | None = None
+        self._params = dict(params)
+        self._resumed_params = dict(params)
+        self._last_steps = dict(last_steps)
+        self._warned: set[str] = set()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise CallOrderError("a forked process cannot log to the run of its parent.")
+        if self._status is not None:
+            raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
+
+    def _append(self, record: Record) -> None:
+        self._check_open()
+        self._journal.append(self._key, record)
+
+    def _without_secrets(self, pairs: Mapping[str, str], what: str) -> dict[str, str]:
+        """Mask values that are secret by their names, with one warning per name."""
+        for name in pairs:
+            if is_secret_name(name) and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("The value of %s %r is not stored: its name is secret.", what, name)
+        return public_values(pairs)
+
+    @property
+    def params(self) -> Mapping[str, str]:
+        """The params logged so far, as text."""
+        return dict(self._params)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log hyperparameters; their values are stored as text.
+
+        Raises:
+            ArgumentError: A name or value is not allowed, or a param has another value already.
+        """
+        self._log_params(checked_params(params))
+
+    def _log_params(self, params: Mapping[str, str]) -> None:
+        params = self._without_secrets(params, "param")
+        for name, value in params.items():
+            if self._resumed_params.pop(name, value) != value:  # changed on resuming
+                self._params[name] = value
+                self._append(records.Tags({f"tracker.param.{name}": value}))
+            elif (logged := self._params.get(name, value)) != value:
+                raise ArgumentError(
+                    f"param {name!r} is {logged!r} and cannot become {value!r}: "
+                    "MLflow never changes a param."
+                )
+        if new := {name: value for name, value in params.items() if name not in self._params}:
+            self._params |= new
+            self._append(records.Params(new))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+        """Log numbers at the time of this call, without waiting for a device.
+
+        NaN and infinity are recorded, with one warning per name.
+
+        Args:
+            metrics: Numbers by name, or tensors that hold one number. One on a GPU is copied there,
+                and read later.
+            step: Step of all of them, a 64-bit integer.
+
+        Raises:
+            ArgumentError: A name, a value or the step is not allowed.
+        """
+        at, step = now(), checked_step(step)
+        points = []
+        for name, value in metrics.items():
+            number = value if type(value) is float else _number(name, value)
+            points.append(Point(checked_name(name, "metric"), number, step, at))
+        self.log_points(points)
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Log points whose tensors nothing changes; neither they nor their names are checked."""
+        self._check_open()
+        if last := self._last_steps:  # a resumed run does not log a step again
+            points = [point for point in points if point.step > last.get(point.name, -math.inf)]
+        self._journal.append_points(self._key, points)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags, which replace those of the same name.
+
+        Raises:
+            ArgumentError: A name or value is not allowed.
+        """
+        self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
+
+    log_tags = set_tags  # the name in version 0.1.0
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder with its content, to be logged as an artifact.
+
+        Args:
+            path: The file or folder.
+            folder: Folder of the run's artifacts; default their root.
+
+        Raises:
+            ArgumentError: `path` does not exist, or `folder` is not allowed.
+        """
+        source = Path(path).absolute()
+        if not source.exists():
+            raise ArgumentError(f"path={str(path)!r} does not exist.")
+        target = posixpath.join(checked_path(folder, "folder") if folder else "", source.name)
+        if source.is_dir():
+            inside = posixpath.join(target, source.name)  # of a folder, the content is logged
+            self._log_file(inside, lambda staged: shutil.copytree(source, staged))
+        else:
+            self._log_file(target, lambda staged: shutil.copyfile(source, staged))
+
+    def log_text(self, text: str, path: str) -> None:
+        """Log text as the artifact `path`, such as `folder/file.txt`.
+
+        Raises:
+            ArgumentError: The path is not allowed.
+        """
+        content = text.encode("utf-8", errors="surrogatepass")
+        self._log_file(checked_path(path, "path"), lambda staged: staged.write_bytes(content))
+
+    def _log_file(
+        self, path: str, write: Callable[[Path], object], *, passing: bool = False
+    ) -> Path | None:
+        """Log what `write` writes as the artifact `path`; return None if the disk failed."""
+        folder, name = posixpath.split(path)
+        staged = self._stage(name, write)
+        if staged is not None:
+            self._append(records.File(self._relative(staged), folder or None, passing))
+        return staged
+
+    def _stage(self, name: str, write: Callable[[Path], object]) -> Path | None:
+        """Write a file or folder into the journal; return None, after a warning, if it failed."""
+        self._check_open()
+        staged: Path | None = None
+        try:
+            staged = self._journal.stage(name)
+            write(staged)
+        except OSError as error:
+            if staged is not None:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+                if not _is_disk_error(error):
+                    raise
+            self._journal.lose(name, error)
+            return None
+        return staged
+
+    def _relative(self, staged: Path) -> str:
+        return staged.relative_to(self._journal.folder).as_posix()
+
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the table `epochs.csv` and `epochs.json`."""
+        self._append(records.Epoch(dict(row)))
+
+
+def _number(name: str, value: Any) -> float | Tensor:
+    """Convert a metric to a float, or copy it on a device that it would have to wait for."""
+    is_remote = isinstance(value, Tensor) and not value.is_cpu
+    if not is_remote or value.numel() != 1 or value.is_complex():
+        return checked_number(name, value)
+    copy: Tensor = value.detach().reshape(()).clone()  # the loop may change it in place
+    return copy
+
+
+def _is_disk_error(error: OSError) -> bool:
+    # shutil.copytree collects errors as text.
+    text = str(error) if isinstance(error, shutil.Error) else ""
+    return error.errno in _DISK_ERRORS or any(f"[Errno {code}]" in text for code in _DISK_ERRORS)

@@ -1,0 +1,73 @@
+"""The seam between a search and whatever runs its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tracker.delivery.base import Mode
+from tracker.search.interrupts import Interrupts
+from tracker.search.record import Record
+
+if TYPE_CHECKING:
+    from tracker.search.session import Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """What all trials of a study share; picklable if the objective is."""
+
+    record: Record
+    """The study."""
+    objective: Any
+    """Called with a `tracker.Trial`; returns its value or values."""
+    directory: Path
+    """Holds the journals and, in `checkpoints`, what trials continue from."""
+    tracking_uri: str | None
+    """The MLflow store, with its password."""
+    mode: Mode
+    """How runs get to MLflow."""
+    environment: Mapping[str, str]
+    """Tags that describe the environment."""
+    is_replay: bool = False
+    """Whether the trial was run before; its run then stands alone."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the study's checkpoints."""
+        return self.directory.absolute() / "checkpoints" / self.record.key
+
+    def folder(self, slot: int) -> Path:
+        """Return the folder of a slot's checkpoints."""
+        return self.checkpoints / f"{slot:06d}"
+
+
+class Executor(Protocol):
+    """Runs the trials of one search."""
+
+    def run(self, search: Search, interrupts: Interrupts) -> None:
+        """Run trials until the study is done, or interrupted.
+
+        An implementation takes trials with `search.claim()`, calls `run_trial` for each with a
+        `Channel` to the search, and calls `search.beat()` at least six times per grace period.
+        `search.finish()` must be called for a trial that ends without doing so itself.
+
+        Args:
+            search: Where trials come from. It is not thread-safe.
+            interrupts: Their count asks to end: 0 no, 1 after interrupting the trials, 2 at once.
+
+        Raises:
+            ArgumentError: The objective made a mistake that affects the whole study.
+        """
+
+    def settle(self, timeout: float) -> bool:
+        """Deliver the runs of this process and release what `run` used.
+
+        Args:
+            timeout: The longest to wait, in seconds.
+
+        Returns:
+            Whether MLflow has them all.
+        """

@@ -1,0 +1,58 @@
+"""Failing the trials of searches that died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from tracker.search.channel import Ended
+from tracker.search.leases import PREFIX, active_searches
+from tracker.search.plan import ENDED, SEARCH
+from tracker.search.record import Record
+from tracker.search.storage import Storage
+
+LOST = Ended.failed("lost", "The process of its search ended abruptly, or hung for too long.")
+"""The end of a trial whose search is dead."""
+
+
+def store_failure(storage: BaseStorage, trial_id: int, ended: Ended) -> None:
+    """Store that a trial failed and why, unless it has already ended."""
+    why = {"why": ended.why, "status": ended.status, "reason": (ended.reason or "")[:2000]}
+    try:
+        storage.set_trial_user_attr(trial_id, ENDED, why)
+        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return
+
+
+def reap(storage: Storage, record: Record, is_dead: Callable[[str], bool]) -> list[FrozenTrial]:
+    """Fail the running trials of dead searches, and store that these searches have left.
+
+    Args:
+        storage: The storage of the study.
+        record: The study.
+        is_dead: Whether the search with an id is dead.
+
+    Returns:
+        The trials, as they were before.
+    """
+    with storage.lock():
+        orphans = [
+            trial
+            for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
+            if trial.state == TrialState.RUNNING
+            and (search := trial.user_attrs.get(SEARCH)) is not None
+            and is_dead(search)
+        ]
+        for trial in orphans:
+            store_failure(storage.optuna, trial._trial_id, LOST)
+        attrs = storage.optuna.get_study_user_attrs(record.study_id)
+        for search in filter(is_dead, active_searches(attrs)):
+            left = {"status": "FAILED", "reason": "The process that ran the study was lost."}
+            info = {**attrs[f"{PREFIX}{search}"], "time": time.time(), "left": left}
+            storage.optuna.set_study_user_attr(record.study_id, f"{PREFIX}{search}", info)
+    return orphans
