@@ -12,9 +12,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -22,37 +21,27 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.delivery.uploader import Uploader
 from tracker.errors import RefusedError, StoreError
 from tracker.journal.reader import Journal
-from tracker.journal.records import Begin, End, Metrics, Params, Record, Tags, now
+from tracker.journal.records import Begin, Params, now
 from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 from tracker.search.best import best_trials
-from tracker.search.leases import PREFIX, Leases, searches
-from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
+from tracker.search.leases import Leases, searches
+from tracker.search.missing import Entry, milliseconds, missing_records, status_of_study
 from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
-from tracker.search.tables import INTERMEDIATE, objectives, rows, saved
-from tracker.statuses import Status
+from tracker.search.tables import rows, saved
 from tracker.store.client import MlflowStore
 from tracker.store.runs import MirroredRun as RunSnapshot
 from tracker.store.runs import StudyRuns
 from tracker.validation import RUN_TAG
 from tracker.views.files import csv_text, json_text
 
-PARENT = "mlflow.parentRunId"
 _DIGEST = "tracker.mirrored"
 """The tag with a digest of the trials that the tables show."""
 _FILES = ("study.html", "trials.csv", "trials.json", "best.json")
 _LISTED = 10
 """Trials of a Pareto front in the tags; `best.json` lists all."""
-_STATUSES = {
-    TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
-    TrialState.WAITING: "SCHEDULED",
-}
-
-_Entry = tuple[str, int, Record]
-"""The key of a run, a time in milliseconds since 1970, and a record to deliver."""
 
 
 class Mirror:
@@ -118,7 +107,7 @@ class Mirror:
         trials = self._trials()
         if (parent := self._parent()) is None:
             begun = [t.datetime_start for t in trials if t.datetime_start is not None]
-            self.begin({}, started=_milliseconds(min(begun)) if begun else None)
+            self.begin({}, started=milliseconds(min(begun)) if begun else None)
             parent = self._parent()
             assert parent is not None
         if params := {k: v for k, v in self._params().items() if k not in parent.params}:
@@ -134,12 +123,12 @@ class Mirror:
     # -- trials ----------------------------------------------------------------------------
 
     def _complete_trials(self, parent: RunSnapshot, trials: Sequence[FrozenTrial]) -> None:
-        runs, entries, waiting = self._runs(), list[_Entry](), list[str]()
+        runs, entries, waiting = self._runs(), list[Entry](), list[str]()
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 continue
             key = self._key(trial)
-            missing = _missing(self._study, trial, parent, key, runs.get(key))
+            missing = missing_records(self._study, trial, key, parent, runs.get(key))
             entries += missing
             self.written += bool(missing)
             if missing and trial.state == TrialState.WAITING:
@@ -148,7 +137,7 @@ class Mirror:
         for key in waiting:
             StudyRuns(self._store).set_status(ids[key], "SCHEDULED", None)
 
-    def _deliver(self, entries: Sequence[_Entry]) -> dict[str, str]:
+    def _deliver(self, entries: Sequence[Entry]) -> dict[str, str]:
         """Write records to a journal and deliver it; return MLflow's ids of the runs by key.
 
         Nothing depends on the journal: if this process dies, the next mirror compares again.
@@ -247,7 +236,7 @@ class Mirror:
         new = {name: value for name, value in tags.items() if parent.tags.get(name) != value}
         metrics = []
         if len(good) == 1 and ("best.trial" in new or "best_objective" not in parent.metrics):
-            at = _milliseconds(good[0].datetime_complete)
+            at = milliseconds(good[0].datetime_complete)
             metrics = [("best_objective", good[0].values[0], good[0].number, at)]
         if new or metrics:
             self._store.log_batch(parent.run_id, metrics=metrics, tags=new)
@@ -322,104 +311,5 @@ class Mirror:
             yield
 
 
-def _missing(
-    study: Study, trial: FrozenTrial, parent: RunSnapshot, key: str, run: RunSnapshot | None
-) -> list[_Entry]:
-    """Return the records that make the run of a trial complete; none if it is."""
-    ended = trial.user_attrs.get(ENDED, {})
-    known = (run.tags, run.params, run.metrics) if run else ({}, {}, {})
-    tags = {
-        "tracker.study": study.name,
-        "optuna.trial": str(trial.number),
-        "optuna.state": trial.state.name,
-        "tracker.slot": trial.user_attrs.get(SLOT),
-        "tracker.source": trial.user_attrs.get(SOURCE),
-        PARENT: parent.run_id,
-    }
-    if trial.state == TrialState.FAIL and ended.get("reason"):
-        certain = ended.get("why") in ("died", "lost", "given up")  # the process could not say it
-        if certain or "tracker.failure" not in known[0]:
-            tags["tracker.failure"] = ended["reason"]
-    if trial.state == TrialState.PRUNED and "tracker.pruned" not in known[0]:
-        tags["tracker.pruned"] = _pruning_reason(trial)
-    new_tags = {k: str(v) for k, v in tags.items() if v is not None and known[0].get(k) != str(v)}
-    params = {k: str(v) for k, v in trial.params.items() if k not in known[1]}
-    end = _milliseconds(trial.datetime_complete)
-    points = [(INTERMEDIATE, v, step, end) for step, v in sorted(trial.intermediate_values.items())]
-    points += [(f"constraint.{name}", value, 0, end) for name, value in trial.constraints.items()]
-    if trial.state == TrialState.COMPLETE:
-        values = objectives(study.metrics, trial.values)
-        points += [(name, value, 0, end) for name, value in values.items()]
-    points = [point for point in points if point[0] not in known[2]]
-    status = status_of(trial)
-    # The run's own process may know better than the study that it was interrupted.
-    agrees = run is not None and (
-        run.status == status or (trial.state == TrialState.FAIL and run.status == "KILLED")
-    )
-    if agrees and not (new_tags or params or points):
-        return []
-    records: list[Record] = [
-        Begin(
-            experiment="",
-            experiment_id=(run or parent).experiment_id,
-            name=f"trial={trial.number}",
-            tags={**new_tags, RUN_TAG: key},
-            keyed=True,
-            placeholder=True,
-        )
-    ]
-    records += [Params(params)] if params else []
-    records += [Tags(new_tags)] if new_tags else []
-    records += [Metrics(points)] if points else []
-    entries = [(key, _milliseconds(trial.datetime_start), record) for record in records]
-    if not agrees and trial.state.is_finished():
-        entries.append((key, end, End(cast(Status, status))))
-    return entries
-
-
-def _pruning_reason(trial: FrozenTrial) -> str:
-    """Return what the storage knows of why a trial was pruned."""
-    if (step := trial.last_step) is None:
-        return "It was stopped before it reported."
-    return f"It was stopped at step {step}, value {trial.intermediate_values[step]:g}."
-
-
-def status_of(trial: FrozenTrial) -> str:
-    """Return the status that the run of a trial must have, if the trial is not running."""
-    if trial.state == TrialState.FAIL:
-        return str(trial.user_attrs.get(ENDED, {}).get("status", "FAILED"))
-    return _STATUSES[trial.state]
-
-
-def status_of_study(
-    study: Study, trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """Return the status of a study without a running search, and the reason if it failed.
-
-    Args:
-        study: The study.
-        trials: All its trials.
-        attrs: Its user attributes, which say how each search ended.
-    """
-    plan = Plan.of(study)
-    plan.observe(trials)
-    if plan.is_finished:
-        return "FINISHED", None
-    ends = [attrs[f"{PREFIX}{search}"] for search in searches(attrs)]
-    last: Mapping[str, Any] = max(
-        filter(None, ends), key=lambda end: float(end["time"]), default={}
-    )
-    if (left := last.get("left")) is None:
-        return "FAILED", "The process that ran the study ended without saying how."
-    if left["status"] == "FINISHED":
-        return "FAILED", "The study ended before its budget was used."
-    return str(left["status"]), left["reason"]
-
-
 def _digest(table: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json_text(table).encode()).hexdigest()[:16]
-
-
-def _milliseconds(moment: datetime | None) -> int:
-    """Return milliseconds since 1970 of one of Optuna's local times; now for None."""
-    return now() if moment is None else int(moment.timestamp() * 1000)

@@ -137,7 +137,7 @@ def _summary(
         rows["Best trial"] = str(best[0].number)
         rows[f"Best {names[0]}"] = f"{best[0].values[0]:.6g}"
     else:
-        rows["Best trial"] = "none: no trial is complete" + " and feasible" * bool(broken)
+        rows["Best trial"] = "none yet: no trial is complete" + " and feasible" * bool(broken)
     cells = {label: html.escape(text) for label, text in rows.items()}
     if len(goals) == 1 and best:
         cells["Its parameters"] = _params(best[0])
