@@ -1,1 +1,1 @@
-"""What tracking costs, beside peers: `python -m bench.overhead`."""
+"""Benchmarks of the tracker and its peers: `python -m bench.overhead`, and others."""

@@ -1,4 +1,4 @@
-"""Lightning with its MLFlowLogger, as a user who cares for speed would set it up."""
+"""Lightning with its MLFlowLogger, configured for speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models import FashionCNN
 
 
 class Lightning:
-    """Its own loop, which logs the loss of every `every`-th step and of the epoch."""
+    """Lightning's loop, which logs the loss every `every` steps and per epoch."""
 
     def __init__(self, folder: Path, every: int) -> None:
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -29,7 +29,7 @@ class Lightning:
         self._module = _Module()
 
     def turn(self, lead: Sequence[Any], batches: Sequence[Any]) -> Turn:
-        """An epoch of both; what it takes to begin and end a fit is not in it."""
+        """Measure an epoch without the start and end of `fit`; see `bench.overhead.Lane.turn`."""
         clock = _Clock(len(lead))
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -62,7 +62,7 @@ class _Module(pl.LightningModule):
 
 
 class _Loader:
-    """A list would be taken for several loaders."""
+    """Wraps the batches: Lightning takes a list for several loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self._batches = batches
@@ -75,7 +75,7 @@ class _Loader:
 
 
 class _Clock(pl.Callback):
-    """Measures from the step after the lead to the end of the epoch."""
+    """Measures from the first step after the lead to the end of the epoch."""
 
     def __init__(self, lead: int) -> None:
         self._lead = lead

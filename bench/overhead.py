@@ -1,7 +1,9 @@
-"""What tracking costs beside its peers, all in one process: `python -m bench.overhead`.
+"""The cost of tracking, and of its peers, in one process.
 
-The machines are noisy: contestants take turns, in an order that changes, and only ratios within one
-run count. "bare loop again" shows how far from 1.00 is mere noise.
+python -m bench.overhead [--only training|histograms|calls|start]
+
+Machines are noisy: contestants take turns in a random order, and only ratios within one run are
+comparable. "bare loop again" shows how far from 1.00 is just noise.
 """
 
 from __future__ import annotations
@@ -10,14 +12,11 @@ import argparse
 import atexit
 import importlib
 import os
-import platform
-import re
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -30,14 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.measuring import Turn, goal, seconds, shuffled, table
+from bench.measuring import Turn, goal, machine, seconds, shuffled, table
 from models import FashionCNN
-from studies.arguments import positive_int
+from studies.arguments import RAW, positive_int
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
-EPOCH, BATCH = 600, 100  # steps, and images in each: the tutorial's 60,000
-LEAD = 100  # steps, half a second: until what a contestant does beside the loop is in full swing
+EPOCH, BATCH = 600, 100  # steps, and images per step: the tutorial's 60,000
+LEAD = 100  # unmeasured steps, half a second, to get background work going
 START_EPOCHS = 4  # about ten seconds
 DRAIN_SECONDS = 60.0
 GOAL_RATIO = 1.03
@@ -48,31 +47,35 @@ QUESTIONS = ("training", "histograms", "calls", "start")
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(prog="bench.overhead", description=__doc__)
-    parser.add_argument("--rounds", type=positive_int, default=5)
-    parser.add_argument("--steps", type=positive_int, default=EPOCH, help="of an epoch")
-    parser.add_argument("--only", choices=QUESTIONS)
+    parser = argparse.ArgumentParser(
+        prog="bench.overhead", description=__doc__, formatter_class=RAW
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, metavar="N", help="turns of each; default: 5"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        default=EPOCH,
+        metavar="N",
+        help=f"steps per epoch; default: {EPOCH}",
+    )
+    parser.add_argument("--only", choices=QUESTIONS, help="print one table; default: all")
     given = parser.parse_args()
     os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    for name in ("TRACKER_INLINE", "TRACKER_OFFLINE"):  # as the tracker is by default
+    for name in ("TRACKER_INLINE", "TRACKER_OFFLINE"):  # measure the tracker's defaults
         os.environ.pop(name, None)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")  # the tutorial's
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(1)
-    # Not before the tracker's own end, and MLflow makes ./mlruns: the directory is temporary too.
+    # MLflow creates ./mlruns here. Removed at exit, after the tracker has finished with it.
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.chdir(folder.name)
-    from bench import parts, peers  # mlflow with them, for which the environment is set by now
+    from bench import parts, peers  # they import mlflow, which reads the environment
 
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
-    print(
-        f"{date.today()}, {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"1 thread, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"MLflow {version('mlflow')}; medians of {given.rounds} rounds"
-    )
-    if peers.SummaryWriter is None:
+    print(f"{machine('torch', 'mlflow', threads=1)}; medians of {given.rounds} rounds")
+    if not peers.HAS_TENSORBOARD:
         print("skipped: TensorBoard and the tutorial's RunManager; tensorboard is not installed")
     if find_spec("pytorch_lightning") is None:
         print("skipped: Lightning; pytorch-lightning is not installed")
@@ -88,23 +91,23 @@ def main() -> None:
 
 
 class Lane:
-    """A contestant with the tutorial's verbs, and the network that it trains."""
+    """A contestant with the tutorial's methods, and the network that it trains."""
 
     def __init__(self, manager: Any) -> None:
-        torch.manual_seed(0)  # the same weights for all, hence the same work
+        torch.manual_seed(0)  # the same weights, hence the same work, for all
         self.network: nn.Module = FashionCNN()
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.manager = manager
 
     def begin_run(self, loader: Any) -> None:
-        """Begin a run, and its first epoch."""
+        """Begin a run and its first epoch."""
         from bench.peers import RUN
 
         self.run = self.manager.begin_run(RUN, self.network, loader)
         self.manager.begin_epoch()
 
     def train(self, batches: Batches) -> None:
-        """The tutorial's loop."""
+        """Run the tutorial's loop."""
         for batch in batches:
             images, labels = batch
             preds = self.network(images)
@@ -116,10 +119,14 @@ class Lane:
             self.manager.track_num_correct(preds, labels)
 
     def turn(self, lead: Batches, batches: Batches) -> Turn:
-        """From an epoch to the next, then as many steps, and until nothing goes on beside.
+        """Measure the end of an epoch, the beginning of the next, and its steps.
 
-        What goes on beside these steps is in the figures, that of the lead's last ones too; what
-        is left of it after them is not.
+        Background work slows down the steps it overlaps with, which is measured; what remains of it
+        after the last step is awaited but not measured.
+
+        Args:
+            lead: Batches to train on before the measurement.
+            batches: Batches to train on during the measurement.
         """
         self.train(lead)
         started, cpu = time.perf_counter(), time.process_time()
@@ -132,13 +139,13 @@ class Lane:
         return took
 
     def end_run(self) -> None:
-        """End the last epoch, and the run."""
+        """End the last epoch and the run."""
         self.manager.end_epoch()
         self.manager.end_run()
 
 
 def data(steps: int) -> tuple[Any, Batches]:
-    """The loader that the managers are given, and the batches of it, ready made."""
+    """Return a loader for the managers, and its batches as a list for the loop."""
     torch.manual_seed(0)
     labels = torch.randint(10, (steps * BATCH,))
     images = torch.randn(10, 1, 28, 28)[labels] + 4 * torch.randn(len(labels), 1, 28, 28)
@@ -147,7 +154,7 @@ def data(steps: int) -> tuple[Any, Batches]:
 
 
 def training(rounds: int, steps: int, folder: Path) -> None:
-    """Epochs of the tutorial's loop under each contestant."""
+    """Print the cost of an epoch of the tutorial's loop with each contestant."""
     from bench import peers
 
     loader, batches = data(steps)
@@ -161,7 +168,7 @@ def training(rounds: int, steps: int, folder: Path) -> None:
         "MLflow log_metric per step": Lane(peers.MlflowEachStep(folder, synchronous=True)),
         "the same, synchronous=False": Lane(peers.MlflowEachStep(folder, synchronous=False)),
     }
-    if peers.SummaryWriter is not None:
+    if peers.HAS_TENSORBOARD:
         lanes["tutorial RunManager, TensorBoard"] = Lane(peers.TutorialRunManager(folder))
     ours = [lane for lane in lanes.values() if isinstance(lane, Lane)]
     if find_spec("pytorch_lightning") is not None:
@@ -169,8 +176,8 @@ def training(rounds: int, steps: int, folder: Path) -> None:
         for every in (50, 1):
             lanes[f"Lightning, MLFlowLogger every {every}"] = lightning(folder, every)
 
-    begun = {id(lane): seconds(lambda lane=lane: lane.begin_run(loader)) for lane in ours}
-    for lane in lanes.values():  # the store is made, the uploader has started, all is imported
+    begun = {id(lane): seconds(partial(lane.begin_run, loader)) for lane in ours}
+    for lane in lanes.values():  # warm up: create the store, start the uploader, import modules
         lane.turn(lead, batches[:1])
     took: dict[str, list[Turn]] = {name: [] for name in lanes}
     beside = 0.0
@@ -196,9 +203,9 @@ def training(rounds: int, steps: int, folder: Path) -> None:
         ]
         rows.append(row)
     table(
-        f"Training the tutorial's CNN, batch {BATCH}: an epoch of {steps} steps, with the end of "
-        "one and the begin of the next, `epoch`.\n`half`: half of all rounds have ratios within "
-        "these. `CPU`: of this process, all its threads, to that of the bare loop.",
+        f"Training the tutorial's CNN, batch {BATCH}: an epoch of {steps} steps, including "
+        "`epoch`, the end of one epoch and the beginning of the next.\n`half`: the middle half of "
+        "the ratios. `CPU`: of all threads of this process, relative to the bare loop.",
         [
             *("training", "µs/step", "to bare", "half", "CPU", "epoch, ms"),
             *("begin_run, ms", "end_run, ms"),
@@ -207,7 +214,7 @@ def training(rounds: int, steps: int, folder: Path) -> None:
     )
     share = beside / rounds / (steps + len(lead))
     print(
-        f"The tracker's second process used {share * 1e6:,.0f} µs of a CPU a step with batch_loss."
+        f"The tracker's second process used {share * 1e6:,.0f} µs of CPU per step with batch_loss."
     )
     goal(f"{EACH_STEP}, to bare", found[EACH_STEP], GOAL_RATIO)
 
@@ -215,11 +222,11 @@ def training(rounds: int, steps: int, folder: Path) -> None:
 def _cpu_of_others() -> float:
     """CPU seconds that this process's children have used so far."""
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(spent.user + spent.system for spent in times)
+    return float(sum(spent.user + spent.system for spent in times))
 
 
 def start(rounds: int, steps: int, folder: Path) -> None:
-    """A short training from its very begin: the store, the second process, its imports are new."""
+    """Print the cost of a short training from its start, with a new store and second process."""
     from bench import peers
 
     loader, batches = data(steps)
@@ -229,8 +236,8 @@ def start(rounds: int, steps: int, folder: Path) -> None:
         for name in shuffled([bare, ours]):
             new = folder / f"start-{number}"
             lane = Lane(peers.Bare() if name == bare else peers.tracker(new, batch_loss=True))
-            begin = seconds(lambda lane=lane: lane.begin_run(loader))
-            loop = seconds(lambda lane=lane: lane.train(batches * START_EPOCHS))
+            begin = seconds(partial(lane.begin_run, loader))
+            loop = seconds(partial(lane.train, [*batches] * START_EPOCHS))
             took[name].append((begin, loop, seconds(lane.end_run)))
     rows = []
     for name, times in took.items():
@@ -240,7 +247,7 @@ def start(rounds: int, steps: int, folder: Path) -> None:
         rows.append(row)
     table(
         f"The first {START_EPOCHS * steps:,} steps, while the second process starts, imports "
-        "mlflow and makes the store.",
+        "mlflow and creates the store.",
         ["start", "begin_run, ms", "steps, s", "to bare", "end_run, ms"],
         rows,
     )

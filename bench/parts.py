@@ -1,4 +1,4 @@
-"""What the parts of tracking cost, each alone: histograms, and the calls of a step."""
+"""The cost of each part of tracking alone: histograms, and the calls of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measuring import Work, compare, goal, seconds, shuffled, table
-from bench.peers import BATCH, RUN, SummaryWriter, tracker
+from bench.peers import BATCH, HAS_TENSORBOARD, RUN, tracker
 from models import FashionCNN
 from tracker.capture.histograms import histograms, network_histograms
 
@@ -21,14 +21,14 @@ GOAL_MS = 0.6
 
 
 def tensors(rounds: int, folder: Path) -> None:
-    """Histograms of all weights and gradients of two networks."""
+    """Print the cost of histograms of all weights and gradients of two networks."""
     from torchvision.models import resnet18
 
     works = _histogram_works(FashionCNN(), torch.randn(8, 1, 28, 28), folder)
     cnn = compare(works, 20 * rounds)
     row = {name: median(seconds(work) for _ in range(20 * rounds)) for name, work in works.items()}
     resnet = compare(_histogram_works(resnet18(), torch.randn(2, 3, 64, 64), folder), rounds)
-    title = "All weights and gradients: alone after other work, with cold caches, and in a row."
+    title = "All weights and gradients: once after other work, with cold caches, and in a row."
     columns = ["histograms", "CNN, cold, ms", "CNN, in a row, ms", "ResNet-18, cold, ms"]
     rows = [
         [n, f"{cnn[n] * 1e3:.2f}", f"{row[n] * 1e3:.2f}", f"{resnet[n] * 1e3:.1f}"] for n in cnn
@@ -39,28 +39,32 @@ def tensors(rounds: int, folder: Path) -> None:
 
 
 def _histogram_works(network: nn.Module, inputs: Tensor, folder: Path) -> dict[str, Work]:
-    """Ways to the histograms of `network` after a backward pass; the tracker's first."""
+    """Several histogram functions on a network's weights and gradients; the tracker's first."""
     network(inputs).square().mean().backward()
-    given = [t.detach() for p in network.parameters() for t in (p, p.grad) if t is not None]
+    tensors = [t.detach() for p in network.parameters() for t in (p, p.grad) if t is not None]
     works: dict[str, Work] = {
-        "tracker histograms()": lambda: histograms(given),
+        "tracker histograms()": lambda: histograms(tensors),
         "tracker network_histograms()": lambda: network_histograms(network, 1),
-        "torch.histc, 64 bins": lambda: [torch.histc(t, 64) for t in given],
-        "numpy.histogram, 64 bins": lambda: [np.histogram(t.numpy(), 64) for t in given],
+        "torch.histc, 64 bins": lambda: [torch.histc(t, 64) for t in tensors],
+        "numpy.histogram, 64 bins": lambda: [np.histogram(t.numpy(), 64) for t in tensors],
     }
-    if SummaryWriter is not None:
+    if HAS_TENSORBOARD:
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(folder / "histograms")
-        # Flushed, for its thread would take from the time of what comes next.
-        works["TensorBoard add_histogram, flush"] = lambda: [
-            *(writer.add_histogram("tensor", t) for t in given),
-            writer.flush(),
-        ]
+
+        def add_histograms() -> None:
+            for tensor in tensors:
+                writer.add_histogram("tensor", tensor)
+            writer.flush()  # or its thread would slow down the next contestant
+
+        works["TensorBoard add_histogram, flush"] = add_histograms
     return works
 
 
 def calls(rounds: int, folder: Path) -> None:
-    """What a step of the loop waits for: called after a step, with cold caches, and in a row."""
-    # In-line: nothing but the journal's thread works beside.
+    """Print the cost of calls in the loop: after a step, with cold caches, and in a row."""
+    # Inline delivery: only the journal's thread runs beside the loop.
     manager = tracker(folder, inline=True)
     each = tracker(folder, inline=True, batch_loss=True)
     network: nn.Module = FashionCNN()
@@ -70,7 +74,7 @@ def calls(rounds: int, folder: Path) -> None:
     for one in (manager, each):
         one.begin_epoch()
     total, appended = torch.zeros(()), []
-    # `preds` and `loss` are those of the step below.
+    preds, loss = torch.zeros(()), torch.zeros(())  # of the current step, below
     works: dict[str, Any] = {
         "tracker track_loss": lambda: manager.track_loss(loss, batch),
         "tracker track_num_correct": lambda: manager.track_num_correct(preds, labels),

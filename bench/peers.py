@@ -1,9 +1,9 @@
-"""Who is compared: all have the tutorial's verbs, so one loop drives them.
+"""The contestants. All have the tutorial's methods, so one loop drives them.
 
-`begin_run` returns what waits, in `flush`, for all that the contestant does in the background.
+`begin_run` returns an object whose `flush` waits for the contestant's background work.
 """
 
-# ruff: noqa: D102 - the verbs are told of in tracker/manager.py
+# ruff: noqa: D102 - tracker/manager.py documents the methods
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ import io
 import time
 from collections import OrderedDict
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import torchvision
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from tracker import RunBuilder, RunManager
 
-try:
-    import torchvision
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # the benchmark says that it goes without
-    SummaryWriter = None
-
+HAS_TENSORBOARD = find_spec("tensorboard") is not None
 BATCH = 100
 RUN = RunBuilder.get_runs({"lr": [0.001], "batch_size": [BATCH]})[0]
 
 
 def tracker(folder: Path, **settings: Any) -> RunManager:
-    """The tracker's, on a store in `folder`; it shows no progress, for none of the others does."""
+    """Make the tracker's manager, with a store in `folder` and no progress bar."""
     uri = f"sqlite:///{folder / 'tracker.db'}"
     with redirect_stderr(io.StringIO()):
         return RunManager(tracking_uri=uri, directory=folder / "journal", **settings)
 
 
 class Bare:
-    """No tracking: the loop's own sum of the loss, on the device, read once an epoch."""
+    """No tracking: the loop sums the loss on the device and reads it once per epoch."""
 
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> Bare:
         self.loader = loader
@@ -52,20 +49,20 @@ class Bare:
         self.total += loss.detach()
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Nothing: this loop does not ask."""
+        """Do nothing: this loop does not track accuracy."""
 
     def end_epoch(self) -> None:
         self.loss = float(self.total) / len(self.loader)
 
     def flush(self, timeout: float) -> None:
-        """Nothing goes on in the background."""
+        """Do nothing: there is no background work."""
 
     def end_run(self) -> None:
         pass
 
 
 class PlainMlflow(Bare):
-    """The bare loop, and one `log_metric` an epoch to a SQLite file."""
+    """The bare loop, and one `log_metric` per epoch to a SQLite file."""
 
     def __init__(self, folder: Path) -> None:
         self._client = MlflowClient(f"sqlite:///{folder / 'plain.db'}")
@@ -87,7 +84,7 @@ class PlainMlflow(Bare):
 
 
 class MlflowEachStep(PlainMlflow):
-    """Also one `log_metric` a step: this thread waits for it, or another one of MLflow's does."""
+    """Also one `log_metric` per step, in this thread or in one of MLflow's."""
 
     def __init__(self, folder: Path, *, synchronous: bool) -> None:
         super().__init__(folder)
@@ -103,14 +100,17 @@ class MlflowEachStep(PlainMlflow):
         )
 
     def flush(self, timeout: float) -> None:
-        if self._last is not None:  # they are logged in order
+        if self._last is not None:  # the calls are processed in order
             self._last.wait()
 
 
 class TutorialRunManager:
-    """deeplizard's RunManager on TensorBoard, without the display of its table."""
+    """deeplizard's RunManager on TensorBoard, without displaying its table."""
 
     def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.make_writer = SummaryWriter
         self.folder = folder
         self.run_count = 0
         self.run_data: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ class TutorialRunManager:
         self.run_params, self.network, self.loader = run, network, loader
         self.run_count += 1
         self.epoch_count = 0
-        self.tb = SummaryWriter(self.folder / f"tutorial-{self.run_count}")
+        self.tb = self.make_writer(self.folder / f"tutorial-{self.run_count}")
         images, _ = next(iter(self.loader))
         self.tb.add_image("images", torchvision.utils.make_grid(images))
         self.tb.add_graph(self.network, images)
@@ -132,10 +132,11 @@ class TutorialRunManager:
     def begin_epoch(self) -> None:
         self.epoch_start_time = time.time()
         self.epoch_count += 1
-        self.epoch_loss = self.epoch_num_correct = 0
+        self.epoch_loss = 0.0
+        self.epoch_num_correct = 0
 
     def end_epoch(self) -> None:
-        results = OrderedDict(run=self.run_count, epoch=self.epoch_count)
+        results: OrderedDict[str, float] = OrderedDict(run=self.run_count, epoch=self.epoch_count)
         results["loss"] = self.epoch_loss / len(self.loader.dataset)
         results["accuracy"] = self.epoch_num_correct / len(self.loader.dataset)
         results["epoch duration"] = time.time() - self.epoch_start_time
@@ -146,14 +147,14 @@ class TutorialRunManager:
             self.tb.add_histogram(name, param, self.epoch_count)
             self.tb.add_histogram(f"{name}.grad", param.grad, self.epoch_count)
         self.run_data.append(results | self.run_params._asdict())
-        pd.DataFrame.from_dict(self.run_data, orient="columns")
+        pd.DataFrame(self.run_data)
 
     def track_loss(self, loss: Tensor, batch: Any) -> None:
         self.epoch_loss += loss.item() * batch[0].shape[0]
 
     @torch.no_grad()
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        self.epoch_num_correct += preds.argmax(dim=1).eq(labels).sum().item()
+        self.epoch_num_correct += int(preds.argmax(dim=1).eq(labels).sum().item())
 
     def flush(self, timeout: float) -> None:
         self.tb.flush()

@@ -1,15 +1,16 @@
-"""The recipes for pictures beside what they may be compared with, on the same splits.
+"""The accuracy of the image recipes and of a baseline, on the same splits.
 
 python -m bench.recipes --data-dir data [--part accuracy|transfer] [--rotate] [--turns 10]
 
-For each data set: logistic regression from scikit-learn on the pixels, its strength of
-regularisation chosen on the validation part, then `fashion-mlp` and `fashion-cnn` after their last
-epoch, trained in each of some ways, of which each turn's validation part chooses one for each
-network; all on the same training part, judged on the test part. The turn's number draws the
-validation part and the weights. With `--rotate` another part of all the pictures is the test part
-in each turn, first the published one, then the rest in their order. Then `transfer` from a
-`fashion-cnn` that was trained on MNIST, to Fashion-MNIST, beside one from scratch: the validation
-accuracy epoch by epoch.
+For each data set: scikit-learn's logistic regression on the pixels, with the regularisation chosen
+on the validation part, then `fashion-mlp` and `fashion-cnn`, each trained with several settings, of
+which each turn chooses the best on its validation part. All train on the same training part and are
+judged on the test part. The turn's number seeds the validation split and the weights. With
+`--rotate` the test part changes from turn to turn: first the published one, then the other images
+in order.
+
+Then `transfer` to Fashion-MNIST from a `fashion-cnn` trained on MNIST, and one trained from
+scratch: the validation accuracy by epoch.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ from torch.utils.data import DataLoader
 
 from bench.measuring import table
 from models import RECIPES, ModelsError, load, rebuild, spec
+from models.data import load_images
 from models.idx import read_part
 from models.recipe import Source, scheduler
+from studies.arguments import RAW, positive_int
 from tracker import fit, set_seed
 
 COMMON = {"lr": 0.004, "batch_size": 50, "normalize": True}
 ONE_CYCLE = {**COMMON, "schedule": "one-cycle", "dropout": 0.2}
 SHIFTED = {**ONE_CYCLE, "shift": 1}
 BETTER = {"batch_norm": True, "width": 2}
-WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fashion-mnist": {
         "constant rate": COMMON,
         "one-cycle, dropout 0.2": ONE_CYCLE,
@@ -48,7 +51,7 @@ WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "and shifted by 1 pixel": {**SHIFTED, "mirror": True},
         "and batch norm, width 2": {**SHIFTED, "mirror": True, **BETTER},
     },
-    "mnist": {  # a mirrored digit is none
+    "mnist": {  # a mirrored digit is not a digit
         "constant rate": COMMON,
         "one-cycle, dropout 0.2": ONE_CYCLE,
         "and shifted by 1 pixel": SHIFTED,
@@ -57,17 +60,17 @@ WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 NETWORKS = ("fashion-mlp", "fashion-cnn")
 SHARE = {"fashion-mnist": 1.0, "mnist": 0.2}
-"""Of `--epochs`: the steps are as many on five times the pictures."""
+"""Share of `--epochs` to train: MNIST has five times as many images, so the steps are the same."""
 CURVE = 30
 """Epochs of the transfer."""
 
 
 def logistic_regression(source: Source) -> Tensor:
-    """Which pictures of the test part it is right about, bool (N,)."""
+    """Return which test images the regression classifies correctly, bool (N,)."""
     data = load(source.dataset, source.data_dir, seed=source.seed)
     best, right = -1.0, torch.empty(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says where it stopped before it had converged
+        warnings.simplefilter("ignore")  # of stopping before convergence
         for strength in (0.003, 0.01, 0.03, 0.1, 0.3):
             model = LogisticRegression(C=strength, max_iter=200)
             model.fit(data.train.images.flatten(1).numpy(), data.train.labels.numpy())
@@ -87,10 +90,22 @@ def train(
     changed: Mapping[str, Any],
     backbone: nn.Module | None = None,
 ) -> tuple[list[float], Tensor, nn.Module]:
-    """The accuracy on the validation part by epoch, what of the test part is right, the network."""
+    """Train a recipe.
+
+    Args:
+        name: The recipe's name.
+        source: The data.
+        epochs: Epochs to train.
+        changed: Parameters that differ from their defaults.
+        backbone: The `fashion-cnn` that `transfer` starts from.
+
+    Returns:
+        The validation accuracy by epoch, which test images are classified correctly, bool (N,), and
+        the network.
+    """
     recipe = RECIPES[name]
     params = {**recipe.defaults(), **changed}
-    data = recipe.load(source, params)
+    data = load_images(source, params)
     facts = {**data.facts, "backbone": spec("fashion-cnn", RECIPES["fashion-cnn"].defaults(), {})}
     set_seed(source.seed)
     network = rebuild(spec(name, params, facts))
@@ -121,23 +136,39 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the tables."""
-    parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__)
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--part", choices=("accuracy", "transfer"), help="by default both")
-    parser.add_argument("--rotate", action="store_true", help="another test part in each turn")
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=100, help="on Fashion-MNIST")
+    parser = argparse.ArgumentParser(prog="bench.recipes", description=__doc__, formatter_class=RAW)
+    parser.add_argument(
+        "--data-dir", default="data", metavar="FOLDER", help="where data sets are; default: data"
+    )
+    parser.add_argument(
+        "--part", choices=("accuracy", "transfer"), help="print one part; default: both"
+    )
+    parser.add_argument("--rotate", action="store_true", help="change the test part in each turn")
+    parser.add_argument(
+        "--turns",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="repetitions, at least 2; default: 10",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="epochs on Fashion-MNIST; default: 100",
+    )
     given = parser.parse_args(arguments)
     if given.turns < 2:
-        parser.error(f"--turns {given.turns} gives no deviation; allowed: from 2.")
+        parser.error(f"--turns {given.turns} gives no deviation; it must be at least 2.")
     try:
-        for name in WAYS:
+        for name in SETTINGS:
             load(name, given.data_dir)
     except ModelsError as error:
         parser.error(str(error))
     turns = range(given.turns)
     if given.part != "transfer":
-        for name in WAYS:
+        for name in SETTINGS:
             with TemporaryDirectory() as folder:
                 parts = rotated(name, given.data_dir, folder) if given.rotate else [given.data_dir]
                 sources = [Source(name, parts[turn % len(parts)], turn) for turn in turns]
@@ -147,70 +178,88 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def rotated(name: str, data_dir: str, into: str) -> list[str]:
-    """Folders of the same pictures, each with another test part; the published one comes first."""
+    """Write copies of a data set that differ in their test parts.
+
+    Args:
+        name: The data set.
+        data_dir: The folder it is in.
+        into: The folder to write to.
+
+    Returns:
+        A folder for each copy; the first has the published test part.
+    """
     folder = Path(load(name, data_dir).source)
-    (train, known), (test, wanted) = (read_part(folder, part) for part in ("train", "t10k"))
-    pixels, labels, size = torch.cat([test, train]), torch.cat([wanted, known]), len(test)
-    made = []
+    (train, train_labels), (test, test_labels) = (
+        read_part(folder, part) for part in ("train", "t10k")
+    )
+    pixels, labels = torch.cat([test, train]), torch.cat([test_labels, train_labels])
+    size = len(test)
+    folders = []
     for first in range(0, len(pixels) - size + 1, size):
         root = Path(into, str(first))
         raw = root.joinpath(*folder.parts[-2:])
         raw.mkdir(parents=True)
-        tested = torch.zeros(len(pixels), dtype=torch.bool)
-        tested[first : first + size] = True
-        for part, chosen in (("train", ~tested), ("t10k", tested)):
+        is_test = torch.zeros(len(pixels), dtype=torch.bool)
+        is_test[first : first + size] = True
+        for part, chosen in (("train", ~is_test), ("t10k", is_test)):
             for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
                 write_idx(raw / f"{part}-{kind}-ubyte", values[chosen])
-        made.append(str(root))
-    return made
+        folders.append(str(root))
+    return folders
 
 
 def write_idx(path: Path, values: Tensor) -> None:
-    """Write bytes as idx files have them: type and rank, the shape big-endian, then the bytes."""
+    """Write bytes as an idx file: type and rank, the shape as big-endian integers, the bytes."""
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
     path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
 
 
 def accuracies(sources: Sequence[Source], parts: int, epochs: int) -> None:
-    """Print what each way to train one data set gives over the turns, and what they choose."""
+    """Print the accuracy of each setting over the turns, and which settings are chosen.
+
+    Args:
+        sources: The data of each turn.
+        parts: Number of different test parts among them.
+        epochs: Epochs to train on Fashion-MNIST.
+    """
     name, turns = sources[0].dataset, range(len(sources))
     count = max(1, round(epochs * SHARE[name]))
     validated: dict[str, dict[str, list[float]]] = {model: {} for model in NETWORKS}
     right: dict[str, dict[str, list[Tensor]]] = {model: {} for model in NETWORKS}
     rows = []
-    for way, changed in WAYS[name].items():
-        row = [way]
+    for setting, changed in SETTINGS[name].items():
+        row = [setting]
         for model in NETWORKS:
             if changed.keys() <= RECIPES[model].parameters.keys():
-                done = [train(model, source, count, changed) for source in sources]
-                validated[model][way] = [curve[-1] for curve, _, _ in done]
-                right[model][way] = [tested for _, tested, _ in done]
-                row += [_spread(validated[model][way]), _accuracy(right[model][way])]
+                trained = [train(model, source, count, changed) for source in sources]
+                validated[model][setting] = [curve[-1] for curve, _, _ in trained]
+                right[model][setting] = [correct for _, correct, _ in trained]
+                row += [_spread(validated[model][setting]), _accuracy(right[model][setting])]
             else:
                 row += ["", ""]
         rows.append(row)
     columns = ["training", *(f"{n}: {part}" for n in NETWORKS for part in ("validation", "test"))]
-    table(f"Accuracy on {name}, mean and deviation of {len(turns)} turns", columns, rows)
+    table(f"Accuracy on {name}, mean and standard deviation of {len(turns)} turns", columns, rows)
 
     tested = {"logistic regression": [logistic_regression(source) for source in sources]}
     rows = [["logistic regression", _accuracy(tested["logistic regression"]), ""]]
     for model in NETWORKS:
-        ways = [max(validated[model], key=lambda w: validated[model][w][t]) for t in turns]
-        tested[model] = [right[model][way][turn] for turn, way in enumerate(ways)]
-        chosen = "; ".join(f"{ways.count(way)}x {way}" for way in right[model] if way in ways)
-        rows.append([model, _accuracy(tested[model]), chosen])
-    table("What the validation parts choose", ["", "test", "training"], rows)
+        best = [max(validated[model], key=lambda s: validated[model][s][t]) for t in turns]
+        tested[model] = [right[model][setting][turn] for turn, setting in enumerate(best)]
+        counts = [f"{best.count(each)}x {each}" for each in right[model] if each in best]
+        rows.append([model, _accuracy(tested[model]), "; ".join(counts)])
+    table("Settings chosen on the validation parts", ["", "test", "training"], rows)
     for worse, better in pairwise(tested):
         gain = _by_picture(tested[better], parts) - _by_picture(tested[worse], parts)
         error = gain.std().item() / len(gain) ** 0.5
         print(
             f"{better} minus {worse}: {gain.mean():+.3f}, "
-            f"standard error of {len(gain)} pictures {error:.3f}"
+            f"standard error of {len(gain)} images {error:.3f}"
         )
 
 
 def _by_picture(right: list[Tensor], parts: int) -> Tensor:
-    """How often each picture was right of the turns that tested it, of one part after another."""
+    """The share of turns in which each image was right, of one test part after another."""
     return torch.cat(
         [torch.stack(right[p::parts]).float().mean(0) for p in range(min(parts, len(right)))]
     )
@@ -225,22 +274,27 @@ def _spread(accuracies: Sequence[float]) -> str:
 
 
 def curves(data_dir: str, turns: range) -> None:
-    """Print the validation accuracy by epoch, with features from digits and without."""
+    """Print the validation accuracy by epoch, from scratch and with features from MNIST.
+
+    Args:
+        data_dir: The folder with the data sets.
+        turns: Their numbers are the seeds.
+    """
     common = {"lr": 0.001, "batch_size": 50}
-    own = {**common, "weights": "runs:/ID/model"}
-    found: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
+    tracked = {**common, "weights": "runs:/ID/model"}
+    results: dict[str, list[list[float]]] = {"from scratch": [], "head alone": [], "thaw 1": []}
     for seed in turns:
         digits, fashion = (Source(name, data_dir, seed) for name in ("mnist", "fashion-mnist"))
         backbone = train("fashion-cnn", digits, 5, {"lr": 0.001})[2]
-        found["from scratch"].append(train("fashion-cnn", fashion, CURVE, common)[0])
+        results["from scratch"].append(train("fashion-cnn", fashion, CURVE, common)[0])
         for label, thaw in (("head alone", 0), ("thaw 1", 1)):
-            changed = {**own, "thaw": thaw}
-            found[label].append(train("transfer", fashion, CURVE, changed, backbone)[0])
+            changed = {**tracked, "thaw": thaw}
+            results[label].append(train("transfer", fashion, CURVE, changed, backbone)[0])
     rows = [
-        [str(epoch + 1), *(f"{median(c[epoch] for c in curve):.3f}" for curve in found.values())]
+        [str(epoch + 1), *(f"{median(c[epoch] for c in runs):.3f}" for runs in results.values())]
         for epoch in [*range(5), *range(9, CURVE, 5)]
     ]
-    table(f"Validation accuracy, medians of {len(turns)} turns", ["epoch", *found], rows)
+    table(f"Validation accuracy, medians of {len(turns)} turns", ["epoch", *results], rows)
 
 
 if __name__ == "__main__":

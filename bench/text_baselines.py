@@ -1,4 +1,7 @@
-"""What the recipes for text are compared with: `python -m bench.text_baselines --data-dir …`."""
+"""A baseline for `char-lstm`: a character trigram model.
+
+python -m bench.text_baselines --data-dir data
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ from models import ModelsError
 from models.char_lstm import RECIPE
 from models.recipe import Source
 from models.text import TextData, Windows, load_text
+from studies.arguments import RAW
 
 Tokens = npt.NDArray[np.int64]
 
 
 class Baseline(NamedTuple):
-    """What a baseline came to."""
+    """The result of a baseline."""
 
     loss: float
     """Nats per character."""
@@ -30,44 +34,44 @@ class Baseline(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """e to the power of the loss."""
+        """The exponential of the loss."""
         return math.exp(self.loss)
 
 
 def character_trigram(data: TextData) -> Baseline:
-    """A character 3-gram model with interpolated Kneser-Ney smoothing, on the validation part.
+    """Evaluate a character 3-gram model with interpolated Kneser-Ney smoothing.
 
-    Counted on the training part alone, and asked for the characters that the recipe char-lstm is:
-    the targets of `data.validation`, but for the first, which has no two characters before it.
+    It is fitted to the training part and evaluated on the characters that char-lstm predicts, the
+    targets of the validation part, except the first, which lacks two characters before it.
 
     Source: Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling",
-    1999, section 2.7; one discount an order, n1 / (n1 + 2 n2), as in Ney, Essen & Kneser, 1994.
+    1999, section 2.7; one discount per order, n1 / (n1 + 2 n2), as in Ney, Essen & Kneser, 1994.
     """
     started = time.perf_counter()
-    symbols = len(data.facts["characters"]) + 1  # the last is every unknown character
+    symbols = len(data.facts["characters"]) + 1  # the last is the unknown character
     train = _flat(data.train)
     counts = np.zeros((symbols,) * 3)
     np.add.at(counts, (train[:-2], train[1:-1], train[2:]), 1)
-    # Lower orders count in how many contexts a character occurs, not how often.
+    # Lower orders count the contexts in which a character occurs, not its occurrences.
     pairs = (counts > 0).sum(axis=0).astype(float)
     singles = (pairs > 0).sum(axis=0).astype(float)
     uniform = np.full(symbols, 1 / symbols)
     probabilities = _interpolated(counts, _interpolated(pairs, _interpolated(singles, uniform)))
 
-    asked = _flat(data.validation)
-    found = probabilities[asked[:-2], asked[1:-1], asked[2:]]
-    return Baseline(float(-np.log(found).mean()), time.perf_counter() - started)
+    text = _flat(data.validation)
+    predicted = probabilities[text[:-2], text[1:-1], text[2:]]
+    return Baseline(float(-np.log(predicted).mean()), time.perf_counter() - started)
 
 
 def _interpolated(
     counts: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Probabilities (…, symbols) by discounted `counts`, what is discounted spread as in `lower`.
+    """Probabilities (…, symbols) from discounted `counts`, the discount spread as in `lower`.
 
-    A context without counts has the probabilities of `lower`, those of one character less.
+    A context without counts has the probabilities of `lower`, the order below.
     """
     once, twice = (counts == 1).sum(), (counts == 2).sum()
-    # A text so small, or so large, that the estimate is undefined has the usual one.
+    # Use the common value if the estimate is undefined: the text is very small or very large.
     discount = once / (once + 2 * twice) if once and twice else 0.75
     total = counts.sum(axis=-1, keepdims=True)
     kept = np.maximum(counts - discount, 0)
@@ -77,15 +81,22 @@ def _interpolated(
 
 
 def _flat(part: Windows) -> Tokens:
-    """The characters of a part in their order: its streams are end to end."""
+    """The characters of a part in order: its streams are end to end."""
     return np.append(part.data.flatten().numpy(), part.targets[-1, -1]).astype(np.int64)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the baselines; returns the exit code, 2 for a mistake in the arguments."""
-    parser = argparse.ArgumentParser(prog="bench.text_baselines", description=__doc__)
-    parser.add_argument("--data-dir", default="data", help="has text/anna.txt")
-    parser.add_argument("--text", default="auto", help=RECIPE.datasets)
+    """Print the baseline and return the exit code; 2: invalid arguments."""
+    parser = argparse.ArgumentParser(
+        prog="bench.text_baselines", description=__doc__, formatter_class=RAW
+    )
+    parser.add_argument(
+        "--data-dir",
+        default="data",
+        metavar="FOLDER",
+        help="where text/anna.txt is; default: data",
+    )
+    parser.add_argument("--text", default="auto", help=f"{RECIPE.datasets}; default: auto")
     given = parser.parse_args(arguments)
     params = RECIPE.defaults()
     try:

@@ -5,7 +5,9 @@ import os
 # Before torch is imported, and for the programs that tests start: many of them share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import io
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from models import FashionCNN, load
 from tests.faults import TrackingServer
-from tests.helpers import Pictures, Store
+from tests.helpers import Pictures, Store, Training, run_train
 from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tracker import RunManager
 
@@ -42,6 +44,28 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def store(tracking_uri: str) -> Store:
     return Store(tracking_uri)
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store for trainings that several tests read; other runs may be in it too."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where a new database has its artifacts
+        store = Store(f"sqlite:///{folder / 'mlflow.db'}")
+        assert store.runs() == []
+    return store
+
+
+@pytest.fixture(scope="session")
+def on_digits(shared_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """`studies.train` with its default recipe on the digits, two epochs; only to be read."""
+    arguments = ["--dataset", "digits", "--epochs", "2", "--shuffle", "false"]
+    arguments += ["--lr", "0.005", "--seed", "3"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setenv("TRACKER_INLINE", "1")
+        patch.chdir(tmp_path_factory.mktemp("on_digits"))
+        return run_train(shared_store, *arguments)._replace(output=output.getvalue())
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,34 @@ class Store:
         return Path(self.client.download_artifacts(run.info.run_id, path, str(into))).read_text(
             encoding="utf-8"
         )
+
+
+class Training(NamedTuple):
+    """A finished `studies.train`, and the store that has it."""
+
+    store: Store
+    run: MlflowRun
+    output: str = ""
+    """What the command printed."""
+
+    @property
+    def run_id(self) -> str:
+        return str(self.run.info.run_id)
+
+    @property
+    def model(self) -> str:
+        """The URI of the logged model."""
+        return f"runs:/{self.run_id}/model"
+
+
+def run_train(store: Store, *arguments: str) -> Training:
+    """Run `studies.train` in this process; the run that it made or resumed."""
+    from studies.train import main  # optuna comes with it
+
+    assert main([*arguments, "--tracking-uri", store.uri]) == 0
+    run = max(store.runs(), key=lambda run: run.info.end_time or 0)
+    assert run.info.status == "FINISHED"
+    return Training(store, run)
 
 
 class Pictures(TensorDataset):

@@ -116,7 +116,7 @@ def test_the_file_runs_in_a_process_that_cannot_import_this_project(
     shown = capfd.readouterr()
     assert shown.err == ""
     assert f"file        {path.name}\nsize        {path.stat().st_size:,} bytes\n" in shown.out
-    assert "at most from the logged model, on batches of 1, 2, 3, 7" in shown.out
+    assert " from the logged model, on batches of 1, 2, 3, 7" in shown.out
     blocked = ["models", "tracker", "studies", "mlflow", *(["torch"] if to == "onnx" else [])]
     live = trained.live(model)
     for size in (1, 5) if to == "torchscript" else (5,):
@@ -276,9 +276,12 @@ def test_a_model_with_two_inputs_is_refused_in_one_sentence(tmp_path: Path) -> N
         ("RUN --to pt2 --output .", "output='.' is a folder; it must be a file."),
         (
             "RUN --to pt2 --tracking-uri sqlite:///no.db",
-            "no.db' does not exist, and so has not",
+            "no.db' does not exist, so it does not have",
         ),
-        ("RUN --to pt2 --tracking-uri file:none", "none' does not exist, and so has not the model"),
+        (
+            "RUN --to pt2 --tracking-uri file:none",
+            "none' does not exist, so it does not have",
+        ),
         ("RUN --to onnx", "needs onnxruntime: pip install 'mlflow-runmanager[onnx]'."),
         ("RUN --to aoti", "format='aoti' needs the C++ compiler '/no/compiler'."),
     ],
@@ -363,9 +366,9 @@ def test_the_c_plus_plus_example_prints_the_same_logits(trained: Trained, tmp_pa
     assert export(trained, "fashion-cnn", "pt2", "--output", "graph.pt2") == 0
     for arguments, message in (
         (("none.pt", "a.pgm"), "predict: the model none.pt cannot be opened"),
-        (("m.pt", "none.pgm"), "predict: the picture none.pgm cannot be opened"),
-        (("m.pt", "short.pgm"), "predict: the picture short.pgm ends too early"),
-        (("m.pt", "text.pgm"), "predict: the picture text.pgm must be a binary .pgm (P5) of 28"),
+        (("m.pt", "none.pgm"), "predict: the image none.pgm cannot be opened"),
+        (("m.pt", "short.pgm"), "predict: the image short.pgm is truncated"),
+        (("m.pt", "text.pgm"), "predict: the image text.pgm must be a binary .pgm (P5) of 28"),
         (("a.pgm", "a.pgm"), "predict: "),
         (("graph.pt2", "a.pgm"), "predict: Failed to find a generated cpp file or so file"),
         ((), "usage: predict MODEL PICTURE"),

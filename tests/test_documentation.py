@@ -50,8 +50,8 @@ def code_lines(page: Path) -> list[str]:
 def commands(*pages: Path) -> list[list[str]]:
     """The words of each command of this project that the pages name."""
     ours = re.compile(r"(python -m (studies|bench|tracker)\b|tracker [a-z]).*")
-    lines = {line for page in pages for line in code_lines(page) if ours.fullmatch(line)}
-    return [shlex.split(line, comments=True) for line in sorted(lines)]
+    lines = [line for page in pages for line in code_lines(page) if ours.fullmatch(line)]
+    return [list(words) for words in sorted({tuple(shlex.split(x, comments=True)) for x in lines})]
 
 
 def test_the_tutorial_loop_in_the_readme_tracks_every_combination(store: Store) -> None:

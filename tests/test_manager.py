@@ -514,7 +514,7 @@ def test_a_deleted_experiment_is_named_with_its_remedy(
     store.client.delete_experiment(gone)
     with (
         RunManager(experiment="gone") as manager,
-        pytest.raises(StoreError, match=f"was deleted; restore it .* --experiment-id {gone}"),
+        pytest.raises(StoreError, match=f"is deleted; restore it .* --experiment-id {gone}"),
     ):
         manager.begin_run({}, network, loader)
     assert list(Path(".tracker").iterdir()) == []

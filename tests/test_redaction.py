@@ -1,4 +1,4 @@
-"""Redaction: no secret gets out, and what is none stays as it was."""
+"""Redaction: secrets are masked, and everything else is left alone."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ SECRET_NAMES, ORDINARY_NAMES = SECRET.split(), ORDINARY.split()
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_a_secret_name(name: str) -> None:
+def test_the_name_of_a_secret_is_recognised(name: str) -> None:
     assert is_secret_name(name)
 
 
 @pytest.mark.parametrize("name", [*ORDINARY_NAMES, ""])
-def test_an_ordinary_name(name: str) -> None:
+def test_an_ordinary_name_is_not_a_secret(name: str) -> None:
     assert not is_secret_name(name)
 
 
@@ -59,7 +59,7 @@ def test_an_ordinary_name(name: str) -> None:
         ("redis://:secret@host", "redis://:***@host"),
         ("http://me:@host", "http://me:***@host"),
         ("//me:secret@host", "//me:***@host"),
-        # passwords that ought to be percent-encoded, and are not
+        # passwords that should be percent-encoded
         ("postgresql://me:p@ss@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:p/ss@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:p/s@s/@host/db", "postgresql://me:***@host/db"),
@@ -67,9 +67,9 @@ def test_an_ordinary_name(name: str) -> None:
         ("postgresql://me:p:s?s#s&s=s@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:12345@host/db", "postgresql://me:***@host/db"),
         ("a://b:c@d,e://f:g@h i://j:k@l", "a://b:***@d,e://f:***@h i://j:***@l"),
-        # the host is lost rather than a password that holds @ shown
+        # masking the host is better than showing a password that contains @
         ("git+https://me:secret@host/x.git@main", "git+https://me:***@main"),
-        # tokens in the place of a user
+        # tokens in place of a user
         (f"https://{TOKEN}@github.com/a/b", "https://***@github.com/a/b"),
         (f"git+https://{TOKEN}@github.com/a/b", "git+https://***@github.com/a/b"),
         (f"https://{TOKEN}:x-oauth-basic@github.com", "https://***:***@github.com"),
@@ -90,7 +90,7 @@ def test_an_ordinary_name(name: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_secret_in_a_uri_is_not_shown(text: str, public: str) -> None:
+def test_a_secret_in_a_uri_is_masked(text: str, public: str) -> None:
     assert public_uri(text) == public
     assert public_uri(public) == public
 
@@ -151,7 +151,7 @@ def test_a_text_without_secrets_is_left_alone(text: str) -> None:
         (["-H", "Authorization: Bearer x"], ["-H", "Authorization:***"]),
     ],
 )
-def test_a_secret_in_a_command_is_not_shown(arguments: list[str], public: list[str]) -> None:
+def test_a_secret_in_a_command_is_masked(arguments: list[str], public: list[str]) -> None:
     assert shlex.split(public_command(arguments)) == public
     assert shlex.split(public_command(public)) == public
 
@@ -169,7 +169,7 @@ def test_an_ordinary_command_is_left_alone(arguments: list[str]) -> None:
     assert public_command(arguments) == shlex.join(arguments)
 
 
-def test_values() -> None:
+def test_values_are_masked_by_name_and_in_uris() -> None:
     assert public_values({"password": "x", "uri": "http://a:b@c", "lr": "0.1", "HF_TOKEN": ""}) == {
         "password": "***",
         "uri": "http://a:***@c",
@@ -180,7 +180,7 @@ def test_values() -> None:
 
 HEAD, TAIL = "Zq7Xv", "Wk4Yj"
 secrets = st.text(max_size=15).map(lambda middle: HEAD + middle + TAIL)
-"""Anything; no end of it may be found in what is shown."""
+"""Any text; neither its beginning nor its end may be shown."""
 
 uri_secrets = secrets.filter(lambda one: not re.search(r"\s|://", one))
 query_secrets = secrets.filter(lambda one: not re.search(r"\s|&", one))
@@ -195,7 +195,7 @@ PIECES = """
 """
 pieces = st.sampled_from([*PIECES.split(), " ", TOKEN])
 puzzles = st.lists(pieces, max_size=12).map("".join)
-"""Texts of the pieces that the rules look for, in any order."""
+"""Texts made of the pieces that the rules look for, in any order."""
 
 
 def shows(text: str) -> bool:

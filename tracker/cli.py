@@ -1,7 +1,8 @@
-"""The command `tracker`: runs and studies that are not (all) in MLflow yet."""
+"""Command line of the tracker: uploads that are unfinished, and studies."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -11,109 +12,114 @@ from pathlib import Path
 from tracker._version import __version__
 from tracker.arguments import OneSentenceParser
 from tracker.errors import StoreError, TrackerError
-
-DIRECTORY = Path(".tracker")
+from tracker.validation import DIRECTORY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for a mistake or a journal that stays."""
-    parser = OneSentenceParser(prog="tracker", description=__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sync = commands.add_parser(
-        "sync", help="deliver to MLflow what offline runs, dead servers and killed programs left"
-    )
-    status = commands.add_parser("status", help="list what is not delivered, and where it stands")
-    for command in (sync, status):
-        command.add_argument(
-            "path",
-            type=Path,
-            nargs="*",
-            default=[DIRECTORY],
-            help="a journal, or a folder with journals; by default .tracker",
-        )
-    sync.add_argument("--tracking-uri", help="by default where each was meant to go")
-    from tracker.search.cli import add_commands
-
-    add_commands(commands)
-    given = parser.parse_args(arguments)
+    """Run the command; return its exit code, 2 for a mistake or an unfinished upload."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser(with_studies=words[:1] not in (["sync"], ["status"])).parse_args(words)
     try:
-        if given.command == "status":
-            return _status(given.path)
-        if given.command == "sync":
-            return _sync(given.path, given.tracking_uri)
         return int(given.run(given))
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tracker: stopped; the same command goes on from here.", file=sys.stderr)
+        print("tracker: interrupted; repeat the command to continue.", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
+    parser = OneSentenceParser(prog="tracker", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sync = commands.add_parser(
+        "sync", help="finish the uploads of offline runs, dead servers and killed programs"
+    )
+    sync.set_defaults(run=_sync)
+    status = commands.add_parser("status", help="list unfinished uploads, and what stops them")
+    status.set_defaults(run=_status)
+    for command in (sync, status):
+        command.add_argument(
+            "path",
+            type=Path,
+            nargs="*",
+            default=[Path(DIRECTORY)],
+            help=f"a journal, or a folder with journals; by default {DIRECTORY}",
+        )
+    sync.add_argument("--tracking-uri", help="by default the store that each run was meant for")
+    if with_studies:  # importing Optuna takes a second
+        from tracker.search.cli import add_commands
+
+        add_commands(commands)
+    return parser
 
 
 def _journals(paths: Sequence[Path]) -> list[Path]:
     from tracker.delivery.leftovers import journals
 
-    if list(paths) == [DIRECTORY] and not DIRECTORY.exists():
-        return []  # nothing was ever tracked here, or all of it was delivered
-    found = [(path, journals(path)) for path in paths]
-    for path, folders in found:
-        if not folders and path.name != DIRECTORY.name:
+    if list(paths) == [Path(DIRECTORY)] and not paths[0].exists():
+        return []  # nothing was tracked here, or everything is uploaded
+    folders = []
+    for path in paths:
+        found = journals(path)
+        if not found and path.name != DIRECTORY:
             raise StoreError(f"{path} is not a journal of this program.")
-    return [folder for _, folders in found for folder in folders]
+        folders += found
+    return folders
 
 
-def _sync(paths: Sequence[Path], tracking_uri: str | None) -> int:
+def _sync(given: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tracker.delivery.leftovers import journal_status, sweep, sync
 
-    # MLflow's own retries hold a call for minutes; to go on, the command is given again.
+    # MLflow's own retries block a call for minutes; the user can repeat the command.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    for path in paths:
+    for path in given.path:
         sweep(path)
-    folders = _journals(paths)
-    standings = {folder: journal_status(folder) for folder in folders}
-    total = sum(each.undelivered for each in standings.values() if each.state != "in use")
-    runs = records = kept = 0
-    bar = tqdm(total=total, unit="record", disable=None, leave=False)
-
-    def progress(some: int) -> None:
-        bar.update(some)
-
-    with bar:
-        for folder in folders:
-            if standings[folder].state == "in use" and len(folders) > 1:
-                kept += 1  # its own process delivers it
+    statuses = [journal_status(folder) for folder in _journals(given.path)]
+    total = sum(status.undelivered for status in statuses if status.state != "in use")
+    runs = records = unfinished = 0
+    with tqdm(total=total, unit="record", disable=None, leave=False) as bar:
+        for status in statuses:
+            if status.state == "in use" and len(statuses) > 1:
+                unfinished += 1  # its own process uploads it
                 continue
             try:
-                done = sync(folder, tracking_uri, progress)
+                done = sync(status.folder, given.tracking_uri, bar.update)
             except StoreError as error:
                 tqdm.write(f"tracker: {error}", file=sys.stderr)
-                kept += 1
+                unfinished += 1
                 continue
             runs, records = runs + done.runs, records + done.records
             for notice in done.notices:
                 tqdm.write(f"tracker: {notice}", file=sys.stderr)
-    print(f"delivered: {_count(records, 'record')} of {_count(runs, 'run')}", end="")
-    print(f"; {_count(kept, 'journal')} left, see `tracker status`" if kept else "")
-    return 2 if kept else 0
+    uploaded = f"Uploaded {_count(records, 'record')} of {_count(runs, 'run')}"
+    if not unfinished:
+        print(f"{uploaded}.")
+        return 0
+    print(f"{uploaded}; {_count(unfinished, 'journal')} unfinished, see: tracker status")
+    return 2
 
 
-def _status(paths: Sequence[Path]) -> int:
+def _status(given: argparse.Namespace) -> int:
     from tracker.delivery.leftovers import journal_status
 
-    found = [journal_status(folder) for folder in _journals(paths)]
-    if not found:
-        print("Nothing is undelivered.")
-    for each in found:
-        print(each.folder)
-        what = f"{_count(each.undelivered, 'record')} of {_count(each.runs, 'run')} undelivered"
-        print(f"  {each.state}: {what if each.state != 'unreadable' else each.problem}")
-        if each.tracking_uri:
-            print(f"  goes to {each.tracking_uri}")
-        if each.problem and each.state != "unreadable":
-            print(f"  {each.problem}")
+    statuses = [journal_status(folder) for folder in _journals(given.path)]
+    if not statuses:
+        print("Everything is uploaded.")
+    for status in statuses:
+        print(status.folder)
+        if status.state == "unreadable":
+            print(f"  unreadable: {status.problem}")
+            continue
+        records, runs = _count(status.undelivered, "record"), _count(status.runs, "run")
+        print(f"  {status.state}: {records} of {runs} to upload")
+        if status.tracking_uri:
+            print(f"  to {status.tracking_uri}")
+        if status.problem:
+            print(f"  {status.problem}")
     return 0
 
 

@@ -11,6 +11,19 @@ TrackerError             base of all of them
 Every message is one sentence that names the argument, its value and what is allowed.
 """
 
+from __future__ import annotations
+
+from tracker.redaction import public_uri
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without passwords and without a final full stop.
+
+    An error without a text is named by its type.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return public_uri(lines[0]).rstrip(". ")
+
 
 class TrackerError(Exception):
     """Base of every error that this library raises on purpose."""

@@ -1,4 +1,4 @@
-"""Other packages' loggers, kept quiet for a while."""
+"""Loggers of other packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def muted(name: str, below: int = logging.CRITICAL + 1) -> Iterator[None]:
-    """Drop what the logger `name` has to say below a level; by default all of it."""
+    """Drop the messages of a logger below a level, by default all, within the block."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(below)

@@ -7,6 +7,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,7 @@ class RunManager:
             stop_on_nonfinite: Raise NonFiniteLossError if an epoch's loss is NaN or infinite.
             parent: Parent of every run, or its id.
             run: Log to this open run, which the caller ends, instead of to new ones.
-            inline: Deliver from this thread when an epoch or a run ends, not from a second
-                process; default TRACKER_INLINE.
+            inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
             offline: Keep runs on disk until `tracker sync`; default TRACKER_OFFLINE.
 
         Raises:
@@ -246,7 +246,6 @@ class RunManager:
         self._epoch = None
 
     def _abandon(self, when: str) -> None:
-        """End a run that is still open as abandoned."""
         if (run := self._session.run) is not None:
             where = f"within epoch {self.epoch_count}, {when}" if self._epoch else when
             self._end(run.abandoned_outcome(where))
@@ -282,8 +281,7 @@ class RunManager:
 
         Args:
             loss: Mean loss of the batch: a number or a tensor that holds one.
-            batch: The batch or its number of samples, the weight of its loss. Default: the labels
-                tracked for the batch, else what the loader says.
+            batch: The batch or its number of samples; default what its labels or the loader say.
 
         Raises:
             ArgumentError: The loss is not one number, or the batch has no size.
@@ -341,23 +339,13 @@ class RunManager:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
         if self._batch_loss:
-            batches = zip(epoch.batch_losses.tolist(), epoch.batch_times, strict=True)
-            run.log_points(
-                [
-                    Point("batch_loss", loss, step, at)
-                    for step, (loss, at) in enumerate(batches, self._steps + 1)
-                ]
-            )
+            batches = zip(count(self._steps + 1), epoch.batch_losses.tolist(), epoch.batch_times)
+            run.log_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
         self._steps += len(epoch.batch_losses)
         self._log_metrics(epoch.metrics)
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
-        """Return `loader` with the progress of each pass over it shown, for `fit`.
-
-        Args:
-            loader: Yields the batches.
-            length: Number of batches, if the loader does not have a length.
-        """
+        """Return `loader`, of `length` batches, with the progress of each pass shown, for `fit`."""
         return Progress(loader, self._views, lambda: self.epoch_count + 1, length)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -385,13 +373,8 @@ class RunManager:
     ) -> None:
         """Log all states that `resume` needs, and delete superseded checkpoints.
 
-        Call it between two epochs, or after `track_loss` of a batch. The network and all random
-        generators are included.
-
-        Args:
-            optimizer: Optimizer to include.
-            scheduler: Learning rate scheduler to include.
-            scaler: Gradient scaler to include.
+        Call it between two epochs, or after `track_loss` of a batch. The states are those of the
+        network, of all random generators, and of the arguments.
 
         Raises:
             ArgumentError: A state holds more than tensors, numbers and text.

@@ -1,7 +1,7 @@
-"""Passwords, tokens and keys kept out of what is logged: `***` stands in their place.
+"""Masks passwords, tokens and keys in what is logged with `***`.
 
-Where it cannot be told where a secret ends, too much is masked rather than too little. All
-functions are idempotent.
+If the end of a secret is uncertain, too much is masked rather than too little. All functions are
+idempotent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MASK = "***"
 _USERINFO = re.compile(
     r"//(?P<user>[^/?#:@\s\[\]\"']*)"
     r"(?P<password>:(?!\d{1,5}[/?#\"'])"  # that would be //host:port/
-    r"(?:(?!://)\S)*)?@"  # up to the last @ before the next URI: a password may hold @ and /
+    r"(?:(?!://)\S)*)?@"  # up to the last @ before the next URI: a password may contain @ and /
 )
 _QUERY_NAME = re.compile(r"(?:[?&;]|%3[BF]|%26)([\w.\-]+)(?:=|%3D)", re.IGNORECASE)
 _QUERY_SECRET = re.compile(r"key|(?:.*[\W_])?sig(?:nature)?", re.IGNORECASE)
@@ -58,16 +58,16 @@ _ENDINGS_OF_NAMES = {"value", "old", "new", "prod", "dev", "staging"}
 
 
 def public_uri(text: str) -> str:
-    """`text`, a URI or what holds some, with `***` for each secret in them.
+    """Mask the secrets in a URI, or in each URI of a text.
 
-    - `//user:password@`: the password, up to the last `@` before a space, as it may hold `@` and
-      `/`; a later `@` in the path costs the host.
-    - `https://token@`: a user of 20 characters or more, not all of one kind (a-z, A-Z, 0-9). With
-      other schemes it is no secret: `abfss://container@account`.
-    - `?token=value`: the value up to the next `&` or space, where the name is secret by
-      `is_secret_name`, is a signature or `key`; in a percent-encoded connection string too.
+    - `//user:password@`: the password, up to the last `@` before a space, since it may contain `@`
+      and `/`. An `@` in the path therefore masks the host too.
+    - `https://token@`: a user of 20 characters or more of at least two kinds (a-z, A-Z, 0-9). In
+      other schemes it is not a secret: `abfss://container@account`.
+    - `?token=value`: the value up to the next `&` or space, if the name is secret by
+      `is_secret_name`, a signature or `key`; in a percent-encoded connection string too.
     """
-    while True:  # a secret masked can show where another begins
+    while True:  # masking a secret can uncover where another begins
         masked = _USERINFO.sub(_public_userinfo, _public_query(text))
         if masked == text:
             return text
@@ -85,10 +85,10 @@ def _public_userinfo(match: re.Match[str]) -> str:
 
 def _public_query(text: str) -> str:
     done, at = [], 0
-    while found := _QUERY_NAME.search(text, at):
-        done.append(text[at : found.end()])
-        at = found.end()
-        if is_secret_name(found[1]) or _QUERY_SECRET.fullmatch(found[1]):
+    while match := _QUERY_NAME.search(text, at):
+        done.append(text[at : match.end()])
+        at = match.end()
+        if is_secret_name(match[1]) or _QUERY_SECRET.fullmatch(match[1]):
             value = _QUERY_VALUE.match(text, at)
             done.append(MASK)
             at = value.end() if value else len(text)
@@ -96,16 +96,16 @@ def _public_query(text: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what is called `name` looks like a password, token, key or credential.
+    """Return whether `name` looks like that of a password, token, key or credential.
 
     The name is split into words at `_ - . /` and by camelCase; numbers and words such as `value`
     or `prod` at its end are dropped. Its last word decides:
 
-    - `password`, `secret`, `credentials`, `auth` and the like are secret, also when run together
-      with others: `sslpassword`. `password_file` is not: its last word is `file`.
-    - `token` is secret, unless the word before is one of language models': `pad_token`.
+    - `password`, `secret`, `credentials`, `auth` and the like are secret, also as the end of a
+      word: `sslpassword`. `password_file` is not: its last word is `file`.
+    - `token` is secret, unless the word before belongs to language models: `pad_token`.
     - `key`, `keys` and `tokens` are secret only after a word such as `api`, `access` or `private`:
-      neither `sort_key`, `primary_key` nor `max_tokens` are.
+      `sort_key`, `primary_key` and `max_tokens` are not.
     """
     words = _words(name)
     while len(words) > 1 and (words[-1].isdigit() or words[-1] in _ENDINGS_OF_NAMES):
@@ -121,7 +121,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """The words of `name` in lower case; `accesskey` and its like are two."""
+    """Return the words of `name` in lower case; `accesskey` and the like count as two."""
     words: list[str] = []
     for word in map(str.lower, _WORD.findall(name)):
         stem = re.fullmatch(r"(\w+?)(keys?|tokens?)", word)
@@ -130,12 +130,12 @@ def _words(name: str) -> list[str]:
 
 
 def public_command(arguments: Sequence[str]) -> str:
-    """A command line for a shell, with `***` for each secret in `arguments`.
+    """Join a command line for a shell, with its secrets masked.
 
-    Masked are, for names that `is_secret_name` knows: the argument after `--name`, unless it is
-    itself an option of two dashes; and what follows `name=`, `--name=`, `"name":`, `name: ` or,
-    inside an argument with spaces, `--name `, to the end of the argument. The rest is left to
-    `public_uri`. Nothing tells a secret that stands alone or after a short option: `-p hunter2`.
+    For a name that is secret by `is_secret_name`, these are masked: the argument after `--name`,
+    unless that starts with two dashes itself; and what follows `name=`, `--name=`, `"name":`,
+    `name: ` or, inside an argument with spaces, `--name `, to the end of the argument. The rest is
+    masked by `public_uri`. A secret alone or after a short option is not recognised: `-p hunter2`.
     """
     shown = []
     is_value = False
@@ -155,16 +155,16 @@ def _is_option(text: str) -> bool:
 
 def _public_argument(argument: str) -> str:
     text = public_uri(argument)
-    for found in _ASSIGNED.finditer(text):
-        name = found["name"]
-        # After mere space, only an option has a value.
-        if is_secret_name(name) and (found["sign"].strip() or _is_option(name)):
-            return text[: found.end()] + MASK
+    for match in _ASSIGNED.finditer(text):
+        name = match["name"]
+        # Without a sign, only an option has a value.
+        if is_secret_name(name) and (match["sign"].strip() or _is_option(name)):
+            return text[: match.end()] + MASK
     return text
 
 
 def public_values(pairs: Mapping[str, str]) -> dict[str, str]:
-    """`pairs` with `***` for the value of each whose name is secret, `public_uri` of the others."""
+    """Mask the values whose names are secret, and the secrets in URIs of the others."""
     return {
         name: MASK if is_secret_name(name) else public_uri(value) for name, value in pairs.items()
     }

@@ -23,7 +23,7 @@ from tracker.capture.histograms import network_histograms
 from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
-from tracker.delivery.base import Delivery, delivery, mode_of
+from tracker.delivery.base import Delivery, mode_of, open_delivery
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal import records
 from tracker.journal.recorder import Recorder
@@ -75,27 +75,27 @@ def start_run(
         parent: Parent of the run, or its id.
         tracking_uri: Where the run is delivered; default as in MLflow.
         directory: Holds the journal while the run lasts.
-        inline: Deliver from this thread when the run ends, not from a second process; default
-            TRACKER_INLINE.
+        inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
         offline: Keep the run on disk until `tracker sync`; default TRACKER_OFFLINE.
 
     Raises:
         ArgumentError: An argument is not allowed; nothing has begun.
         StoreError: The store cannot be used; nothing has begun.
     """
-    route = delivery(Path(directory), tracking_uri, mode_of(inline=inline, offline=offline))
+    mode = mode_of(inline=inline, offline=offline)
+    delivery = open_delivery(Path(directory), tracking_uri, mode)
     try:
-        return Run(route, params, experiment, name, tags, parent, owns_delivery=True)
+        return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C must not leave a journal open either
-        route.close()
+        delivery.close()
         raise
 
 
 class Run(Recorder):
     """One tracked run.
 
-    Everything logged is on disk within a fifth of a second, and delivered to MLflow from there.
-    Only `flush` and `end` wait for the delivery.
+    Everything logged is on disk within a fifth of a second, and delivered from there to MLflow,
+    for which only `flush` and `end` wait.
     """
 
     def __init__(
@@ -124,8 +124,7 @@ class Run(Recorder):
             parent: Parent of the run, or its id.
             resume: State of an earlier run that this one continues.
             owns_delivery: Close `delivery` when the run ends.
-            key: Begin the run under this key of the caller's, instead of a new one: a run with the
-                same key in MLflow is continued, and MLFLOW_RUN_ID is ignored.
+            key: Key that the caller owns. A run that MLflow has under it is continued.
             parent_key: Key of a parent that another process tracks.
             environment: Result of `environment_tags`, if the caller has it.
 
@@ -206,8 +205,7 @@ class Run(Recorder):
         """Log a picture; `log_image(key, image)`, the order in version 0.1.0, is accepted too.
 
         Args:
-            image: PIL image, or floats in [0, 1] or bytes of shape (H, W) or, with 1, 3 or 4
-                channels, (C, H, W) or (H, W, C).
+            image: PIL image, or floats in [0, 1] or bytes: (H, W), (C, H, W) or (H, W, C).
             key: With a step the name in MLflow's UI, else the path of the file.
             step: Step of the picture.
 
@@ -242,8 +240,8 @@ class Run(Recorder):
 
         Args:
             dataset: The data set.
-            context: What it is used for.
-            name: Its name; default one from the data set.
+            context: Its use: training, validation or test.
+            name: Its name; default from the data set.
         """
         description = describe_dataset(dataset)
         fields = {
@@ -330,8 +328,7 @@ class Run(Recorder):
             name: Name of the model.
             step: Step of the model.
             files: Texts by name that the model's folder `extra_files` holds, such as a vocabulary.
-            predictor: Makes predictions from raw inputs with MLflow's `pyfunc`; it is left out,
-                with a warning, if its predictions are wrong.
+            predictor: Predicts from raw inputs in `pyfunc`; left out, with a warning, if wrong.
 
         Returns:
             Whether the model is logged, not only its weights.
@@ -380,13 +377,12 @@ class Run(Recorder):
             ArgumentError: A state holds more than tensors, numbers and text.
         """
         path = f"{CHECKPOINTS}/{step:08d}"
-        try:
-            # `passing`: it may be superseded before it is uploaded.
-            staged = self._log_file(
-                f"{path}/{step:08d}",
-                lambda folder: save_checkpoint(folder, step=step, **states),
-                passing=True,
-            )
+
+        def write(folder: Path) -> None:
+            save_checkpoint(folder, step=step, **states)
+
+        try:  # `passing`: it may be superseded before it is uploaded
+            staged = self._log_file(f"{path}/{step:08d}", write, passing=True)
         except StoreError as error:
             self._journal.lose(path, error)
             return False

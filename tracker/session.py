@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tracker.delivery.base import Delivery, Mode, NoDelivery, delivery
+from tracker.delivery.base import Delivery, Mode, NoDelivery, open_delivery
 from tracker.errors import CallOrderError
 from tracker.run import Run
 from tracker.statuses import Outcome
@@ -101,7 +101,7 @@ class Session:
     def _new_delivery(self) -> Delivery:
         if not is_main():  # under torchrun, only rank 0 writes
             return NoDelivery()
-        return delivery(self.directory, self.tracking_uri, self._mode)
+        return open_delivery(self.directory, self.tracking_uri, self._mode)
 
     def current(self, verb: str) -> Run:
         """Return the open run; raise CallOrderError on behalf of the method `verb` if none is."""

@@ -1,4 +1,4 @@
-"""Fixtures for tests of code that tracks.
+"""Pytest fixtures for code that uses the tracker.
 
 In `conftest.py`: pytest_plugins = ["tracker.testing"]
 """
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite store, migrated once: that takes a second, a copy some milliseconds."""
+    """An empty SQLite store: migrating it takes a second, copying it milliseconds."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     folder = tmp_path_factory.mktemp("template")
@@ -30,10 +30,11 @@ def tracking_uri(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    """The URI of a fresh tracking store, for this test alone.
+    """The URI of a fresh tracking store for one test.
 
-    MLFLOW_TRACKING_URI names it too while the test lasts, and no other variable tells which
-    experiment or run is meant. It is a SQLite file; parametrised indirectly with "file", a folder.
+    During the test MLFLOW_TRACKING_URI is set to it, and the variables that choose an experiment or
+    a run are unset. The store is a SQLite file, or MLflow's file store if the fixture is
+    parametrised indirectly with "file".
     """
     folder = tmp_path_factory.mktemp("store")
     kind = getattr(request, "param", "sqlite")
@@ -50,7 +51,7 @@ def tracking_uri(
             db.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
         uri = f"sqlite:///{database}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("TRACKER_INLINE", "1")  # what was logged is there when the run has ended
+    monkeypatch.setenv("TRACKER_INLINE", "1")  # all is in the store when the run has ended
     others = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "TRACKER_OFFLINE")
     for name in others:
         monkeypatch.delenv(name, raising=False)

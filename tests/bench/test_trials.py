@@ -1,4 +1,4 @@
-"""The benchmark of trials runs; what it measures is not tested, for machines differ."""
+"""The benchmark runs. Its figures are not asserted, because machines differ."""
 
 from __future__ import annotations
 

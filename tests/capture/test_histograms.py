@@ -38,7 +38,7 @@ def values_of(tensor: Tensor) -> npt.NDArray[np.float64]:
 
 
 def counted_by_hand(values: npt.NDArray[np.float64]) -> Histogram:
-    """The histogram found by searching for each number among the edges."""
+    """The histogram computed by searching for each number among the edges."""
     finite = values[np.isfinite(values)]
     size = np.searchsorted(LOWER, np.abs(finite), side="right")
     bins, counts = np.unique(np.where(finite < 0, -size, size), return_counts=True)
@@ -57,8 +57,8 @@ def plain(histogram: Histogram) -> tuple[Any, ...]:
 
 
 def count(tensor: Tensor) -> tuple[Any, ...]:
-    (found,) = histograms([tensor])
-    return plain(found)
+    (histogram,) = histograms([tensor])
+    return plain(histogram)
 
 
 FLOATS = {np.float16: 16, np.float32: 32, np.float64: 64}
@@ -111,25 +111,27 @@ def tensors(draw: st.DrawFn) -> Tensor:
 @given(tensors())
 @patient
 def test_every_element_is_counted_in_its_bin(tensor: Tensor) -> None:
-    (found,) = histograms([tensor])
+    (histogram,) = histograms([tensor])
 
     values = values_of(tensor)
-    assert plain(found) == plain(counted_by_hand(values))
-    assert found.counts.sum() + found.nan + found.posinf + found.neginf == values.size
+    assert plain(histogram) == plain(counted_by_hand(values))
+    assert (
+        histogram.counts.sum() + histogram.nan + histogram.posinf + histogram.neginf == values.size
+    )
 
 
 @given(tensors())
 @patient
 def test_each_bin_holds_the_numbers_between_its_edges(tensor: Tensor) -> None:
-    (found,) = histograms([tensor])
+    (histogram,) = histograms([tensor])
 
     values = values_of(tensor)
-    bins = found.bins[np.abs(found.bins) < LAST]
+    bins = histogram.bins[np.abs(histogram.bins) < LAST]
     for number, left, right in zip(bins, *bin_edges(bins), strict=True):
         within = (values > left) & (values < right)
         if number:
             within |= values == (left if number > 0 else right)  # the edge nearer to zero
-        assert found.counts[found.bins == number].item() == within.sum()
+        assert histogram.counts[histogram.bins == number].item() == within.sum()
 
 
 @given(st.lists(tensors(), max_size=6))
@@ -194,12 +196,12 @@ def test_an_edge_belongs_to_the_bin_farther_from_zero(number: int) -> None:
     edge = LOWER[number - 1]
     before = np.nextafter(edge, 0)
 
-    found = count(torch.tensor([edge, before, -edge, -before], dtype=torch.float64))
+    histogram = count(torch.tensor([edge, before, -edge, -before], dtype=torch.float64))
 
     if number == 1:
-        assert found == ([-1, 0, 1], [1, 2, 1], 0, 0, 0)
+        assert histogram == ([-1, 0, 1], [1, 2, 1], 0, 0, 0)
     else:
-        assert found == ([-number, 1 - number, number - 1, number], [1] * 4, 0, 0, 0)
+        assert histogram == ([-number, 1 - number, number - 1, number], [1] * 4, 0, 0, 0)
 
 
 @given(st.integers(-126, 127))
@@ -280,10 +282,10 @@ def test_a_tensor_of_millions_of_elements_is_counted_exactly() -> None:
     tensor = torch.randn(5_000_011, generator=generator)
     tensor[::1_000_000] = math.nan
 
-    (found,) = histograms([tensor])
+    (histogram,) = histograms([tensor])
 
-    assert plain(found) == plain(counted_by_hand(values_of(tensor)))
-    assert found.nan == 6
+    assert plain(histogram) == plain(counted_by_hand(values_of(tensor)))
+    assert histogram.nan == 6
 
 
 def test_tensors_of_very_different_sizes_are_counted_separately() -> None:
@@ -345,11 +347,11 @@ def test_the_outermost_bins_hold_the_largest_float64() -> None:
 
 def of_network(network: nn.Module, step: int = 1) -> dict[tuple[str, str], tuple[Any, ...]]:
     """The histograms of a network by tensor and kind; each pair exists once."""
-    found = network_histograms(network, step)["histograms"]
-    keys = [(item["tensor"], item["kind"]) for item in found]
+    items = network_histograms(network, step)["histograms"]
+    keys = [(item["tensor"], item["kind"]) for item in items]
     assert len(keys) == len(set(keys))
     fields = ("bins", "counts", "nan", "posinf", "neginf")
-    return {key: tuple(item[f] for f in fields) for key, item in zip(keys, found, strict=True)}
+    return {key: tuple(item[f] for f in fields) for key, item in zip(keys, items, strict=True)}
 
 
 class Mixed(nn.Module):
@@ -372,15 +374,15 @@ def test_a_mixed_precision_network_has_histograms_of_all_weights_and_gradients()
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
 
-    found = of_network(network)
+    counts = of_network(network)
 
     for name, parameter in network.named_parameters():
-        assert found[name, "weight"] == count(parameter)
-        assert sum(found[name, "weight"][1]) == parameter.numel() * (1 + parameter.is_complex())
+        assert counts[name, "weight"] == count(parameter)
+        assert sum(counts[name, "weight"][1]) == parameter.numel() * (1 + parameter.is_complex())
         if parameter.grad is not None:
-            assert found[name, "gradient"] == count(parameter.grad)
-    assert ("table", "gradient") not in found
-    assert len(found) == 2 * len(list(network.parameters())) - 1
+            assert counts[name, "gradient"] == count(parameter.grad)
+    assert ("table", "gradient") not in counts
+    assert len(counts) == 2 * len(list(network.parameters())) - 1
 
 
 def test_a_parameter_without_a_gradient_has_only_a_weight_histogram() -> None:
@@ -412,10 +414,10 @@ def test_tied_weights_are_counted_once() -> None:
     network[1].weight = network[0].weight
     network(torch.ones(1, 4)).sum().backward()
 
-    found = of_network(network)
+    counts = of_network(network)
 
-    assert set(found) == {("0.weight", "weight"), ("0.weight", "gradient")}
-    assert sum(found["0.weight", "weight"][1]) == 16
+    assert set(counts) == {("0.weight", "weight"), ("0.weight", "gradient")}
+    assert sum(counts["0.weight", "weight"][1]) == 16
 
 
 def test_a_network_without_parameters_has_no_histograms() -> None:
@@ -630,8 +632,8 @@ def test_frozen_weights_are_logged_again_only_when_they_change(tracking_uri: str
                 network[0].requires_grad_(True)  # thawed
             run.log_histograms(network, step)
         run.flush()
-        found = load_histograms(run.run_id)
-    steps = found[found["kind"] == "weight"].groupby("tensor")["step"].unique().map(list).to_dict()
+        frame = load_histograms(run.run_id)
+    steps = frame[frame["kind"] == "weight"].groupby("tensor")["step"].unique().map(list).to_dict()
     assert steps["1.weight"] == [1, 2, 3, 4, 5]
     assert steps["0.weight"] == [1, 3, 4, 5]
     assert steps["0.bias"] == [1, 4, 5]

@@ -69,20 +69,20 @@ CONTAINERS: dict[str, Callable[[npt.NDArray[np.uint8]], Any]] = {
 def test_every_pixel_is_converted_exactly(
     convert: Callable[[npt.NDArray[np.uint8]], Any], picture: npt.NDArray[np.uint8]
 ) -> None:
-    found = to_pil(convert(picture))
+    result = to_pil(convert(picture))
 
-    assert found.mode == MODES[picture.shape[2]]
-    np.testing.assert_array_equal(pixels(found), picture)
+    assert result.mode == MODES[picture.shape[2]]
+    np.testing.assert_array_equal(pixels(result), picture)
 
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6)))
 @patient
 def test_a_two_dimensional_picture_is_grey(picture: npt.NDArray[np.uint8]) -> None:
     for held in (picture, torch.from_numpy(picture), picture / 255):
-        found = to_pil(held)
+        result = to_pil(held)
 
-        assert (found.mode, found.size) == ("L", picture.shape[::-1])
-        np.testing.assert_array_equal(np.asarray(found), picture)
+        assert (result.mode, result.size) == ("L", picture.shape[::-1])
+        np.testing.assert_array_equal(np.asarray(result), picture)
 
 
 def test_a_pil_image_is_returned_unchanged() -> None:
@@ -116,10 +116,10 @@ def test_a_tensor_s_channels_come_first_if_the_shape_is_ambiguous(
     """Such as a kernel of 3 by 3."""
     tensor = torch.randint(256, shape, dtype=torch.uint8)
 
-    found = to_pil(tensor)
+    result = to_pil(tensor)
 
-    assert found.size == (shape[2], shape[1])
-    np.testing.assert_array_equal(pixels(found), tensor.permute(1, 2, 0).numpy())
+    assert result.size == (shape[2], shape[1])
+    np.testing.assert_array_equal(pixels(result), tensor.permute(1, 2, 0).numpy())
 
 
 def test_conversion_does_not_change_the_tensor() -> None:
@@ -172,8 +172,8 @@ def test_a_grid_shows_every_picture_row_by_row_on_white(
 
     assert grid is not None
     assert grid.getpixel((0, 0)) == (255, 255, 255)
-    found = cells(grid, rows, columns, side=8)
-    for picture, cell in zip(batch, found[:number], strict=True):
+    result = cells(grid, rows, columns, side=8)
+    for picture, cell in zip(batch, result[:number], strict=True):
         expected = picture.permute(1, 2, 0).expand(8, 8, 3).numpy()
         np.testing.assert_allclose(cell.astype(int), expected, atol=1)
 

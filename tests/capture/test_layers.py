@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from tracker.capture.layers import Call, Trace, graph_svg, layer_table, trace
+from tracker.capture.layers import graph_svg, layer_table
+from tracker.capture.trace import Call, Trace, trace
 from tracker.errors import ArgumentError
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -40,34 +40,34 @@ def test_counts_equal_scikit_learn_s_and_the_worst_come_first(seed: int, samples
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(samples, 3, generator=generator)
     labels = torch.randint(3, (samples,), generator=generator)
-    found = find_mistakes(Scores(), loader(scores, labels), classes=CLASSES)
+    mistakes = find_mistakes(Scores(), loader(scores, labels), classes=CLASSES)
     predicted = scores.argmax(1)
     expected = confusion_matrix(labels, predicted, labels=range(3))
-    assert found.confusion.to_numpy().tolist() == expected.tolist()
-    assert list(found.confusion.index) == list(found.confusion.columns) == CLASSES
+    assert mistakes.confusion.to_numpy().tolist() == expected.tolist()
+    assert list(mistakes.confusion.index) == list(mistakes.confusion.columns) == CLASSES
     wrong = int((predicted != labels).sum())
-    assert len(found.worst) == min(WORST, wrong)
-    assert found.worst["loss"].is_monotonic_decreasing
-    for row in found.worst.itertuples():
+    assert len(mistakes.worst) == min(WORST, wrong)
+    assert mistakes.worst["loss"].is_monotonic_decreasing
+    for row in mistakes.worst.itertuples():
         assert CLASSES.index(row.label) == labels[row.sample] != predicted[row.sample]
         assert CLASSES.index(row.predicted) == predicted[row.sample]
         assert row.probability == pytest.approx(
             scores[row.sample].softmax(0).max().item(), abs=1e-5
         )
-    assert not found.pictures
+    assert not mistakes.pictures
 
 
 def test_scores_can_be_made_of_one_logit_and_samples_have_texts() -> None:
     logits = torch.tensor([[2.0], [-3.0], [0.5]])
-    found = find_mistakes(
+    mistakes = find_mistakes(
         nn.Identity(),
         loader(logits, torch.tensor([1, 1, 0])),
         classes=["bad", "good"],
         scores=lambda outputs: torch.cat([torch.zeros_like(outputs), outputs], dim=1),
         shown=["fine", "gorgeous", "dull"],
     )
-    assert found.confusion.to_numpy().tolist() == [[0, 1], [1, 1]]
-    assert found.worst["text"].tolist() == ["gorgeous", "dull"]
+    assert mistakes.confusion.to_numpy().tolist() == [[0, 1], [1, 1]]
+    assert mistakes.worst["text"].tolist() == ["gorgeous", "dull"]
 
 
 def test_tables_and_pictures_are_logged(store: Store, workdir: Path) -> None:
@@ -101,17 +101,17 @@ def test_a_shuffled_loader_shows_the_misclassified_samples() -> None:
     pictures = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(60) % 3
     shuffled = DataLoader(TensorDataset(pictures, labels), batch_size=7, shuffle=True)
-    found = find_mistakes(Scores(), shuffled, classes=CLASSES)
-    assert len(found.pictures) == WORST
-    for picture, row in zip(found.pictures, found.worst.itertuples(), strict=True):
+    mistakes = find_mistakes(Scores(), shuffled, classes=CLASSES)
+    assert len(mistakes.pictures) == WORST
+    for picture, row in zip(mistakes.pictures, mistakes.worst.itertuples(), strict=True):
         assert CLASSES[int(Scores()(picture[None]).argmax())] == row.predicted
         (at,) = (pictures == picture).flatten(1).all(1).nonzero()
         assert CLASSES[labels[at]] == row.label
 
 
 def test_an_empty_loader_has_no_mistakes() -> None:
-    found = find_mistakes(Scores(), [], classes=CLASSES)
-    assert found.confusion.to_numpy().sum() == len(found.worst) == len(found.pictures) == 0
+    mistakes = find_mistakes(Scores(), [], classes=CLASSES)
+    assert mistakes.confusion.to_numpy().sum() == len(mistakes.worst) == len(mistakes.pictures) == 0
 
 
 def test_a_perfect_classifier_has_no_picture_of_mistakes(store: Store) -> None:

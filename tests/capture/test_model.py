@@ -141,10 +141,10 @@ class FixedBatch(nn.Module):
 def test_an_unsupported_network_is_reported_in_one_line(
     network: nn.Module, problem: str, tmp_path: Path
 ) -> None:
-    found = save_model(network, torch.rand(2, 5), tmp_path / "m")
-    assert found is not None
-    assert problem in found
-    assert "\n" not in found
+    result = save_model(network, torch.rand(2, 5), tmp_path / "m")
+    assert result is not None
+    assert problem in result
+    assert "\n" not in result
 
 
 def test_a_compiled_network_is_saved_as_the_network_inside(tmp_path: Path) -> None:

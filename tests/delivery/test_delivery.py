@@ -1,4 +1,4 @@
-"""The second process: what it costs the training process to have it, and what it is told."""
+"""Delivery by a second process, and the choice between it, in-line and offline delivery."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_one_uploader_serves_all_runs_of_a_process(store: Store) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_the_uploader_samples_the_system_under_mlflow_s_names(store: Store) -> None:
+def test_the_uploader_samples_the_system_metrics(store: Store) -> None:
     run_program(
         "with start_run() as run:\n    while run.run_id is None: run.flush()\n    run.flush()",
         store.uri,
@@ -76,13 +76,15 @@ def test_the_uploader_samples_the_system_under_mlflow_s_names(store: Store) -> N
     run = store.run()
     assert store.history(
         run, "system/system_memory_usage_percentage"
-    )  # by the clock: late ones too
+    )  # whenever the sample was taken
     assert "system/cpu_utilization_percentage" in run.data.metrics
 
 
-def test_a_module_of_the_user_s_is_none_of_the_uploader_s(store: Store, tmp_path: Path) -> None:
+def test_the_uploader_does_not_import_modules_from_the_working_directory(
+    store: Store, tmp_path: Path
+) -> None:
     for name in ("json", "mlflow", "sqlite3"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')")
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
     program = tmp_path / "elsewhere" / "train.py"
     program.parent.mkdir()
     program.write_text(
@@ -94,7 +96,7 @@ def test_a_module_of_the_user_s_is_none_of_the_uploader_s(store: Store, tmp_path
     assert store.run().info.status == "FINISHED"
 
 
-def test_a_deleted_experiment_is_said_and_nothing_is_lost(store: Store) -> None:
+def test_a_deleted_experiment_is_reported_and_nothing_is_lost(store: Store) -> None:
     store.client.delete_experiment(store.client.create_experiment("gone"))
     env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
     program = (
@@ -107,11 +109,11 @@ def test_a_deleted_experiment_is_said_and_nothing_is_lost(store: Store) -> None:
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0
-    assert "experiment='gone' was deleted; restore it with" in done.stderr
-    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+    assert "experiment='gone' is deleted; restore it with" in done.stderr
+    assert "Finish it with: tracker sync" in done.stderr
 
 
-def test_a_uri_that_cannot_be_meant_shows_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_wrong_uri_is_an_error_before_anything_is_created(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no database")
     program = (
         "from tracker import start_run, StoreError\n"
@@ -139,7 +141,7 @@ def test_a_uri_that_cannot_be_meant_shows_before_anything_is_made(tmp_path: Path
         (None, None, {"TRACKER_INLINE": "False"}, "process"),
     ],
 )
-def test_how_it_is_delivered(
+def test_an_argument_comes_before_the_variables(
     inline: bool | None,
     offline: bool | None,
     env: dict[str, str],
@@ -153,13 +155,15 @@ def test_how_it_is_delivered(
     assert mode_of(inline=inline, offline=offline) == mode
 
 
-def test_a_variable_that_says_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_neither_true_nor_false_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TRACKER_INLINE", "perhaps")
     with pytest.raises(ArgumentError, match="TRACKER_INLINE='perhaps' is not allowed"):
         start_run()
 
 
-def test_the_end_of_an_offline_run_is_on_disk_when_its_block_is_left(tmp_path: Path) -> None:
+def test_an_offline_run_is_on_disk_when_its_block_ends(tmp_path: Path) -> None:
     program = (
         "import os\nfrom tracker import start_run\n"
         "with start_run(offline=True) as run:\n    run.log_metrics({'loss': 1.0})\nos._exit(0)"
@@ -171,7 +175,7 @@ def test_the_end_of_an_offline_run_is_on_disk_when_its_block_is_left(tmp_path: P
     assert run.data.metrics == {"loss": 1.0}
 
 
-def test_an_offline_run_is_left_to_sync_by_the_next_run_in_its_folder(store: Store) -> None:
+def test_the_next_run_does_not_deliver_an_offline_run_in_the_same_folder(store: Store) -> None:
     program = "from tracker import start_run\nwith start_run(offline=True): pass"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
     run_program("with start_run() as run:\n    while run.run_id is None: run.flush()", store.uri)
@@ -185,7 +189,7 @@ def test_a_parent_must_be_in_the_store_of_its_children(tmp_path: Path, store: St
         start_run(parent=parent, tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
 
 
-def test_a_port_where_something_else_answers_is_one_sentence() -> None:
+def test_a_port_of_another_service_is_an_error_of_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         uri = f"http://127.0.0.1:{other.getsockname()[1]}"
 
@@ -201,12 +205,12 @@ def test_a_port_where_something_else_answers_is_one_sentence() -> None:
         thread.join()
 
 
-def test_a_manager_that_is_collected_in_the_journal_s_own_thread(tracking_uri: str) -> None:
+def test_a_flush_in_the_journals_own_thread_does_not_wait_for_itself(tracking_uri: str) -> None:
     writer = JournalWriter(Path("journals"))
     asked: list[bool] = []
     writer.on_tick = lambda: asked.append(writer.flush())
     while not asked:
         writer.flush()
-    assert asked[0] is False  # and nobody waits for himself
+    assert asked[0] is False
     writer.on_tick = None
     writer.close()

@@ -1,4 +1,4 @@
-"""A run that was tracked offline and synced later equals one that was tracked online."""
+"""Offline runs: after `tracker sync` they equal runs that were tracked online."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ with start_run(params={"search": "grid"}, experiment="offline", name="parent") a
                 manager.end_epoch({"val_loss": float("nan")})
                 manager.save_checkpoint(optimizer=optimizer)
             manager.run.log_image("first", batch[0][0], step=1)
-            manager.run.log_text("as it is", "notes/text.txt")
+            manager.run.log_text("a note", "notes/text.txt")
             manager.run.log_tags({"mood": "fine"})
             manager.end_run()
     parent.log_metrics({"best": 0.5})
@@ -80,7 +80,7 @@ def train(tracking_uri: str | None, folder: Path, **env: str) -> subprocess.Comp
 
 
 def content(path: str, text: bytes) -> str:
-    """A digest of an artifact, without the times that differ from run to run."""
+    """Return a digest of an artifact without its times, which differ from run to run."""
     if path.startswith(("epochs.", "checkpoints/")):
         text = re.sub(rb"[\d.e-]+|sha256.*", b"#", text) if path.endswith(("csv", "json")) else b""
     if path == "histograms.html":
@@ -89,12 +89,12 @@ def content(path: str, text: bytes) -> str:
 
 
 def plain(path: str) -> str:
-    """The path of a picture by step holds the time and a random name."""
+    """Return a path without the time and the random name that an image by step has."""
     return re.sub(r"[%+]\d+[%+][0-9a-f-]+", "", path).replace("+", "%")
 
 
-def told(store: Store, run: MlflowRun, into: Path) -> dict[str, Any]:
-    """All that a run says, but for what differs each time it is run."""
+def summary(store: Store, run: MlflowRun, into: Path) -> dict[str, Any]:
+    """Everything that a run logged, except what differs from run to run."""
     tags = {
         name: value
         for name, value in run.data.tags.items()
@@ -131,7 +131,7 @@ def told(store: Store, run: MlflowRun, into: Path) -> dict[str, Any]:
 
 
 def times(store: Store, run: MlflowRun) -> list[int]:
-    """The times of the points of a metric, and of the run's start and end."""
+    """The times of a run's start, the points of one metric, and its end."""
     points = store.client.get_metric_history(run.info.run_id, "batch_loss")
     return [run.info.start_time, *(p.timestamp for p in points), run.info.end_time]
 
@@ -140,7 +140,9 @@ def compare(online: Store, offline: Store, into: Path, monkeypatch: pytest.Monke
     mine, theirs = online.runs("offline"), offline.runs("offline")
     assert len(mine) == len(theirs) == 3
     for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-        assert told(online, one, into / f"a{number}") == told(offline, other, into / f"b{number}")
+        assert summary(online, one, into / f"a{number}") == summary(
+            offline, other, into / f"b{number}"
+        )
     parent, *children = theirs
     assert all(c.data.tags["mlflow.parentRunId"] == parent.info.run_id for c in children)
     assert "mlflow.parentRunId" not in parent.data.tags
@@ -155,13 +157,13 @@ def compare(online: Store, offline: Store, into: Path, monkeypatch: pytest.Monke
 
 def check_offline_equals_online(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = train(f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
-    told = [line for line in done.stderr.splitlines() if "is not delivered yet" not in line]
-    assert told == ["val_loss is nan at step 1."] * 2  # a busy machine may take its time besides
+    warnings = [line for line in done.stderr.splitlines() if "upload delayed" not in line]
+    assert warnings == ["val_loss is nan at step 1."] * 2  # and a delay, on a busy machine
     assert list((tmp_path / "online" / ".tracker").iterdir()) == []
 
     done = train(None, tmp_path / "there", TRACKER_OFFLINE="1")
     journal = next((tmp_path / "there" / ".tracker").iterdir())
-    assert "records are not delivered; deliver them: tracker sync" in done.stderr
+    assert "Finish it with: tracker sync" in done.stderr
     assert {path.name for path in (tmp_path / "there").iterdir()} == {".tracker", "program.py"}
 
     assert tracker_command(["sync", str(journal.parent), "--tracking-uri", uri]) == 0
@@ -188,27 +190,27 @@ def test_offline_then_synced_to_a_server_equals_online(
     check_offline_equals_online(tmp_path, server, monkeypatch)
 
 
-def test_status_lists_what_is_undelivered(
+def test_status_lists_unfinished_uploads_until_sync_finishes_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tracker_command(["status"]) == 0
-    assert capsys.readouterr().out == "Nothing is undelivered.\n"
+    assert capsys.readouterr().out == "Everything is uploaded.\n"
     program = "from tracker import start_run\nwith start_run(offline=True): pass"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert tracker_command(["status"]) == 0
     assert capsys.readouterr().out == (
         f".tracker/{journal.name}\n"
-        "  left behind: 2 records of 1 run undelivered\n"
-        f"  goes to sqlite:///{tmp_path / 'mlflow.db'}\n"
+        "  unfinished: 2 records of 1 run to upload\n"
+        f"  to sqlite:///{tmp_path / 'mlflow.db'}\n"
     )
     assert tracker_command(["sync"]) == 0
-    assert capsys.readouterr().out == "delivered: 2 records of 1 run\n"
+    assert capsys.readouterr().out == "Uploaded 2 records of 1 run.\n"
     assert tracker_command(["sync"]) == 0
-    assert capsys.readouterr().out == "delivered: 0 records of 0 runs\n"
+    assert capsys.readouterr().out == "Uploaded 0 records of 0 runs.\n"
 
 
-def test_the_environment_says_what_the_arguments_do_not(
+def test_variables_choose_the_delivery_if_no_argument_does(
     monkeypatch: pytest.MonkeyPatch, tracking_uri: str
 ) -> None:
     monkeypatch.setenv("TRACKER_OFFLINE", "maybe")
@@ -224,7 +226,7 @@ def test_the_environment_says_what_the_arguments_do_not(
         RunManager(inline=True, offline=True)
 
 
-def test_a_password_is_not_kept_and_asked_for(
+def test_a_password_is_not_stored_and_sync_asks_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = (
@@ -241,7 +243,25 @@ def test_a_password_is_not_kept_and_asked_for(
             kept = path.read_bytes().replace(json.dumps(program)[1:-1].encode(), b"")
             assert b"hunter2" not in kept.replace(program.encode(), b""), path
     assert tracker_command(["sync"]) == 2
-    assert "goes to http://me:***@127.0.0.1:9; give --tracking-uri with its secret." in (
-        capsys.readouterr().err
+    assert (
+        "belongs to http://me:***@127.0.0.1:9, whose secret is not stored; add --tracking-uri"
+        in (capsys.readouterr().err)
     )
     assert journal.exists()
+
+
+def test_status_imports_neither_torch_nor_mlflow_nor_optuna() -> None:
+    program = (
+        "import sys\nfrom tracker.cli import main\nmain(['status'])\n"
+        "print({'torch', 'mlflow', 'optuna'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert done.stdout == "Everything is uploaded.\nset()\n"
+
+
+def test_help_lists_the_commands_for_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tracker_command(["--help"])
+    assert {"sync", "status", "mirror", "reap"} <= set(re.findall(r"\w+", capsys.readouterr().out))

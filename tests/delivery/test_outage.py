@@ -199,9 +199,9 @@ def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
 
 def assert_warned_once(trainer: Trainer) -> None:
     """Check for one warning about all outages, and a line at the end only if something is left."""
-    outages = [line for line in trainer.warnings if "Training goes on" in line]
+    outages = [line for line in trainer.warnings if "upload delayed" in line]
     assert len(outages) <= 1
-    leftovers = [f"are not delivered; deliver them: tracker sync {j}" for j in trainer.journals]
+    leftovers = [f"Finish it with: tracker sync {j}" for j in trainer.journals]
     rest = [line for line in trainer.warnings if line not in outages]
     assert len(rest) == len(leftovers)
     assert all(command in line for line, command in zip(rest, leftovers, strict=True))
@@ -316,7 +316,7 @@ def test_status_and_sync_without_the_server(
     proxy: FaultyProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status"]) == 0
-    assert capsys.readouterr().out == "Nothing is undelivered.\n"
+    assert capsys.readouterr().out == "Everything is uploaded.\n"
     program = (
         "from tracker import start_run\n"
         f"with start_run(tracking_uri={proxy.uri!r}, offline=True) as run:\n"
@@ -328,18 +328,18 @@ def test_status_and_sync_without_the_server(
     )
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert done.stderr.count("\n") == 1
-    assert f"deliver them: tracker sync {journal}" in done.stderr
+    assert f"Finish it with: tracker sync {journal}" in done.stderr
 
     proxy.behave("refuse")
     assert main(["sync"]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert "refused" in said.err
-    assert said.out == "delivered: 0 records of 0 runs; 1 journal left, see `tracker status`\n"
+    assert said.out == "Uploaded 0 records of 0 runs; 1 journal unfinished, see: tracker status\n"
     assert main(["status"]) == 0
     assert re.fullmatch(
-        rf".tracker/{journal.name}\n  left behind: 3 records of 1 run undelivered\n"
-        rf"  goes to {proxy.uri}\n",
+        rf".tracker/{journal.name}\n  unfinished: 3 records of 1 run to upload\n"
+        rf"  to {proxy.uri}\n",
         capsys.readouterr().out,
     )
 
@@ -386,7 +386,7 @@ def test_training_continues_through_every_fault(
         assert trainer.leave() == 0
     assert_warned_once(trainer)
     warning = trainer.warnings[0]
-    assert "records wait in the journal" in warning
+    assert "Saved on disk; upload delayed" in warning
     assert "tracker sync" in warning
     deliver_rest(proxy, trainer)
     assert any(path.endswith("/logged-models") for path in proxy.lost)
@@ -436,17 +436,17 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     assert fault == "hang later" or answered == 0
     (journal,) = trainer.journals
     outage, left = trainer.warnings
-    assert "Training goes on, its records wait in the journal" in outage
+    assert "Saved on disk; upload delayed" in outage
     assert f"tracker sync {journal}" in outage
-    assert f"records are not delivered; deliver them: tracker sync {journal}" in left
+    assert f"Finish it with: tracker sync {journal}" in left
 
     status = tracker("status")
     out, err = status.communicate()
     assert (status.returncode, err) == (0, "")
     head, left_behind, goes_to, *problem = out.splitlines()
     assert head == f".tracker/{journal.name}"
-    assert re.fullmatch(r"  left behind: \d+ records of 1 run undelivered", left_behind)
-    assert goes_to == f"  goes to {proxy.uri}"
+    assert re.fullmatch(r"  unfinished: \d+ records of 1 run to upload", left_behind)
+    assert goes_to == f"  to {proxy.uri}"
     assert len(problem) <= 1
 
     proxy.behind = tracking_server.port
@@ -456,7 +456,7 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     sync.send_signal(signal.SIGINT)
     _, err = sync.communicate()
     assert sync.returncode == 130
-    assert err == "tracker: stopped; the same command goes on from here.\n"
+    assert err == "tracker: interrupted; repeat the command to continue.\n"
     assert journal.exists()
 
     proxy.behave("pass")
@@ -473,10 +473,10 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
             pass
     out, _ = sync.communicate()
     assert sync.returncode == 0, shown
-    assert re.fullmatch(r"delivered: \d+ records of 1 run\n", out)
+    assert re.fullmatch(r"Uploaded \d+ records of 1 run\.\n", out)
     assert re.search(rb"\d+/\d+ .*record", shown)
     assert trainer.journals == []
-    assert tracker("status").communicate() == ("Nothing is undelivered.\n", "")
+    assert tracker("status").communicate() == ("Everything is uploaded.\n", "")
     run = assert_all_arrived(tracking_server, experiment, trainer)
     assert {f"note.{number}" for number in range(30)} <= set(run.data.tags)
 

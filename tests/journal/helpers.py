@@ -30,9 +30,6 @@ class Recorder:
     def __init__(self, tracking_uri: str | None = None) -> None:
         self.tracking_uri = tracking_uri or "recorder:"
 
-    def mend(self, run_ids: Any) -> None:
-        """Do nothing: no call is ever interrupted."""
-
     def _called(self, name: str, what: Any = None) -> None:
         Recorder.fails_at -= 1
         if Recorder.fails_at == 0:
@@ -116,7 +113,7 @@ def said(capsys: Output) -> list[str]:
     captured = capsys.readouterr()
     lines = [*captured.out.splitlines(), *captured.err.splitlines()]
     assert not any("Traceback" in line for line in lines)
-    return [line for line in lines if not line.startswith("delivered: ")]
+    return [line for line in lines if not line.startswith("Uploaded ")]
 
 
 def steps_of(calls: Sequence[tuple[str, Any]]) -> list[int]:

@@ -140,7 +140,7 @@ def check_full_disk(how: str, directory: Path, store: Store, tmp_path: Path) -> 
     full, lost_records, undelivered = warned
     assert "training continues" in full
     assert lost_records == f"WARNING {lost} records are lost: they could not be read or written."
-    assert "are not delivered; deliver them: tracker sync" in undelivered
+    assert "Finish it with: tracker sync" in undelivered
 
     assert main(["sync", str(directory)]) == 0
     run = store.run()

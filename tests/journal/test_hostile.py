@@ -28,6 +28,7 @@ from tests.journal.helpers import (
     steps_of,
 )
 from tracker.cli import main
+from tracker.journal.damage import DAMAGED
 from tracker.journal.ownership import Writer
 from tracker.journal.reader import Journal
 from tracker.journal.writer import JournalWriter
@@ -82,9 +83,9 @@ def test_a_folder_without_journals_is_refused(tmp_path: Path, capsys: Output) ->
         assert main([command, "empty"]) == 2
         assert said(capsys) == ["tracker: empty is not a journal of this program."]
         assert main([command, "notes.txt"]) == 2
-        assert said(capsys) == ["tracker: path='notes.txt' is not a folder."]
+        assert said(capsys) == ["tracker: notes.txt is not a folder."]
         assert main([command, "nowhere"]) == 2
-        assert said(capsys) == ["tracker: path='nowhere' is not a folder."]
+        assert said(capsys) == ["tracker: nowhere is not a folder."]
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -282,7 +283,7 @@ INVALID: list[tuple[Any, str, Any]] = [
     *((3, "metrics", {"metrics": [[name, 1.0, 1, 1]]}) for name in ("", "../x", "\udc80")),
     (3, "tags", {"tags": {"../x": "x"}}),
     *((3, "end", {"status": status}) for status in ("DONE", ["FINISHED"])),
-    *((3, "tags", body) for body in ("", "{", b"\xff\xff", "[" * 100_000, "9" * 10_000, 1, None)),
+    *((3, "tags", body) for body in (1, None)),
     *((time, "tags", {"tags": {"x": "y"}}) for time in ("noon", 1e300, 2.5)),
     (3, "non\nsense" * 50, {}),
 ]
@@ -304,6 +305,24 @@ def test_each_invalid_record_is_a_notice_and_the_rest_is_delivered(
     assert store.history(run, "loss") == [(1, 0.5)]
     assert run.info.status == "FINISHED"
     assert not folder.exists()
+
+
+def test_each_body_that_is_not_json_is_a_notice_and_the_file_is_kept(
+    store: Store, neighbours: Path, capsys: Output
+) -> None:
+    bodies = ["", "{", "garbage", b"\xff\xff", "[" * 100_000, "9" * 10_000, '{"x": 1}{']
+    folder = hostile(neighbours, store.uri, *(("a", 3, "tags", body) for body in bodies))
+
+    assert main(["sync", str(folder)]) == 0
+
+    *notices, kept = said(capsys)
+    assert len(notices) == len(bodies)
+    assert all(line.startswith("tracker: A record (tags) is lost: ") for line in notices)
+    assert (folder / DAMAGED).exists()
+    assert DAMAGED in kept
+    run = store.run()
+    assert store.history(run, "loss") == [(1, 0.5)]
+    assert run.info.status == "FINISHED"
 
 
 def test_each_run_without_a_beginning_is_a_notice(

@@ -1,4 +1,4 @@
-"""The recipe char-lstm: its data, its training, and the text that it writes."""
+"""The recipe char-lstm: its data, its training, and the text it generates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import copy
 import json
 import logging
 import math
-import os
 import random
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,26 @@ from torch import Tensor
 from bench.text_baselines import character_trigram
 from models import ModelsError, rebuild, spec
 from models.char_lstm import RECIPE, CharLSTM, TruncatedLoop, draw, evaluate, sample
-from models.recipe import Source, Text
+from models.recipe import Picture, Source, Step, Text
 from models.text import TextData, Vocabulary, Windows, load_text, read_text
 from studies import sample as sampling
 from studies import search
 from studies.train import main as train
-from tests.helpers import Store
-from tracker import load_trained
+from studies.training import Task, begin
+from tests.helpers import Store, Training, run_train
+from tracker import RunManager, load_trained
 from tracker.capture.dataset import describe_dataset
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("anna", "vronsky", "levin", "kitty", "went", "to", "the", "ball", "and", "said", "was")
 SMALL = {"hidden": 16, "batch_size": 4, "length": 20, "sample_length": 30}
 FLAGS = ["--hidden", "16", "--batch-size", "4", "--length", "20", "--sample-length", "30"]
-PATIENT = settings(deadline=None)  # of a shared machine
+COMMAND = ["--model", "char-lstm", *FLAGS, "--dropout", "0.3", "--seed", "5", "--prime", "ä was"]
+EXAMPLES = settings(deadline=None, max_examples=50)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are faster so, above all where others share the cores."""
+    """Networks this small are faster on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +66,7 @@ def loaded(path: Path, streams: int = 4, length: int = 20) -> TextData:
 
 
 def trained(text_file: Path, **params: Any) -> tuple[TruncatedLoop, CharLSTM, TextData]:
-    """A loop with a fresh network, the same each time."""
+    """A loop with a new network, whose weights are the same each time."""
     chosen = RECIPE.defaults() | SMALL | params
     data = RECIPE.load(Source(str(text_file), "nowhere", 0), chosen)
     torch.manual_seed(0)
@@ -88,7 +87,7 @@ def trained(text_file: Path, **params: Any) -> tuple[TruncatedLoop, CharLSTM, Te
     end=st.sampled_from(["\n", "\r\n", "\r"]),
     mark=st.booleans(),
 )
-@PATIENT
+@EXAMPLES
 def test_a_utf8_file_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, text: str, end: str, mark: bool
 ) -> None:
@@ -101,16 +100,18 @@ def test_a_utf8_file_is_read_as_it_was_written(
 @given(
     text=st.text(st.characters(codec="latin-1", exclude_categories=["Cc"]), min_size=1),
 )
-@PATIENT
+@EXAMPLES
 def test_a_latin1_file_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.txt"
-    path.write_bytes(f"{text}é\r\n".encode("latin-1"))  # no UTF-8: é is not followed by two more
+    path.write_bytes(
+        f"{text}é\r\n".encode("latin-1")
+    )  # not UTF-8: é is not followed by two more bytes
     assert read_text(path) == (f"{text}é\n", "cp1252")
 
 
-def test_the_encoding_is_told(tmp_path: Path) -> None:
+def test_the_source_names_the_encoding(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     for content, encoding in (
         (words(400).encode(), "utf-8"),
@@ -121,8 +122,10 @@ def test_the_encoding_is_told(tmp_path: Path) -> None:
         assert loaded(path).source == f"{path} ({encoding})"
 
 
-def test_the_digest_is_of_the_text_however_it_is_cut(tmp_path: Path, text_file: Path) -> None:
-    other = tmp_path / "other.txt"  # letter by letter, and so with the same numbers
+def test_the_digest_is_that_of_the_text_independent_of_the_windows(
+    tmp_path: Path, text_file: Path
+) -> None:
+    other = tmp_path / "other.txt"  # other letters with the same numbers
     letters = text_file.read_text().translate(str.maketrans("abc", "xyz"))
     other.write_text(letters)
 
@@ -135,8 +138,8 @@ def test_the_digest_is_of_the_text_however_it_is_cut(tmp_path: Path, text_file: 
 
 
 @given(text=st.text(min_size=1), more=st.text())
-@PATIENT
-def test_a_vocabulary_encodes_what_it_has_and_nothing_else(text: str, more: str) -> None:
+@EXAMPLES
+def test_a_vocabulary_encodes_only_its_own_characters(text: str, more: str) -> None:
     vocabulary = Vocabulary.of(text)
     symbols = [*vocabulary.characters, None]
     assert sorted(set(text)) == symbols[:-1]
@@ -147,8 +150,8 @@ def test_a_vocabulary_encodes_what_it_has_and_nothing_else(text: str, more: str)
 
 
 @given(st.data())
-@PATIENT
-def test_windows_cover_each_stream_once_and_in_order(data: st.DataObject) -> None:
+@EXAMPLES
+def test_windows_cover_each_stream_once_in_order(data: st.DataObject) -> None:
     streams, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     count = data.draw(st.integers(streams * length + 1, 200))
     windows = Windows("text", "", torch.arange(count, dtype=torch.int32), streams, length)
@@ -158,16 +161,16 @@ def test_windows_cover_each_stream_once_and_in_order(data: st.DataObject) -> Non
     for inputs, targets in batches:
         assert inputs.shape == targets.shape == (streams, length)
         assert inputs.dtype == targets.dtype == torch.int64
-        assert torch.equal(inputs + 1, targets)  # the characters here are their own places
+        assert torch.equal(inputs + 1, targets)  # each character here is its own position
     rows = torch.cat([inputs for inputs, _ in batches], dim=1)
-    whole = rows.flatten()  # streams are end to end, none twice, little left out
+    whole = rows.flatten()  # streams are end to end, without overlap
     assert whole.tolist() == list(range(len(whole)))
     assert count - 1 - len(whole) < streams * length
-    for mine, theirs in zip(windows.batches(), batches, strict=True):
-        assert all(map(torch.equal, mine, theirs))
+    for own, loaded_ in zip(windows.batches(), batches, strict=True):
+        assert all(map(torch.equal, own, loaded_))
 
 
-def test_the_parts_share_no_character_and_the_vocabulary_is_the_training_parts(
+def test_the_vocabulary_comes_from_the_training_part(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "parts.txt"
@@ -182,12 +185,14 @@ def test_the_parts_share_no_character_and_the_vocabulary_is_the_training_parts(
     json.dumps(data.facts)
 
 
-def test_validation_is_the_same_under_each_batch_size_and_length(text_file: Path) -> None:
+def test_validation_does_not_depend_on_batch_size_and_length(text_file: Path) -> None:
     one, other = loaded(text_file, 4, 20), loaded(text_file, 9, 7)
     assert torch.equal(one.validation.data, other.validation.data)
 
 
-def test_auto_is_anna_where_it_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_is_anna_if_it_exists_else_python_s_help_texts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     data = load_text(Source("auto", str(tmp_path), 0), 4, 20)
     assert data.name == "pydoc-topics"
@@ -198,8 +203,8 @@ def test_auto_is_anna_where_it_is_there(tmp_path: Path, caplog: pytest.LogCaptur
     path.write_text(words(800))
     assert load_text(Source("auto", str(tmp_path), 0), 4, 20).source == f"{path} (utf-8)"
     assert [
-        f"'auto' is {what}" in line
-        for what, line in zip(("the help texts of Python", path), caplog.messages, strict=True)
+        f"'auto' is {name}" in line
+        for name, line in zip(("Python's help texts", path), caplog.messages, strict=True)
     ] == [True, True]
 
 
@@ -212,18 +217,18 @@ def test_auto_is_anna_where_it_is_there(tmp_path: Path, caplog: pytest.LogCaptur
         (b"a\0b" * 5000, "is binary; allowed: text in UTF-8 or Latin-1."),
         (words(800).encode("utf-16"), "is binary; allowed: text in UTF-8 or Latin-1."),
         (bytes(range(1, 256)) * 50, "is binary; allowed: text in UTF-8 or Latin-1."),
-        (b"short", "has 5 characters; with batch_size=64 and length=100 it must have at least 7,"),
-        (b"a" * 7112, "has 7,112 characters; with batch_size=64 and length=100 it must have"),
+        (b"short", "has 5 characters; batch_size=64 and length=100 need at least 7,"),
+        (b"a" * 7112, "has 7,112 characters; batch_size=64 and length=100 need"),
     ],
 )
-def test_a_file_that_is_no_text_is_one_sentence(
+def test_an_unsuitable_file_is_refused_in_one_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes | None, message: str
 ) -> None:
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
     refused(f"dataset='{path}' {message}", capfd, dataset=str(path))
-    assert [found.name for found in tmp_path.iterdir()] == ([] if content is None else ["bad.txt"])
+    assert [file.name for file in tmp_path.iterdir()] == ([] if content is None else ["bad.txt"])
 
 
 def refused(message: str, capfd: pytest.CaptureFixture[str], dataset: str, *more: str) -> None:
@@ -234,25 +239,25 @@ def refused(message: str, capfd: pytest.CaptureFixture[str], dataset: str, *more
     assert shown.out == ""
 
 
-def test_other_paths_and_a_prime_that_the_text_has_not(
+def test_odd_paths_and_an_unknown_prime_are_refused_in_one_sentence(
     tmp_path: Path, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     refused(f"dataset='{tmp_path}' is a folder", capfd, str(tmp_path))
     refused("dataset='/dev/zero' is not a file", capfd, "/dev/zero")
     refused("is not a file", capfd, "x" * 5000)
-    message = "prime='Änna' has 'Ä'; allowed: the characters of the text"
+    message = "prime='Änna' contains 'Ä'; allowed: the characters of the text"
     refused(message, capfd, str(text_file), *FLAGS, "--prime", "Änna")
 
 
-def test_the_shortest_text_that_is_taken(tmp_path: Path) -> None:
+def test_the_message_names_the_shortest_text_that_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     for streams, length in ((1, 1), (4, 20), (64, 100), (7, 13), (3, 400)):
         path.write_text("ab")
         with pytest.raises(ModelsError, match="at least") as error:
             loaded(path, streams, length)
-        found = re.search(r"at least ([\d,]+)", str(error.value))
-        assert found is not None
-        needed = int(found[1].replace(",", ""))
+        match = re.search(r"at least ([\d,]+)", str(error.value))
+        assert match is not None
+        needed = int(match[1].replace(",", ""))
         path.write_text("a" * needed)
         data = loaded(path, streams, length)
         assert all(len(part) for part in (data.train, data.validation, data.test))
@@ -265,7 +270,7 @@ def test_the_shortest_text_that_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"embedding": 8}, {"layers": 2, "dropout": 0.2}])
-def test_state_goes_on_between_calls(text_file: Path, params: dict[str, Any]) -> None:
+def test_the_state_carries_over_between_calls(text_file: Path, params: dict[str, Any]) -> None:
     _, network, data = trained(text_file, **params)
     network.eval()
     tokens = data.train.data[:, :60].long()
@@ -279,18 +284,18 @@ def test_state_goes_on_between_calls(text_file: Path, params: dict[str, Any]) ->
 
 
 def test_the_loss_of_an_epoch_is_that_of_whole_streams(text_file: Path) -> None:
-    """With a learning rate of next to nothing windows add up to one pass with the state carried."""
+    """At a tiny learning rate, windows add up to one pass over the streams."""
     loop, network, data = trained(text_file, lr=1e-30)
     whole = F.cross_entropy(
         network(data.train.data.long()).flatten(0, 1), data.train.targets.long().flatten()
     ).item()
-    for epoch in (1, 2):  # the second begins without the state of the first
+    for epoch in (1, 2):  # the second starts from a zero state too
         steps = [(step.loss.item(), step.samples) for step in loop.train(epoch)]
         assert {samples for _, samples in steps} == {80}
         assert sum(loss for loss, _ in steps) / len(steps) == pytest.approx(whole, rel=1e-5)
 
 
-def test_an_epoch_begins_without_a_state_and_windows_share_no_gradient(text_file: Path) -> None:
+def test_an_epoch_starts_without_a_state_and_windows_share_no_gradient(text_file: Path) -> None:
     loop, network, _ = trained(text_file)
     states: list[Any] = []
     advance = network.advance
@@ -315,25 +320,55 @@ def test_gradients_are_clipped(text_file: Path) -> None:
         assert norms.norm() <= 1e-3 * (1 + 1e-4)
 
 
-def test_validation_and_samples_leave_the_training_as_it_was(text_file: Path) -> None:
+def test_validation_and_samples_are_repeatable_and_leave_training_unchanged(
+    text_file: Path,
+) -> None:
     loop, network, _ = trained(text_file, dropout=0.5)
-    network.dropout.eval()  # a mode of its own is kept too
+    network.eval()
     before = copy.deepcopy(network.state_dict())
     generator = torch.get_rng_state()
-    found = loop.validate()
+    metrics = loop.validate()
     (shown,) = loop.show(3)
-    assert loop.validate() == found  # in evaluation mode, from no state
+    assert loop.validate() == metrics
     assert list(loop.show(3)) == [shown]
     assert list(loop.show(4)) != [shown]
-    assert network.training
-    assert network.lstm.training
-    assert not network.dropout.training
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-    assert found["val_perplexity"] == pytest.approx(math.exp(found["val_loss"]))
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]))
     assert isinstance(shown, Text)
     assert shown.path == "samples/epoch-0003.txt"
     assert len(shown.content) == 30
+
+
+def test_a_loop_is_validated_and_shown_in_evaluation_mode(store: Store, text_file: Path) -> None:
+    modes: list[tuple[str, bool]] = []
+
+    class Watched(TruncatedLoop):
+        def validate(self) -> Mapping[str, float]:
+            modes.append(("validate", self._network.training))
+            return super().validate()
+
+        def test(self) -> Mapping[str, float]:
+            modes.append(("test", self._network.training))
+            return super().test()
+
+        def show(self, epoch: int) -> Iterable[Picture | Text]:
+            modes.append(("show", self._network.training))
+            return super().show(epoch)
+
+        def train(self, epoch: int) -> Iterator[Step]:
+            modes.append(("train", self._network.training))
+            return super().train(epoch)
+
+    source, chosen = Source(str(text_file), "nowhere", 0), RECIPE.defaults() | SMALL
+    task = Task.of("char-lstm", chosen, source, None)
+    task = replace(task, recipe=replace(task.recipe, loop=Watched))
+    device = torch.device("cpu")
+    with RunManager(model=False) as manager:
+        for _ in begin(manager, task, epochs=2, device=device, params={}, final=True)[1]:
+            pass
+    epoch = [("train", True), ("validate", False), ("show", False)]
+    assert modes == [*epoch, *epoch, ("test", False)]
 
 
 def test_a_training_that_diverged_has_no_sample_and_an_infinite_perplexity(
@@ -347,10 +382,10 @@ def test_a_training_that_diverged_has_no_sample_and_an_infinite_perplexity(
         network.out.bias.fill_(torch.nan)
     assert math.isnan(loop.validate()["val_perplexity"])
     assert list(loop.show(1)) == []
-    assert "There is no sample after epoch 1: the network's outputs are not finite" in caplog.text
+    assert "No sample after epoch 1: the network's outputs are not finite" in caplog.text
 
 
-def test_it_learns_what_can_be_known(tmp_path: Path) -> None:
+def test_it_learns_a_predictable_text(tmp_path: Path) -> None:
     path = tmp_path / "abc.txt"
     path.write_text("abcdefgh" * 500)
     loop, network, data = trained(path, lr=0.02)
@@ -390,11 +425,11 @@ def test_it_trains_on_cuda(text_file: Path) -> None:
     top_k=st.integers(0, 10),
     number=st.integers(0, 100),
 )
-@PATIENT
-def test_only_the_likeliest_are_drawn_and_never_the_unknown(
+@EXAMPLES
+def test_only_the_most_likely_are_drawn_and_never_the_unknown(
     logits: list[float], temperature: float, top_k: int, number: int
 ) -> None:
-    """At any temperature; the unknown symbol is the last."""
+    """At any temperature; the last symbol is the unknown character."""
     logits[-1] = 2e30
     generator = torch.Generator().manual_seed(number)
     tensor = torch.tensor(logits, dtype=torch.float64)
@@ -404,8 +439,8 @@ def test_only_the_likeliest_are_drawn_and_never_the_unknown(
         assert sorted(logits[:-1], reverse=True).index(logits[drawn]) < top_k
 
 
-def test_temperature_sharpens() -> None:
-    logits = torch.tensor([0.0, 1.0, 9.0])  # the last is unknown
+def test_a_low_temperature_sharpens_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 9.0])  # the last is the unknown character
     shares = []
     for temperature in (0.01, 0.5, 1.0, 1e6):
         generator = torch.Generator().manual_seed(0)
@@ -446,8 +481,7 @@ def test_each_character_costs_one_step(text_file: Path) -> None:
         assert lengths == [first] + [1] * 19
 
 
-def test_a_sample_goes_on_as_the_network_would_from_the_whole_text(text_file: Path) -> None:
-    """The state carried is that of reading everything again."""
+def test_sampling_with_a_state_equals_reading_the_whole_text_each_time(text_file: Path) -> None:
     _, network, data = trained(text_file, layers=2)
     network.eval()
     vocabulary = Vocabulary(data.facts["characters"])
@@ -468,15 +502,23 @@ def test_a_sample_goes_on_as_the_network_would_from_the_whole_text(text_file: Pa
 # --- The commands
 
 
-def test_a_training_its_files_and_the_text_that_the_run_writes(
-    store: Store, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shared_store: Store) -> Training:
+    """Two epochs on a Latin-1 file with CRLF line ends, with dropout and samples."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "words.txt"
+    path.write_bytes(words(800).replace("\n", "\r\n").replace("anna", "ä").encode("latin-1"))
+    arguments = [*COMMAND, "--dataset", str(path), "--epochs", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKER_INLINE", "1")
+        patch.chdir(folder)
+        return run_train(shared_store, *arguments)._replace(output=str(path))
+
+
+def test_a_training_logs_its_metrics_samples_and_a_model_that_can_be_rebuilt(
+    finished: Training, tmp_path: Path
 ) -> None:
-    text_file.write_bytes(text_file.read_bytes().replace(b"\n", b"\r\n").replace(b"anna", b"\xe4"))
-    arguments = ["--model", "char-lstm", "--dataset", str(text_file), *FLAGS, "--epochs", "2"]
-    assert train([*arguments, "--seed", "5", "--prime", "ä was"]) == 0
-    run = store.run()
-    run_id = run.info.run_id
-    assert run.info.status == "FINISHED"
+    store, run, path = finished
     assert run.data.params["model"] == "char-lstm"
     assert run.data.params["dataset"] == "words.txt"
     assert run.data.params["hidden"] == "16"
@@ -484,40 +526,65 @@ def test_a_training_its_files_and_the_text_that_the_run_writes(
         assert [step for step, _ in store.history(run, name)] == [1, 2], name
     first, last = (value for _, value in store.history(run, "val_perplexity"))
     assert last < first
+    assert "test_perplexity" in run.data.metrics
     assert len(run.inputs.dataset_inputs) == 3
     samples = sorted(path for path in store.artifacts(run) if path.startswith("samples/"))
     assert samples == ["samples/epoch-0001.txt", "samples/epoch-0002.txt"]
-    logged = store.text(run, samples[-1], tmp_path)
-    assert logged.startswith("ä was")
-    assert len(logged) == 35
+    sample = store.text(run, samples[-1], tmp_path)
+    assert sample.startswith("ä was")
+    assert len(sample) == 35
 
-    model = load_trained(f"runs:/{run_id}/model", store.uri)
+    model = load_trained(finished.model, store.uri)
     described = json.loads(model.files["recipe.json"])
     assert "\r" not in described["facts"]["characters"]
     network = rebuild(described)
     network.load_state_dict(model.program.state_dict)
     tokens = torch.randint(5, (3, 20))
     torch.testing.assert_close(model.program.module()(tokens), network.eval()(tokens))
-    data = loaded(text_file)
     assert isinstance(network, CharLSTM)
-    assert evaluate(network, data.validation) == pytest.approx(run.data.metrics["val_loss"])
+    validation = loaded(Path(path)).validation
+    assert evaluate(network, validation) == pytest.approx(run.data.metrics["val_loss"])
 
-    # The sample of the last epoch again: the run's prime, temperature and top_k are the defaults.
-    capsys.readouterr()
-    assert sampling.main([run_id, "--length", "30", "--seed", str(5 + 2)]) == 0
-    assert capsys.readouterr().out == f"{logged}\n"
-    asked = ["--prime", "was", "--length", "50", "--temperature", "0.5", "--top-k", "3"]
-    shown = []
-    for number in ("0", "0", "1"):
-        assert sampling.main([run_id, *asked, "--seed", number]) == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] != shown[2]
-    assert shown[0].startswith("was")
-    assert len(shown[0]) == 3 + 50 + 1
 
-    assert sampling.main([run_id, "--prime", "Ω was Ω"]) == 2
-    message = "prime='Ω was Ω' has 'Ω'; allowed: the characters of the text that the network"
+def test_the_sample_command_repeats_the_run_s_sample_and_takes_other_options(
+    finished: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = finished.store
+
+    def output(*arguments: str) -> str:
+        capsys.readouterr()
+        command = [finished.run_id, "--tracking-uri", store.uri, *arguments]
+        assert sampling.main(command) == 0
+        return capsys.readouterr().out
+
+    # The run's prime, temperature and top_k are the defaults; an epoch's seed is seed + epoch.
+    logged = store.text(finished.run, "samples/epoch-0002.txt", tmp_path)
+    assert output("--length", "30", "--seed", str(5 + 2)) == f"{logged}\n"
+    options = ["--prime", "was", "--length", "50", "--temperature", "0.5", "--top-k", "3"]
+    first, same, other = (output(*options, "--seed", seed) for seed in ("0", "0", "1"))
+    assert first == same != other
+    assert first.startswith("was")
+    assert len(first) == 3 + 50 + 1
+
+    assert sampling.main([finished.run_id, "--tracking-uri", store.uri, "--prime", "Ω was Ω"]) == 2
+    message = "prime='Ω was Ω' contains 'Ω'; allowed: the characters of the text that the network"
     assert one_sentence(capsys).startswith(f"studies.sample: {message}")
+
+
+def test_one_epoch_and_one_more_equal_two_straight(finished: Training) -> None:
+    """Dropout and samples draw random numbers."""
+    store = finished.store
+    arguments = [*COMMAND, "--dataset", finished.output]
+    cut = run_train(store, *arguments, "--epochs", "1")
+    resumed = run_train(store, *arguments, "--epochs", "2", "--resume", cut.run_id)
+    one, other = (
+        load_trained(training.model, store.uri).program.state_dict
+        for training in (finished, resumed)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("loss", "val_loss"):
+        assert store.history(finished.run, name) == store.history(resumed.run, name)
 
 
 def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -527,9 +594,9 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return shown.err
 
 
-def test_runs_without_such_a_model(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    from tracker import RunManager
-
+def test_a_run_without_a_char_lstm_cannot_be_sampled(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sampling.main(["0" * 32]) == 2
     assert "0" * 32 in one_sentence(capsys)
     assert sampling.main(["no/run"]) == 2
@@ -540,7 +607,11 @@ def test_runs_without_such_a_model(store: Store, capsys: pytest.CaptureFixture[s
     other = json.dumps(spec("os:system", {}, {}))
     expected = (
         (False, None, "could not find the model 'runs:/RUN/model'"),
-        (True, None, "model='runs:/RUN/model' was not logged by studies.train; allowed: one of"),
+        (
+            True,
+            None,
+            "model='runs:/RUN/model' was not logged by studies.train; allowed: a char-lstm",
+        ),
         (
             True,
             {"recipe.json": other},
@@ -579,66 +650,30 @@ def test_a_mistake_is_one_sentence(
     assert message in one_sentence(capsys)
 
 
-def test_one_epoch_and_one_more_equal_two_straight(store: Store, text_file: Path) -> None:
-    """Dropout and the samples draw random numbers."""
-    arguments = ["--model", "char-lstm", "--dataset", str(text_file), *FLAGS, "--dropout", "0.3"]
-    assert train([*arguments, "--epochs", "2"]) == 0
-    straight = store.run()
-    assert train([*arguments, "--epochs", "1"]) == 0
-    resumed = store.runs()[-1]
-    assert train([*arguments, "--epochs", "2", "--resume", resumed.info.run_id]) == 0
-    one, other = (
-        load_trained(f"runs:/{run.info.run_id}/model", store.uri).program.state_dict
-        for run in (straight, resumed)
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in ("loss", "val_loss"):
-        assert store.history(straight, name) == store.history(resumed, name)
-
-
 @pytest.mark.parametrize("size", ["4", "2,4"])
-def test_a_study_is_tried_with_what_its_trials_may_have(
+def test_a_study_is_checked_with_values_that_its_trials_may_take(
     store: Store, text_file: Path, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The text is too short for the default batch_size, and long enough for what is asked."""
+    """The text is too short for the default batch_size, but long enough for the given ones."""
     arguments = ["--model", "char-lstm", "--dataset", str(text_file), "--length", "20"]
     arguments += ["--tracking-uri", store.uri, "--batch-size"]
-    search.make(search.parse([*arguments, size]), arguments, "studies.search")  # is not refused
+    search.make(search.parse([*arguments, size]), arguments)  # is not refused
     assert search.main([*arguments, "400"]) == 2
-    assert "with batch_size=400 and length=20 it must have at least" in one_sentence(capsys)
+    assert "batch_size=400 and length=20 need at least" in one_sentence(capsys)
 
 
-@pytest.mark.slow
-def test_a_study_over_it(store: Store, text_file: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "studies.search", "--model", "char-lstm"),
-            *("--dataset", str(text_file), "--trials", "2", "--epochs", "1"),
-            *("--batch-size", "4", "--length", "20", "--hidden", "8,16"),
-            *("--tracking-uri", store.uri),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    trials = [run for run in store.runs() if "val_perplexity" in run.data.metrics]
-    assert len([run for run in trials if "mlflow.parentRunId" in run.data.tags]) == 2
-
-
-def test_the_three_grams_know_what_can_be_known_and_no_more(tmp_path: Path) -> None:
+def test_the_trigram_baseline_learns_what_is_predictable(tmp_path: Path) -> None:
     path = tmp_path / "letters.txt"
     path.write_text("abcdefgh" * 2500)
     assert character_trigram(loaded(path)).perplexity < 1.01
     path.write_text("".join(random.Random(0).choices("abcdefgh", k=200_000)))
     assert character_trigram(loaded(path)).perplexity == pytest.approx(8, rel=0.01)
-    path.write_text("ab" * 10_000 + "xyz" * 700)  # none of these is in the training part
+    path.write_text("ab" * 10_000 + "xyz" * 700)  # the training part has none of these
     assert 2 < character_trigram(loaded(path)).perplexity < math.inf
 
 
 @pytest.mark.slow
-def test_it_is_better_than_three_grams_on_anna(store: Store, data_dir: Path | None) -> None:
+def test_it_beats_trigrams_on_anna(store: Store, data_dir: Path | None) -> None:
     if data_dir is None or not (data_dir / "text" / "anna.txt").is_file():
         pytest.skip("TRACKER_DATA_DIR has no text/anna.txt")
     arguments = ["--model", "char-lstm", "--data-dir", str(data_dir), "--hidden", "128"]

@@ -37,7 +37,7 @@ SMALL = ["--embedding", "8", "--hidden", "8", "--length", "12", "--lr", "0.01", 
 
 
 def texts_of(label: int, count: int, seed: int = 0) -> list[str]:
-    """Texts whose class a word or two tell, most of them different."""
+    """Texts whose class is given away by a word or two; most are distinct."""
     draw = random.Random(seed * 2 + label)
     return [
         " ".join(draw.sample([*draw.choices(FILLERS, k=5), *draw.choices(WORDS[label], k=2)], k=7))
@@ -94,7 +94,7 @@ def test_a_folder_a_stem_and_auto_are_the_same_texts(tmp_path: Path) -> None:
 
 
 def test_the_parts_are_stratified_and_share_no_text(tmp_path: Path) -> None:
-    # Few different ones, and one that both classes have: in any case its copies stay together.
+    # Few distinct texts, and one that both classes have: all copies stay together.
     both = ["the film is a film"] * 9
     data = load(write(tmp_path / "d", texts_of(0, 200) * 2 + both, texts_of(1, 400) + both))
     seen = [{tuple(tokenise(text)) for text in part.texts} for part in parts_of(data)]
@@ -137,7 +137,7 @@ def test_latin_1_and_odd_line_ends_are_read(tmp_path: Path) -> None:
             write(tmp_path / repr(newline), odd, plain, encoding="latin-1", newline=newline)
         )
         texts = [text for part in parts_of(data) for text in part.texts]
-        assert len(texts) == 60  # \x85 ends no line
+        assert len(texts) == 60  # \x85 does not end a line
         assert any(text.startswith("caf\u00e9 na\u00efve7 ") for text in texts)
 
 
@@ -158,7 +158,7 @@ def test_a_csv_names_its_classes(tmp_path: Path) -> None:
             assert label == (not any(word in text for word in (*WORDS[1], "?!")))
 
 
-def test_a_text_is_cut_filled_up_and_never_empty() -> None:
+def test_a_text_is_cut_padded_and_never_empty() -> None:
     numbers = numbered(["good", "bad"])
     texts = [tokenise(text) for text in ("Good! BAD strange good", "", "...", "bad")]
     assert encode(texts, numbers, 3).tolist() == [[2, 1, 3], [1, 0, 0], [1, 0, 0], [3, 0, 0]]
@@ -174,20 +174,20 @@ MANY = [[text, name] for label, name in enumerate("ab") for text in texts_of(lab
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "dataset='{}' is not there; allowed: a folder with .pos and .neg files"),
+        (None, "dataset='{}' does not exist; allowed: a folder with .pos and .neg files"),
         ({}, "dataset='{}' has no .neg file; allowed"),
         ({"x.neg": "bad"}, "dataset='{}' has no .pos file; allowed"),
         ({"x.neg": "", "x.pos": "good"}, "dataset='{}/x.neg' is empty"),
         ({"x.neg": "\0\1\2\3" * 99, "x.pos": "good"}, "dataset='{}/x.neg' is binary"),
-        ({"x.neg": "bad\nworse", "x.pos": "good"}, "dataset='{}' has 3 different texts, too few"),
+        ({"x.neg": "bad\nworse", "x.pos": "good"}, "dataset='{}' has 3 distinct texts, too few"),
         (
             {"x.neg": "bad\n" * 99, "x.pos": "good\n" * 99},
-            "has 2 different texts, too few to split",
+            "has 2 distinct texts, too few to split",
         ),
         ({"x.neg": "bad\n", "x.pos": " \n"}, "dataset='{}' has no text in its .pos file."),
     ],
 )
-def test_what_is_no_data_is_one_sentence(
+def test_unsuitable_text_files_are_refused_in_one_sentence(
     tmp_path: Path, content: dict[str, str] | None, message: str
 ) -> None:
     folder = tmp_path / "data"
@@ -195,54 +195,54 @@ def test_what_is_no_data_is_one_sentence(
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    told = told_of(folder)
-    assert message.format(folder) in told
+    assert message.format(folder) in refusal(folder)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["text", "stars"]], "label_column='label' is no column of {}; allowed: text, stars."),
-        ([["words", "label"]], "text_column='text' is no column of {}; allowed: words, label."),
-        ([["text", "label"]], "label_column='label' of {} has 0 different labels; allowed: two."),
-        ([["text", "label"], ["x", "a"]], "has 1 different labels (a); allowed: two."),
-        ([["text", "label"], *MANY, ["x", "c"]], "has 3 different labels (a, b, c); allowed: two."),
-        ([["text", "label"], *MANY, ["x", ""]], "has no label, or another number of columns"),
+        ([["text", "stars"]], "label_column='label' is not a column of {}; allowed: text, stars."),
+        ([["words", "label"]], "text_column='text' is not a column of {}; allowed: words, label."),
+        ([["text", "label"]], "label_column='label' of {} has 0 distinct labels; allowed: two."),
+        ([["text", "label"], ["x", "a"]], "has 1 distinct labels (a); allowed: two."),
+        ([["text", "label"], *MANY, ["x", "c"]], "has 3 distinct labels (a, b, c); allowed: two."),
+        ([["text", "label"], *MANY, ["x", ""]], "has no label, or other columns than its header"),
         ([["text", "label"], *MANY, ["x", "a", "b"]], "in the row that ends in line 82"),
-        ([["text", "label"], *MANY[:3], *MANY[-3:]], "has 6 different texts, too few to split"),
+        ([["text", "label"], *MANY[:3], *MANY[-3:]], "has 6 distinct texts, too few to split"),
         (
             [["text", "label", "text"]],
             "text_column='text' is two columns of {}; allowed: text, lab",
         ),
-        ([["text", "label"], ["x" * 200_000, "a"]], "is no CSV at line 2 (field larger"),
+        ([["text", "label"], ["x" * 200_000, "a"]], "is not a valid CSV at line 2 (field larger"),
         ([], "is empty"),
     ],
 )
-def test_what_is_no_csv_is_one_sentence(
+def test_an_unsuitable_csv_is_refused_in_one_sentence(
     tmp_path: Path, rows: list[list[str]], message: str
 ) -> None:
     path = write_csv(tmp_path / "data.csv", rows)
-    assert message.format(path) in told_of(path)
+    assert message.format(path) in refusal(path)
 
 
-def test_a_csv_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    assert "none.csv' is not a file" in told_of(tmp_path / "none.csv")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.csv", "is not a file"),
+        ("none.tsv", "does not exist; allowed"),
+        ("x" * 5000, "does not exist; allowed"),
+        ("a\0b", "does not exist; allowed"),
+        ("data.tsv", "is another kind of file; allowed: a folder with .pos"),
+    ],
+)
+def test_an_odd_path_is_refused_in_one_sentence(name: str, message: str, workdir: Path) -> None:
+    (workdir / "data.tsv").write_text("text\tlabel\n")
+    assert f"{name}' {message}" in refusal(name)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "none.tsv"])
-def test_an_odd_path_is_one_sentence(name: str) -> None:
-    assert "is not there; allowed" in told_of(name)
-
-
-def test_a_file_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "data.tsv").write_text("text\tlabel\n")
-    assert "data.tsv' is none of these; allowed: a folder with .pos" in told_of(
-        tmp_path / "data.tsv"
-    )
-
-
-def test_the_digest_is_of_the_texts_however_they_are_encoded(reviews: Path, tmp_path: Path) -> None:
-    letters = str.maketrans("aeiou", "uoiea")  # the same words' numbers, from other words
+def test_the_digest_is_that_of_the_texts_independent_of_the_vocabulary(
+    reviews: Path, tmp_path: Path
+) -> None:
+    letters = str.maketrans("aeiou", "uoiea")  # other words with the same numbers
     other = write(
         tmp_path / "other",
         *([text.translate(letters) for text in texts_of(label, 150)] for label in (0, 1)),
@@ -262,20 +262,20 @@ def test_auto_without_data_is_one_sentence(tmp_path: Path) -> None:
         load("auto", data_dir=str(tmp_path))
 
 
-def told_of(dataset: Path | str) -> str:
-    """The sentence that says why there is no such data."""
+def refusal(dataset: Path | str) -> str:
+    """The sentence that says why the data cannot be loaded."""
     with pytest.raises(ModelsError) as caught:
         load(dataset)
-    told = str(caught.value)
-    assert told.endswith(".")
-    assert "\n" not in told
-    return told
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
 
 
-def test_the_command_says_it_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_it_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["--model", "sentiment-lstm", "--dataset", "none"]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("studies.train: dataset='none' is not there; allowed: ")
+    assert shown.startswith("studies.train: dataset='none' does not exist; allowed: ")
     assert shown.count("\n") == 1
 
 
@@ -294,7 +294,7 @@ def network(**sizes: Any) -> SentimentLSTM:
     layers=st.integers(1, 2),
     bidirectional=st.booleans(),
 )
-def test_padding_counts_for_nothing(
+def test_padding_has_no_influence(
     texts: list[list[int]], more: int, layers: int, bidirectional: bool
 ) -> None:
     torch.manual_seed(0)
@@ -306,13 +306,13 @@ def test_padding_counts_for_nothing(
     torch.testing.assert_close(together, alone)
 
 
-def test_the_order_of_the_words_counts() -> None:
+def test_the_order_of_the_words_matters() -> None:
     torch.manual_seed(0)
     sentiment = network()
     assert not torch.allclose(*sentiment(torch.tensor([[2, 3, 4, 0], [4, 3, 2, 0]])))
 
 
-def test_nothing_but_padding_is_a_number() -> None:
+def test_padding_alone_gives_a_finite_logit() -> None:
     assert network()(torch.zeros(2, 5, dtype=torch.long)).isfinite().all()
 
 
@@ -327,7 +327,7 @@ def test_scores_and_loss_are_those_of_the_logit() -> None:
     assert RECIPE.loss(logits.half(), targets).dtype == torch.half
 
 
-def test_it_learns_texts_that_a_word_tells(reviews: Path) -> None:
+def test_it_learns_texts_that_one_word_gives_away(reviews: Path) -> None:
     torch.manual_seed(0)
     params = RECIPE.defaults() | {"embedding": 8, "hidden": 8, "length": 8, "lr": 0.02}
     data = load(reviews, length=8)
@@ -342,12 +342,12 @@ def test_it_learns_texts_that_a_word_tells(reviews: Path) -> None:
     assert (found == data.test.labels.bool()).float().mean() > 0.95
 
 
-def test_the_predictor_takes_texts_in_any_wrapping() -> None:
-    def says(words: torch.Tensor) -> torch.Tensor:
+def test_the_predictor_takes_texts_in_any_container() -> None:
+    def network(words: torch.Tensor) -> torch.Tensor:
         return (words == 2).sum(dim=1) - 0.5
 
     facts = {"classes": ["no", "yes"], "vocabulary": ["good"], "length": 4}
-    predictor = SentimentPredictor(says, facts)
+    predictor = SentimentPredictor(network, facts)
     texts = ["Good", "bad", ""] * 100
     expected = pd.DataFrame({"label": ["yes", "no", "no"] * 100, "probability": [0.622459] * 300})
     for wrapped in (texts, pd.DataFrame({"any": texts}), np.array(texts), pd.Series(texts)):
@@ -362,11 +362,11 @@ def test_the_predictor_takes_texts_in_any_wrapping() -> None:
     ("wrapped", "message"),
     [
         (pd.DataFrame({"id": ["a"], "review": ["b"]}), r"^the columns are \['id', 'review'\]"),
-        (pd.DataFrame({"text": [["a", "b"]]}), r"^\['a', 'b'\] is a list; it must be a text"),
-        ([1], r"^1 is a int; it must be a text"),
+        (pd.DataFrame({"text": [["a", "b"]]}), r"^\['a', 'b'\] is of type list; it must be a str"),
+        ([1], r"^1 is of type int; it must be a str"),
     ],
 )
-def test_the_predictor_refuses_what_is_no_text(wrapped: Any, message: str) -> None:
+def test_the_predictor_refuses_other_inputs(wrapped: Any, message: str) -> None:
     predictor = SentimentPredictor(
         lambda words: words, {"classes": ["no", "yes"], "vocabulary": [], "length": 4}
     )
@@ -374,14 +374,14 @@ def test_the_predictor_refuses_what_is_no_text(wrapped: Any, message: str) -> No
         predictor.predict(wrapped)
 
 
-# --- From the command line to a process without this project
+# --- The logged model, in a process that cannot import this project
 
 PREDICT_ELSEWHERE = """
 import json, sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("tracker", "models", "studies"):
-            raise ModuleNotFoundError(f"{name} is not to be had here")
+            raise ModuleNotFoundError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocker())
 import mlflow, torch
 uri, length, *texts = sys.argv[1:]
@@ -394,13 +394,13 @@ json.dump([found.to_dict("list"), logits.shape], open("found.json", "w"))
 def predict_elsewhere(
     store: Store, run_id: str, folder: Path, texts: Sequence[str], length: int = 12
 ) -> Any:
-    """What a process that cannot import this project says of the texts.
+    """Predict in a process that cannot import this project.
 
-    It gives the network too a batch, of texts of `length` tokens.
+    Returns the predictions, and the shape of the network's output for texts of `length` tokens.
     """
     folder.mkdir()
-    # -S leaves out the path to this project that an editable installation adds.
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    # -S ignores the path to this project that an editable installation adds.
+    packages = str(Path(mlflow.__file__).parents[1])
     program = f"import sys; sys.path.append({packages!r}){PREDICT_ELSEWHERE}"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, f"runs:/{run_id}/model", str(length), *texts],
@@ -475,13 +475,12 @@ def load(network, files):
         (PREDICTOR.replace("upper", "title") + "\n#", None),
         (PREDICTOR.replace("upper", "lower"), "its predictions differ from the expected ones"),
         ("def load(network, files):\n    return files['vocabulary']", "'vocabulary'"),
-        ("import no_such_module", "No module named 'no_such_module'"),
-        ("this is no python", "invalid syntax"),
+        ("this is not Python", "invalid syntax"),
         (None, "No such file or directory"),
     ],
-    ids=["right", "as right", "wrong", "raises", "imports", "no python", "no file"],
+    ids=["right", "as right", "wrong", "raises", "not python", "no file"],
 )
-def test_a_predictor_that_does_not_predict_what_it_must_is_left_out(
+def test_a_predictor_that_fails_its_check_is_left_out(
     store: Store, tmp_path: Path, source: str | None, why: str | None, caplog: Any
 ) -> None:
     file = tmp_path / "shouting.py"

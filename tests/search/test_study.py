@@ -631,7 +631,7 @@ def test_a_warm_start_from_a_missing_store_creates_nothing(
 ) -> None:
     study = make(tracking_uri="sqlite:///none.db")
     study.warm_start_from_runs("old", "loss")
-    with pytest.raises(StoreError, match=r"none.db' does not exist, and so has not the experiment"):
+    with pytest.raises(StoreError, match=r"none.db' does not exist, so it does not"):
         study.run()
     make().run()
     again = make()

@@ -1,4 +1,4 @@
-"""`mlflow run .`, and a tracking server: end to end, as a user would."""
+"""`mlflow run .` and a tracking server, end to end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def mlflow_run(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`mlflow run` of a copy of this project, with this Python's programs first on the path."""
+    """Run `mlflow run` with this Python's programs first on the path."""
     programs = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -42,7 +42,7 @@ def mlflow_run(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedP
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """What `mlflow run` needs of this project, without a repository or an environment."""
+    """A copy of the files that `mlflow run` needs, without a repository or an environment."""
     folder = tmp_path / "project"
     folder.mkdir()
     for name in ("MLproject", "conda.yaml"):
@@ -86,14 +86,14 @@ def test_mlflow_run_of_a_study_is_its_run(store: Store, project: Path) -> None:
     assert "study.html" in store.artifacts(parent)
 
 
-def test_a_mistake_under_mlflow_run_ends_the_run_it_made(store: Store, project: Path) -> None:
+def test_a_mistake_under_mlflow_run_fails_the_run_that_it_made(store: Store, project: Path) -> None:
     done = mlflow_run(project, store.uri, "--env-manager", "local", "-P", "lr=-1")
     assert done.returncode != 0
     assert "argument --lr: '-1' is not allowed; it must be a number above 0" in done.stderr
     assert store.run().info.status == "FAILED"
 
 
-def test_a_server_holds_what_a_file_does(server: str, loader: Any) -> None:
+def test_a_server_stores_everything_that_a_file_does(server: str, loader: Any) -> None:
     torch.manual_seed(0)
     network = FashionCNN()
     with RunManager(tracking_uri=server, experiment="server") as manager:

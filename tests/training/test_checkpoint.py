@@ -507,7 +507,7 @@ def schedulers(optimizer: Optimizer) -> list[Any]:
 def test_each_torch_scheduler_continues_with_the_same_learning_rates(
     tmp_path: Path, number: int
 ) -> None:
-    found = []
+    outcomes = []
     for half in (False, True):
         network = nn.Linear(1, 1)
         optimizer = SGD(network.parameters(), lr=torch.tensor(0.2) if number % 2 else 0.2)
@@ -528,8 +528,8 @@ def test_each_torch_scheduler_continues_with_the_same_learning_rates(
             optimizer.step()
             scheduler.step(*[1.0] if "Plateau" in type(scheduler).__name__ else [])
             rates.append([float(group["lr"]) for group in optimizer.param_groups])
-        found.append((rates[-2:], scheduler.state_dict()))
-    straight, resumed = found
+        outcomes.append((rates[-2:], scheduler.state_dict()))
+    straight, resumed = outcomes
     assert resumed[0] == straight[0]
     if "lr_lambdas" not in straight[1]:
         assert_same(resumed[1].keys(), straight[1].keys())
@@ -878,7 +878,7 @@ def die_at(event_number: int) -> None:
 def test_a_crash_at_any_system_call_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, there: bool
 ) -> None:
-    found = []
+    seen = []
     for event_number in range(100):
         folder = tmp_path / f"{event_number}" / "a"
         if there:
@@ -891,10 +891,10 @@ def test_a_crash_at_any_system_call_leaves_the_old_or_the_new_checkpoint(
         if not killed(forked(work)):
             break
         try:
-            found.append(whole_number(folder))
+            seen.append(whole_number(folder))
         except StoreError:
             assert not there
-            found.append(0)
+            seen.append(0)
         for second in range(100 if there and not folder.exists() else 0):
             again = tmp_path / f"{event_number}-{second}" / "a"
             shutil.copytree(folder.parent, again.parent)
@@ -904,10 +904,10 @@ def test_a_crash_at_any_system_call_leaves_the_old_or_the_new_checkpoint(
         save_number(folder, 3)
         assert whole_number(folder) == 3
         assert [path.name for path in folder.parent.iterdir()] == ["a"]
-    assert len(found) > 5
-    assert found == sorted(found)
-    assert set(found) <= ({1, 2} if there else {0, 2})
-    assert found[-1] == 2 or not there
+    assert len(seen) > 5
+    assert seen == sorted(seen)
+    assert set(seen) <= ({1, 2} if there else {0, 2})
+    assert seen[-1] == 2 or not there
     assert whole_number(folder) == 2
 
 
@@ -942,16 +942,16 @@ def test_invalid_retention_settings_are_refused(options: dict[str, Any]) -> None
 
 def test_the_latest_and_the_best_checkpoints_are_kept() -> None:
     losses = {10: 3.0, 20: 1.0, 30: 1.0, 40: math.nan, 50: 2.0}
-    there = {step: {"loss": loss} for step, loss in losses.items()} | {60: {"other": 0.0}}
-    assert Keep().superseded(there) == [10, 20, 30, 40, 50]
-    assert Keep(last=2).superseded(there) == [10, 20, 30, 40]
-    assert Keep(best="loss").superseded(there) == [10, 30, 40, 50]
-    assert Keep(best="loss", mode="max").superseded(there) == [20, 30, 40, 50]
-    assert Keep(last=9).superseded(there) == []
+    checkpoints = {step: {"loss": loss} for step, loss in losses.items()} | {60: {"other": 0.0}}
+    assert Keep().superseded(checkpoints) == [10, 20, 30, 40, 50]
+    assert Keep(last=2).superseded(checkpoints) == [10, 20, 30, 40]
+    assert Keep(best="loss").superseded(checkpoints) == [10, 30, 40, 50]
+    assert Keep(best="loss", mode="max").superseded(checkpoints) == [20, 30, 40, 50]
+    assert Keep(last=9).superseded(checkpoints) == []
     assert Keep(best="loss").superseded({}) == []
     assert Keep(best="loss").superseded({1: {"loss": math.nan}, 2: {"loss": math.nan}}) == [1]
     with pytest.raises(ArgumentError, match=r"^best='val' is not a metric of any .* loss, other"):
-        Keep(best="val").superseded(there)
+        Keep(best="val").superseded(checkpoints)
 
 
 @given(
@@ -963,17 +963,17 @@ def test_the_latest_and_the_best_checkpoints_are_kept() -> None:
 def test_no_deleted_checkpoint_is_better_than_the_kept_ones(
     losses: dict[int, float | None], last: int, mode: Any
 ) -> None:
-    there = {step: {} if loss is None else {"x": loss} for step, loss in losses.items()}
+    checkpoints = {step: {} if loss is None else {"x": loss} for step, loss in losses.items()}
     if all(loss is None for loss in losses.values()):
         return
-    gone = Keep(last=last, best="x", mode=mode).superseded(there)
-    kept = there.keys() - gone
-    assert set(sorted(there)[-last:]) <= kept
+    superseded = Keep(last=last, best="x", mode=mode).superseded(checkpoints)
+    kept = checkpoints.keys() - superseded
+    assert set(sorted(checkpoints)[-last:]) <= kept
     assert len(kept) <= last + 1
     sign = 1 if mode == "min" else -1
     values = [sign * loss for loss in losses.values() if loss is not None and loss == loss]
     if values:
-        assert min(values) in [sign * there[step].get("x", math.nan) for step in kept]
+        assert min(values) in [sign * checkpoints[step].get("x", math.nan) for step in kept]
 
 
 def test_retention_names_each_superseded_checkpoint_once() -> None:

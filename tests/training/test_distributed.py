@@ -27,6 +27,8 @@ from tracker import Epoch, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
+pytestmark = pytest.mark.timeout(700)  # the ranks start slowly on a busy machine
+
 ROOT = Path(__file__).parents[2]
 RUN_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 
@@ -70,6 +72,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from shared import classifier, points
+from tests.helpers import train_epoch
 from tracker import RunManager, evaluate, fit
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
@@ -80,7 +83,7 @@ if backend != "gloo":
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
 who = [(rank(), world_size(), is_main())]
-dist.init_process_group(backend, timeout=timedelta(seconds=120))
+dist.init_process_group(backend, timeout=timedelta(seconds=600))
 who.append((rank(), world_size(), is_main()))
 me, ranks = rank(), world_size()
 
@@ -99,8 +102,8 @@ def computed(batches):
     return meter.compute()
 
 cases = json.loads(Path("cases.json").read_text())
-found = {"cases": [computed(case[me]) for case in cases], "collectives": collectives}
-found["large"] = sum_over_ranks([2.0**52 if me == 0 else 1.0, float(me)], device)
+results = {"cases": [computed(case[me]) for case in cases], "collectives": collectives}
+results["large"] = sum_over_ranks([2.0**52 if me == 0 else 1.0, float(me)], device)
 
 def drawn(number, size, drop_last):
     data = points(number, seed=2)
@@ -139,15 +142,7 @@ def tracked():
         run.run_id
         for _ in range(2):
             manager.begin_epoch()
-            for batch in loader:
-                inputs, labels = batch
-                preds = network(inputs)
-                loss = F.cross_entropy(preds, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                manager.track_loss(loss, batch)
-                manager.track_num_correct(preds, labels)
+            train_epoch(network, loader, optimizer, manager)
             manager.end_epoch({"lr_now": 0.5})
         for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
             manager.log_epoch(epoch)
@@ -163,15 +158,15 @@ def tracked():
         manager.run_id
 
 if backend == "gloo":
-    found["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
-    found["fit"], found["evaluate"] = trained()
-    found["collectives"] = list(collectives)
+    results["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
+    results["fit"], results["evaluate"] = trained()
+    results["collectives"] = list(collectives)
     tracked()
 
 dist.barrier()
 dist.destroy_process_group()
 who.append((rank(), world_size(), is_main()))
-Path(f"rank{me}.json").write_text(json.dumps(found | {"who": who}))
+Path(f"rank{me}.json").write_text(json.dumps(results | {"who": who}))
 """
 
 DRAWN = [(11, 4, False), (11, 4, True), (12, 3, False), (5, 8, True), (1, 2, False)]
@@ -198,7 +193,7 @@ def torchrun(folder: Path, *arguments: str, processes: int = 2) -> list[dict[str
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # a kill would leave the ranks behind
         output, _ = process.communicate(timeout=60)
@@ -252,15 +247,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
+def results(folder: Path) -> list[dict[str, Any]]:
     """The results of two ranks for all tests below: a launch takes many seconds."""
     return torchrun(folder, "gloo", json.dumps(DRAWN))
 
 
 def test_every_rank_computes_the_loss_and_accuracy_of_all_samples(
-    found: list[dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> None:
-    first, second = found
+    first, second = results
     assert first["cases"] == second["cases"]
     for metrics, case in zip(first["cases"], cases(2), strict=True):
         assert metrics == pytest.approx(by_hand(case), rel=1e-12, abs=1e-12), case
@@ -268,21 +263,21 @@ def test_every_rank_computes_the_loss_and_accuracy_of_all_samples(
             assert metrics["accuracy"] == by_hand(case)["accuracy"]
 
 
-def test_an_epoch_costs_one_collective(found: list[dict[str, Any]]) -> None:
-    for one in found:
-        assert one["collectives"][: len(cases(2))] == ["cpu"] * len(cases(2))
+def test_an_epoch_costs_one_collective(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["collectives"][: len(cases(2))] == ["cpu"] * len(cases(2))
         # Then one sum, the loaders, three epochs of training and validation, one evaluation.
-        assert len(one["collectives"]) == len(cases(2)) + 1 + len(DRAWN) + 2 * 3 + 1
+        assert len(result["collectives"]) == len(cases(2)) + 1 + len(DRAWN) + 2 * 3 + 1
 
 
-def test_counts_are_exact(found: list[dict[str, Any]]) -> None:
-    assert [one["large"] for one in found] == [[2.0**52 + 1, 1.0]] * 2
+def test_counts_are_exact(results: list[dict[str, Any]]) -> None:
+    assert [result["large"] for result in results] == [[2.0**52 + 1, 1.0]] * 2
 
 
 def test_the_rank_is_known_before_during_and_after_the_process_group(
-    found: list[dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> None:
-    assert [one["who"] for one in found] == [[[0, 2, True]] * 3, [[1, 2, False]] * 3]
+    assert [result["who"] for result in results] == [[[0, 2, True]] * 3, [[1, 2, False]] * 3]
 
 
 # -- loaders that draw a share -------------------------------------------------------------------
@@ -310,7 +305,7 @@ def test_the_last_batch_of_a_rank_s_share_counts_as_smaller(
     assert meter.sizes.tolist() == sizes
 
 
-def test_a_sample_seen_by_two_ranks_counts_twice(found: list[dict[str, Any]]) -> None:
+def test_a_sample_seen_by_two_ranks_counts_twice(results: list[dict[str, Any]]) -> None:
     """A DistributedSampler repeats some samples if their number is odd."""
     for number, arguments in enumerate(DRAWN):
         samples, size, drop_last = arguments
@@ -318,8 +313,8 @@ def test_a_sample_seen_by_two_ranks_counts_twice(found: list[dict[str, Any]]) ->
         shares = [share(data, size, rank, drop_last) for rank in (0, 1)]
         seen = [inputs for loader in shares for inputs, _ in loader]
         expected = {"loss": pytest.approx(torch.cat(seen).mean().item(), rel=1e-9)} if seen else {}
-        for one in found:
-            assert one["drawn"][number] == expected, arguments
+        for result in results:
+            assert result["drawn"][number] == expected, arguments
 
 
 # -- the training loop ---------------------------------------------------------------------------
@@ -342,23 +337,23 @@ def alone() -> tuple[nn.Module, list[Epoch]]:
 
 
 def test_fit_and_evaluate_equal_one_process_on_all_the_data(
-    found: list[dict[str, Any]], alone: tuple[nn.Module, list[Epoch]]
+    results: list[dict[str, Any]], alone: tuple[nn.Module, list[Epoch]]
 ) -> None:
     network, epochs = alone
     for number, epoch in enumerate(epochs):
         expected = {k: v for k, v in epoch.metrics.items() if k != "epoch_duration"}
-        for one in found:
-            metrics, _ = one["fit"][number]
+        for result in results:
+            metrics, _ = result["fit"][number]
             assert metrics.pop("epoch_duration") > 0
             assert metrics == pytest.approx(expected, rel=1e-9), number
-        each = [one["fit"][number][1] for one in found]  # a rank's own batches
+        each = [result["fit"][number][1] for result in results]  # a rank's own batches
         np.testing.assert_allclose(np.mean(each, axis=0), epoch.batch_losses)
     held_out = DataLoader(points(15, 1), batch_size=15)
     whole = evaluate(network, held_out, F.cross_entropy, accuracy=True)
-    assert [one["evaluate"] for one in found] == [pytest.approx(whole, rel=1e-9)] * 2
+    assert [result["evaluate"] for result in results] == [pytest.approx(whole, rel=1e-9)] * 2
 
 
-@pytest.mark.usefixtures("found")
+@pytest.mark.usefixtures("results")
 def test_two_ranks_are_one_run_written_by_rank_0(
     folder: Path, tmp_path: Path, alone: tuple[nn.Module, list[Epoch]]
 ) -> None:
@@ -453,8 +448,8 @@ def test_ranks_on_gpus_compute_the_same_sums(backend: str, tmp_path: Path) -> No
     """NCCL needs one GPU per rank; with both backends the CPU computes the sums."""
     ranks = torch.cuda.device_count() if backend == "nccl" else 2
 
-    for one in torchrun(tmp_path, backend, processes=ranks):
-        for metrics, case in zip(one["cases"], cases(ranks), strict=True):
+    for result in torchrun(tmp_path, backend, processes=ranks):
+        for metrics, case in zip(result["cases"], cases(ranks), strict=True):
             assert metrics == pytest.approx(by_hand(case), rel=1e-12, abs=1e-12), case
-        kinds = {device.partition(":")[0] for device in one["collectives"]}
+        kinds = {device.partition(":")[0] for device in result["collectives"]}
         assert kinds == (set() if ranks == 1 else {"cuda"} if backend == "nccl" else {"cpu"})

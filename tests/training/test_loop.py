@@ -355,10 +355,10 @@ def test_evaluation_computes_loss_and_accuracy_over_all_samples() -> None:
     batches = clouds(8, 3)
     network = nn.Linear(2, 3)
 
-    found = evaluate(network, batches, F.cross_entropy, accuracy=True)
+    result = evaluate(network, batches, F.cross_entropy, accuracy=True)
 
     inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    assert found == {
+    assert result == {
         "loss": pytest.approx(F.cross_entropy(network(inputs), labels).item(), rel=1e-5),
         "accuracy": (network(inputs).argmax(1) == labels).sum().item() / 11,
     }
@@ -374,11 +374,11 @@ def test_segmentation_accuracy_is_per_pixel() -> None:
         for size in (6, 1)
     ]
 
-    found = evaluate(nn.Identity(), batches, F.cross_entropy, accuracy=True)
+    result = evaluate(nn.Identity(), batches, F.cross_entropy, accuracy=True)
 
     inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    assert found["accuracy"] == (inputs.argmax(1) == labels).sum().item() / labels.numel()
-    assert found["loss"] == pytest.approx(F.cross_entropy(inputs, labels).item(), rel=1e-5)
+    assert result["accuracy"] == (inputs.argmax(1) == labels).sum().item() / labels.numel()
+    assert result["loss"] == pytest.approx(F.cross_entropy(inputs, labels).item(), rel=1e-5)
 
 
 def test_evaluation_does_not_change_the_network() -> None:
@@ -404,9 +404,9 @@ def test_evaluating_an_empty_loader_returns_no_metrics() -> None:
 def test_batches_are_moved_to_the_network_s_or_the_given_device(device: Any) -> None:
     network, batches = plane(), lines(4)
 
-    found = evaluate(network, batches, F.mse_loss, device=device)
+    result = evaluate(network, batches, F.mse_loss, device=device)
 
-    assert found == evaluate(network, batches, F.mse_loss)
+    assert result == evaluate(network, batches, F.mse_loss)
 
 
 @pytest.mark.parametrize("device", [None, "meta"])

@@ -84,17 +84,17 @@ def test_a_smaller_last_batch_is_weighted_by_its_size(
     number: int, size: int, drop_last: bool
 ) -> None:
     size = min(size, number)
-    found, mean = epoch_over(DataLoader(samples(number), batch_size=size, drop_last=drop_last))
+    result, mean = epoch_over(DataLoader(samples(number), batch_size=size, drop_last=drop_last))
 
-    assert found == pytest.approx(mean, rel=1e-12)
+    assert result == pytest.approx(mean, rel=1e-12)
 
 
 @given(st.integers(2, 60), st.integers(1, 25), st.integers(1, 60))
 @patient
 def test_batches_before_a_break_count_as_full(number: int, size: int, left: int) -> None:
-    found, mean = epoch_over(DataLoader(samples(number), batch_size=size), left)
+    result, mean = epoch_over(DataLoader(samples(number), batch_size=size), left)
 
-    assert found == pytest.approx(mean, rel=1e-12)
+    assert result == pytest.approx(mean, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 32])
@@ -106,9 +106,9 @@ def test_the_sampler_determines_the_size_of_the_last_batch(drawn: int, size: int
         RandomSampler(data, num_samples=drawn),
         range(drawn),
     ):
-        found, mean = epoch_over(DataLoader(data, batch_size=size, sampler=sampler))
+        result, mean = epoch_over(DataLoader(data, batch_size=size, sampler=sampler))
 
-        assert found == pytest.approx(mean, rel=1e-12)
+        assert result == pytest.approx(mean, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +322,11 @@ def test_accuracy_is_per_label_and_size_is_per_sample(shape: tuple[int, ...]) ->
 def test_counting_predictions_detaches_them() -> None:
     scores = torch.eye(3, requires_grad=True) * 2
 
-    found = num_correct(scores, torch.tensor([0, 1, 0]))
+    result = num_correct(scores, torch.tensor([0, 1, 0]))
 
-    assert found.item() == 2
-    assert found.dim() == 0
-    assert not found.requires_grad
+    assert result.item() == 2
+    assert result.dim() == 0
+    assert not result.requires_grad
 
 
 def test_an_epoch_without_anything_tracked_has_no_metrics() -> None:

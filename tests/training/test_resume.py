@@ -179,7 +179,7 @@ def test_a_run_is_not_resumed_while_its_process_is_alive(
 ) -> None:
     with RunManager(model=False) as manager:
         manager.begin_run({"lr": 1.0}, network, loader)
-        with pytest.raises(StoreError, match="still goes on, in process"):
+        with pytest.raises(StoreError, match="is still running, in process"):
             RunManager.resume(manager.run_id or "")
         manager.end_run()
 
@@ -219,7 +219,7 @@ def test_a_run_started_by_mlflow_run_is_resumed_with_the_same_options(
 
 def test_a_run_that_is_running_elsewhere_is_not_resumed(store: Store) -> None:
     run_id = store.client.create_run("0").info.run_id
-    with pytest.raises(StoreError, match="is RUNNING: end its process, then deliver its journal"):
+    with pytest.raises(StoreError, match=r"is RUNNING\. End its process, then upload its journal"):
         RunManager.resume(run_id)
 
 

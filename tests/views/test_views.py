@@ -1,8 +1,9 @@
-"""What a person sees while it runs: notebook, terminal, TensorBoard, nothing."""
+"""What a person sees of a training: in a notebook, a terminal, TensorBoard, or nothing."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader
 from models import FashionCNN
 from tests.helpers import Store, train_epoch
 from tracker import ArgumentError, RunBuilder, RunManager, load_histograms
+from tracker.views.base import View, Views
 
 PROGRAM = """
 import torch
@@ -48,14 +51,14 @@ manager.end_run()
 """
 
 
-def test_it_is_quiet_where_nobody_watches(store: Store) -> None:
+def test_nothing_is_printed_without_a_terminal_or_a_notebook(store: Store) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     assert done.stdout == b""
     assert done.stderr == b""
     assert store.run().info.status == "FINISHED"
 
 
-def test_a_terminal_has_a_bar_and_one_line_an_epoch(store: Store) -> None:
+def test_a_terminal_shows_a_progress_bar_and_one_line_per_epoch(store: Store) -> None:
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=follower)
@@ -64,7 +67,7 @@ def test_a_terminal_has_a_bar_and_one_line_an_epoch(store: Store) -> None:
     while True:
         try:
             part = os.read(leader, 4096)
-        except OSError:  # Linux says so when the other side is closed
+        except OSError:  # how Linux reports that the other side is closed
             break
         if not part:
             break
@@ -80,18 +83,18 @@ def test_a_terminal_has_a_bar_and_one_line_an_epoch(store: Store) -> None:
     assert all("loss 0.5" in line for line in epochs)
 
 
-def test_a_notebook_has_one_table_that_replaces_itself(store: Store, tmp_path: Path) -> None:
+def test_a_notebook_shows_one_table_that_is_updated_in_place(store: Store, tmp_path: Path) -> None:
     twice = PROGRAM + PROGRAM.partition("manager = RunManager(model=False)")[2]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(twice)])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = notebook.cells[0].outputs
     (output,) = (item for item in outputs if item.output_type == "display_data")
     table = output.data["text/html"]
-    assert table.count("<tr") == 7  # the heads, and three epochs of two runs
+    assert table.count("<tr") == 7  # the header, and three epochs of two runs
     assert "epoch duration" in table
 
 
-def test_a_cell_that_raises_leaves_a_failed_run(store: Store, tmp_path: Path) -> None:
+def test_a_notebook_cell_that_raises_ends_its_run_as_failed(store: Store, tmp_path: Path) -> None:
     cells = [
         PROGRAM.partition("for epoch")[0] + "manager.begin_epoch()\n1 / 0",
         "manager.begin_run({'lr': 0.2}, network, loader)\nmanager.end_run()",
@@ -105,7 +108,7 @@ def test_a_cell_that_raises_leaves_a_failed_run(store: Store, tmp_path: Path) ->
     assert finished.info.status == "FINISHED"
 
 
-def test_tensorboard_opens_the_event_files(
+def test_tensorboard_reads_scalars_histograms_pictures_graph_and_hyperparameters(
     store: Store, network: FashionCNN, loader: DataLoader[Any], tmp_path: Path
 ) -> None:
     (grid,) = RunBuilder.get_runs({"lr": [0.1], "batch_size": [100], "loss": ["mse"]})
@@ -139,7 +142,7 @@ def test_tensorboard_opens_the_event_files(
     assert [count for count in written.bucket if count] == counts["count"].tolist()
 
 
-def test_tensorboard_keeps_two_runs_with_the_same_params_apart(
+def test_two_runs_with_the_same_params_have_separate_tensorboard_folders(
     store: Store, network: FashionCNN, loader: DataLoader[Any], tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -152,7 +155,7 @@ def test_tensorboard_keeps_two_runs_with_the_same_params_apart(
     }
 
 
-def test_without_tensorboard_the_argument_says_what_to_install() -> None:
+def test_the_error_without_tensorboard_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['tensorboard'] = None\n"
         "from tracker import RunManager, ArgumentError\n"
@@ -167,3 +170,90 @@ def test_without_tensorboard_the_argument_says_what_to_install() -> None:
         "pip install mlflow-runmanager[tensorboard].\n"
     )
     assert issubclass(ArgumentError, ValueError)
+
+
+# -- a view that fails -------------------------------------------------------------------------
+
+EVENTS = ["begin_run", "begin_epoch", "batch", "end_epoch", "end_run"]
+
+
+class Witness(View):
+    """Notes the events that it receives."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin_run(self, number: int, *details: Any) -> None:
+        self.events.append(f"begin run {number}")
+
+    def begin_epoch(self, epoch: int, batches: int | None) -> None:
+        self.events.append(f"begin epoch {epoch} of {batches} batches")
+
+    def batch(self) -> None:
+        self.events.append("batch")
+
+    def end_epoch(self, epoch: int, metrics: Mapping[str, float], histograms: Any) -> None:
+        self.events.append(f"end epoch {epoch}, loss {metrics['loss']}")
+
+    def end_run(self, status: str) -> None:
+        self.events.append(status)
+
+
+class BrokenView(View):
+    """Raises in one event, and counts how often."""
+
+    def __init__(self, event: str) -> None:
+        self.raised = 0
+
+        def fail(*details: Any) -> None:
+            self.raised += 1
+            raise OSError("the screen is gone")
+
+        self.__class__ = type("BrokenView", (BrokenView,), {event: fail})
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_view_that_raises_is_switched_off_and_training_continues(
+    store: Store,
+    network: FashionCNN,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    event: str,
+) -> None:
+    broken, witness = BrokenView(event), Witness()
+    monkeypatch.setattr("tracker.manager.live_views", lambda rows: [broken, witness])
+    with caplog.at_level(logging.WARNING, "tracker"), RunManager(model=False) as manager:
+        for number in (1, 2):
+            manager.begin_run({"number": number}, network, [0, 1])
+            for _ in range(2):
+                manager.begin_epoch()
+                for _ in range(2):
+                    manager.track_loss(0.5, 4)
+                manager.end_epoch()
+            manager.end_run()
+    epochs = [
+        [f"begin epoch {epoch} of 2 batches", "batch", "batch", f"end epoch {epoch}, loss 0.5"]
+        for epoch in (1, 2)
+    ]
+    assert witness.events == [
+        *("begin run 1", *epochs[0], *epochs[1], "FINISHED"),
+        *("begin run 2", *epochs[0], *epochs[1], "FINISHED"),
+    ]
+    assert broken.raised == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"BrokenView is switched off: its {event}() raised OSError: the screen is gone"
+    ]
+    assert [run.info.status for run in store.runs()] == ["FINISHED", "FINISHED"]
+    assert [(row["run"], row["epoch"]) for row in manager.run_data] == [
+        *((1, 1), (1, 2)),
+        *((2, 1), (2, 2)),
+    ]
+
+
+def test_a_batch_costs_one_call_if_no_view_shows_batches() -> None:
+    views = Views(View(), View(), View())
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(event))
+    views.batch()
+    sys.setprofile(None)
+    assert calls.count("call") == 1

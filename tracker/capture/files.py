@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from tracker.capture.layers import graph_svg, layer_table, trace
+from tracker.capture.layers import graph_svg, layer_table
 from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
+from tracker.capture.trace import trace
 from tracker.training.device import unwrap
 
 logger = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 
 DEADLINE_SECONDS = 10.0
-"""How long the end of a run waits until it is delivered; so does the end of the program."""
+"""How long the end of a run, and of the program, waits for delivery."""
 WARN_SECONDS = 5.0
-"""A store that fails this long is worth a warning: another process may only hold its lock."""
+"""How long a store may fail without a warning: another process may hold its lock."""
 _POLL_SECONDS = 0.02
-_LOOK_SECONDS = 1.0  # between two looks at what the uploader says
-_STOP_SECONDS = 2.0  # for an uploader that is told to stop, until it is killed: nothing is lost
-_RESTARTS = 3  # of an uploader that dies before it delivered anything, until we say so
+_LOOK_SECONDS = 1.0  # between two checks of the uploader
+_STOP_SECONDS = 2.0  # from SIGTERM to SIGKILL of an uploader, which loses nothing by either
+_RESTARTS = 3  # of an uploader that dies before it delivers anything, before a warning
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class BackgroundDelivery:
         self._start_at = 0.0
         self._deaths = 0
         self._look_at = 0.0
-        self._noticed = 0
+        self._last_notice = 0
         self._warned = False
-        self._stuck_at: int | None = None  # what was delivered when waiting for more was given up
+        self._stuck_at: int | None = None  # the last record delivered before a wait timed out
         self.journal = JournalWriter(directory)
         self._reader = Journal(self.journal.folder)
         self._reader.tracking_uri = public_uri(tracking_uri)
-        # Its own: a signal's handler must not wait for a lock that it interrupted the holder of.
+        # A second reader: a signal's handler must not wait for a lock whose holder it interrupted.
         self._watcher = Journal(self.journal.folder)
         self._active_runs = ActiveRuns(self.journal)
         if uploader:
@@ -57,15 +57,15 @@ class BackgroundDelivery:
             (self.journal.folder / OFFLINE).touch()
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
-        """Note that `run` goes on; its uploader is started by the journal's thread."""
+        """Note that `run` is active; the journal's thread starts its uploader."""
         self._active_runs.begin(run, abandon)
         self._look_at = 0.0
 
     def deliver(self) -> None:
-        """Nothing: the uploader takes what there is."""
+        """Do nothing: the uploader delivers continuously."""
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything appended so far is delivered."""
+        """Wait until everything appended so far is delivered; return whether it is."""
         until = time.monotonic() + timeout
         if not self.journal.flush(timeout):
             return False
@@ -79,27 +79,26 @@ class BackgroundDelivery:
         return self._wants_uploader
 
     def release(self, run: str, *, wait: bool = True) -> None:
-        """Wait for the run's delivery up to the deadline; then name the command that does it."""
+        """Wait for the run's delivery up to the deadline, then warn."""
         self._active_runs.runs.pop(run, None)
         if not wait:
             return
-        try:  # offline too it is on disk from here on
+        try:  # offline too, after which the run is on disk
             if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
                 problem = self._reader.problem
-                late = "the run has ended and is not delivered yet"
-                self._warn(problem.text if problem else late)
-        except StoreError as error:  # a journal that was taken away is no mistake of the training
+                self._warn(problem.text if problem else "the store is slow")
+        except StoreError as error:  # the journal was removed, which must not stop the training
             self._warn(str(error))
 
     def run_id(self, run: str) -> str | None:
-        """MLflow's id of `run`, None while it is not delivered."""
+        """Return MLflow's id of `run`; None while it is not delivered."""
         return self._reader.run_id(run)
 
     def close(self) -> None:
-        """Nothing: the process may track more, and ends with `shut_down`."""
+        """Do nothing: the process may track more, and ends with `shut_down`."""
 
     def leave(self) -> None:
-        """Go without waiting: the uploader goes on without us."""
+        """Close the journal without waiting; the uploader continues alone."""
         self._active_runs.forget()
         self._wants_uploader = False
         self.journal.close()
@@ -107,17 +106,17 @@ class BackgroundDelivery:
         self._watcher.close()
 
     def shut_down(self) -> None:
-        """End what was not ended, deliver the rest up to the deadline, and say what is left."""
+        """End abandoned runs, deliver up to the deadline, and warn of what is undelivered."""
         delivered = False
         try:
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
-            stuck = self._stuck_at == self._reader.delivered  # then the wait is over already
-            delivered = self.flush(0.0 if stuck else DEADLINE_SECONDS)
-        except (KeyboardInterrupt, StoreError):  # somebody does not want to wait, or there is no
-            pass  # journal to wait for: what is left is said below
+            is_stuck = self._stuck_at == self._reader.delivered  # the deadline has passed before
+            delivered = self.flush(0.0 if is_stuck else DEADLINE_SECONDS)
+        except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
+            pass
         self._active_runs.forget()
-        self._wants_uploader = False  # no new one
+        self._wants_uploader = False
         self.journal.close()
         if self._process is not None:
             if not delivered:
@@ -129,15 +128,15 @@ class BackgroundDelivery:
                 self._process.wait()
         self._look()
         folder = self.journal.folder
-        if folder.exists():  # the uploader, if there was one, has left it
-            if (left := self._reader.undelivered_summary()) is not None:
-                logger.warning("%s", left)
+        if folder.exists():  # the uploader has not removed it, or there was none
+            if (summary := self._reader.undelivered_summary()) is not None:
+                logger.warning("%s", summary)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
         self._reader.close()
         self._watcher.close()
 
-    # -- the uploader, looked after by the journal's thread ----------------------------------
+    # -- the uploader, supervised by the journal's thread --------------------------------------
 
     def _tick(self) -> None:
         if time.monotonic() < self._look_at:
@@ -147,7 +146,7 @@ class BackgroundDelivery:
         self._look()
 
     def _supervise(self) -> None:
-        """Have an uploader while there is something to deliver."""
+        """Run an uploader while anything is pending."""
         if self._process is not None and (code := self._process.poll()) is not None:
             self._process = None
             if code:
@@ -161,14 +160,14 @@ class BackgroundDelivery:
             self._start()
 
     def _start(self) -> None:
-        # Not -m: the user's directory, with a json.py perhaps, is none of the uploader's.
+        # Not -m: the user's folder may hold a json.py, which the uploader must not import.
         program = (
             "import sys; sys.path.append(sys.argv[1]);"
             "from tracker.delivery.process import main; main()"
         )
-        given = {
+        settings = {
             "folder": str(self.journal.folder),
-            "tracking_uri": self.tracking_uri,  # here, for command lines can be seen by all
+            "tracking_uri": self.tracking_uri,  # not an argument: all users see command lines
         }
         with (self.journal.folder / "uploader.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -179,7 +178,7 @@ class BackgroundDelivery:
             )
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
-            stdin.write(json.dumps(given).encode())
+            stdin.write(json.dumps(settings).encode())
 
     def _last_words(self) -> str:
         log = self.journal.folder / "uploader.log"
@@ -187,19 +186,19 @@ class BackgroundDelivery:
         return lines[-1] if lines else "it was killed"
 
     def _look(self) -> None:
-        """Tell the user, once, of what the uploader found."""
-        for number, text in self._watcher.notices(self._noticed):
-            self._noticed = number
+        """Pass on the uploader's notices, and warn of a problem that lasts."""
+        for number, text in self._watcher.notices(self._last_notice):
+            self._last_notice = number
             logger.warning("%s", text)
         problem = self._watcher.problem
         if problem is not None and time.time() > problem.since + WARN_SECONDS:
             self._warn(problem.text)
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "Training goes on, its records wait in the journal: %s. If this process ends "
-                "before they are delivered: tracker sync %s",
-                *(what.rstrip("."), self.journal.folder),
+                "Saved on disk; upload delayed (%s). It continues in the background. "
+                "If this process ends first, finish it with: tracker sync %s",
+                *(reason.rstrip("."), self.journal.folder),
             )

@@ -1,6 +1,6 @@
 """How the journal of this process gets to MLflow: by a second process, in-line, or later.
 
-A process has one journal and one uploader for each folder and store, whatever runs it tracks.
+A process has one journal and one uploader per folder and store, however many runs it tracks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.inline import InlineDelivery
 from tracker.errors import ArgumentError
 from tracker.journal.writer import JournalWriter
-from tracker.store.uri import check, resolve
+from tracker.store.uri import check_uri, resolve
 
 Mode = Literal["process", "inline", "offline"]
 
@@ -32,36 +32,45 @@ class Delivery(Protocol):
         """The URI of the store, resolved."""
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
-        """`run` begins; `abandon` is called at the program's end, unless it was ended before."""
+        """Start to deliver `run`; `abandon` is called at the program's end if it is not ended."""
 
     def deliver(self) -> None:
-        """An epoch has ended: a good moment for who delivers in the training thread."""
+        """Deliver now if the training thread does it: an epoch has ended."""
 
     def flush(self, timeout: float) -> bool:
-        """Whether everything appended so far is delivered, at the latest after `timeout` s."""
+        """Wait for what was appended so far, up to `timeout` s; return whether it is delivered."""
 
     def release(self, run: str, *, wait: bool = True) -> None:
-        """`run` has ended, and its end is appended; `wait` for its delivery up to a deadline."""
+        """Finish `run`, whose end is appended; `wait` for its delivery, up to a deadline."""
 
     def run_id(self, run: str) -> str | None:
-        """MLflow's id of `run`, None while it is not known."""
+        """Return MLflow's id of `run`; None while it is not known."""
 
     def close(self) -> None:
-        """Whoever made this delivery needs it no more."""
+        """Called when the owner no longer needs this delivery."""
 
 
-def delivery(directory: Path, tracking_uri: str | None, mode: Mode) -> Delivery:
-    """The delivery of this process to a store; StoreError where the URI or folder cannot be."""
+def open_delivery(directory: Path, tracking_uri: str | None, mode: Mode) -> Delivery:
+    """Return the delivery of this process to a store.
+
+    Args:
+        directory: The folder of the journals.
+        tracking_uri: By default the one that MLflow itself would use.
+        mode: Deliver by a second process, in the training thread, or only by `tracker sync`.
+
+    Raises:
+        StoreError: The URI or the folder cannot be used.
+    """
     if mode == "inline":
         return InlineDelivery(directory, tracking_uri)
     uri = resolve(tracking_uri)
-    check(uri)
+    check_uri(uri)
     key = (os.getpid(), directory.absolute(), uri, mode)
     with _opening:
         if key not in _open:
             _open[key] = BackgroundDelivery(directory, uri, uploader=mode == "process")
             if len(_open) == 1:
-                atexit.register(_close_all)
+                atexit.register(_close_all, BackgroundDelivery.shut_down)
         return _open[key]
 
 
@@ -69,25 +78,33 @@ _open: dict[tuple[int, Path, str, Mode], BackgroundDelivery] = {}
 _opening = threading.Lock()
 
 
-def _close_all() -> None:
-    for (pid, *_), opened in list(_open.items()):
-        if pid == os.getpid():  # a fork has nothing to say about its parent's runs
-            opened.shut_down()
+def _close_all(close: Callable[[BackgroundDelivery], None]) -> None:
+    for (pid, *_), delivery in list(_open.items()):
+        if pid == os.getpid():  # a fork does not end its parent's runs
+            close(delivery)
     _open.clear()
 
 
-def mode_of(*, inline: bool | None, offline: bool | None) -> Mode:
-    """How to deliver: as the arguments say, else TRACKER_OFFLINE and TRACKER_INLINE.
+def leave_all() -> None:
+    """Close the deliveries of this process without waiting; the uploaders deliver the rest."""
+    _close_all(BackgroundDelivery.leave)
 
-    Raises ArgumentError for both at once, or a variable that is neither true nor false.
+
+def mode_of(*, inline: bool | None, offline: bool | None) -> Mode:
+    """Return how to deliver; None stands for TRACKER_INLINE or TRACKER_OFFLINE.
+
+    An argument comes before the other one's variable.
+
+    Raises:
+        ArgumentError: Both arguments are true, or a variable is neither true nor false.
     """
     if inline and offline:
         raise ArgumentError("inline=True and offline=True exclude each other.")
-    if offline or (offline is None and not inline and _flag("TRACKER_OFFLINE")):
-        return "offline"
-    if inline or (inline is None and not offline and _flag("TRACKER_INLINE")):
-        return "inline"
-    return "process"
+    if offline is None:
+        offline = not inline and _flag("TRACKER_OFFLINE")
+    if inline is None:
+        inline = not offline and _flag("TRACKER_INLINE")
+    return "offline" if offline else "inline" if inline else "process"
 
 
 def _flag(name: str) -> bool:
@@ -97,16 +114,8 @@ def _flag(name: str) -> bool:
     return value in ("1", "true")
 
 
-def leave_all() -> None:
-    """End this process's part, without waiting; the uploaders deliver what is left."""
-    for (pid, *_), opened in list(_open.items()):
-        if pid == os.getpid():
-            opened.leave()
-    _open.clear()
-
-
 class NoDelivery:
-    """For the ranks that do not write: what they log goes nowhere."""
+    """Delivery of the ranks that do not write: what they log is dropped."""
 
     tracking_uri = "none"
 
@@ -115,20 +124,20 @@ class NoDelivery:
         self.journal = JournalWriter(Path(self._folder.name))
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def deliver(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self, timeout: float) -> bool:
-        """Nothing; that is done."""
+        """Return True: nothing is left to deliver."""
         return True
 
     def release(self, run: str, *, wait: bool = True) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def run_id(self, run: str) -> str | None:
-        """None: the run is that of another rank."""
+        """Return None: another rank has the run."""
         return None
 
     def close(self) -> None:

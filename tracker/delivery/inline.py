@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class InlineDelivery:
-    """Delivers from the training thread, when an epoch or a run ends: tests and short scripts.
+    """Delivers from the training thread, when an epoch or a run ends.
 
-    The user's mistakes show when the first run begins. After that a store that cannot be reached
-    never stops training: one warning, and what is undelivered stays in the journal.
+    A wrong tracking URI or experiment is an error when the first run begins. Later a store that
+    cannot be reached never stops training: it causes one warning, and the journal keeps the rest.
     """
 
     def __init__(self, directory: Path, tracking_uri: str | None) -> None:
@@ -39,9 +39,9 @@ class InlineDelivery:
         self._active_runs = ActiveRuns(self.journal)
         self._store: MlflowStore | None = None
         self._uploader: Uploader | None = None
-        self._began = False
+        self._has_begun = False
         self._warned = False
-        self._noticed = 0
+        self._last_notice = 0
 
     @property
     def tracking_uri(self) -> str:
@@ -50,7 +50,7 @@ class InlineDelivery:
 
     def _open(self) -> MlflowStore:
         if self._store is None:
-            from tracker.store.client import MlflowStore  # importing mlflow takes a second
+            from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
             self._store = MlflowStore(self._given_uri)
             self._reader.tracking_uri = public_uri(self._store.tracking_uri)
@@ -60,50 +60,49 @@ class InlineDelivery:
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
         """Deliver the beginning of `run`, so that its id is known.
 
-        Raises StoreError where the store cannot be used, as long as nothing was delivered to it.
+        Raises:
+            StoreError: The store cannot be used, and nothing was delivered to it before.
         """
         try:
             self._drain()
         except StoreError as error:
-            if not self._began and self._reader.run_id(run) is None:
+            if not self._has_begun and self._reader.run_id(run) is None:
                 raise
             self._warn(error)
-        self._began = True
+        self._has_begun = True
         self._active_runs.begin(run, abandon)
         atexit.register(abandon)
 
     def deliver(self) -> None:
-        """Deliver what there is; a failure is a warning."""
+        """Deliver what is pending; a failure is a warning."""
         try:
             self._drain()
         except StoreError as error:
             self._warn(error)
 
     def flush(self, timeout: float) -> bool:
-        """Deliver what there is; whether that worked. The store decides how long it takes."""
+        """Deliver what is pending, for as long as the store takes; return whether it worked."""
         self.deliver()
         return not self._reader.pending()
 
     def _drain(self) -> None:
-        if os.getpid() != self._pid:  # nor is a fork to deliver its parent's run
+        if os.getpid() != self._pid:  # a fork does not deliver its parent's run
             return
         self.journal.flush()
-        store = self._open()
-        if (
-            problem := store.unreachable_reason()
-        ) is not None:  # MLflow's client would try for minutes
-            raise StoreError(f"the server does not answer: {problem}")
+        reason = self._open().unreachable_reason()
+        if reason is not None:  # MLflow's client would try for minutes
+            raise StoreError(f"the server does not answer: {reason}.")
         if self._uploader is not None:
             with _own_randomness():
                 self._uploader.drain()
-        for number, text in self._reader.notices(self._noticed):
-            self._noticed = number
+        for number, text in self._reader.notices(self._last_notice):
+            self._last_notice = number
             logger.warning("%s", text)
 
     def _warn(self, error: StoreError) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("Training goes on, its records wait in the journal: %s", error)
+            logger.warning("Saved on disk; upload failed and will be tried again: %s", error)
 
     def release(self, run: str, *, wait: bool = True) -> None:
         """Deliver the run's end."""
@@ -112,19 +111,19 @@ class InlineDelivery:
         self.deliver()
 
     def run_id(self, run: str) -> str | None:
-        """MLflow's id of `run`."""
+        """Return MLflow's id of `run`."""
         return self._reader.run_id(run)
 
     def close(self) -> None:
-        """Deliver the rest and close the journal; say what is left and how to deliver it."""
+        """Deliver the rest and close the journal; warn of what could not be delivered."""
         self._active_runs.forget()
-        if self._began:
+        if self._has_begun:
             self.deliver()
         self.journal.close()
-        if self._began and (left := self._reader.undelivered_summary()) is not None:
-            logger.warning("%s", left)
-            self._reader.close()
-        elif self.journal.lost:
+        summary = self._reader.undelivered_summary() if self._has_begun else None
+        if summary is not None:
+            logger.warning("%s", summary)
+        if summary is not None or self.journal.lost:
             self._reader.close()
         else:
             self._reader.remove()
@@ -132,7 +131,7 @@ class InlineDelivery:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """MLflow draws its run names from python's generator, which belongs to the training."""
+    """Keep MLflow, which draws run names, from changing Python's generator of the training."""
     state = random.getstate()
     random.seed()
     try:

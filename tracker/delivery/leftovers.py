@@ -1,4 +1,4 @@
-"""Journals that were left behind: what they hold, and delivering them."""
+"""Journals that dead processes left: their state, and their delivery."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _SETTLE_SECONDS = 60.0
 
-State = Literal["in use", "being delivered", "left behind", "unreadable"]
+State = Literal["in use", "uploading", "unfinished", "unreadable"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class JournalStatus:
-    """How a journal stands."""
+    """The state of a journal."""
 
     folder: Path
     state: State
@@ -48,46 +48,42 @@ class SyncResult:
     runs: int
     records: int
     notices: tuple[str, ...]
-    """What was lost on the way, a sentence each."""
+    """What was lost in delivery, a sentence each."""
 
 
 def journals(path: Path) -> list[Path]:
-    """The journals in `path`, oldest first: it is one itself, or the folder where they lie.
+    """Return the journals in a folder, oldest first, or the folder itself if it is a journal.
 
-    Raises StoreError where there is no such folder.
+    Raises:
+        StoreError: `path` is not a folder.
     """
     if not path.is_dir():
-        raise StoreError(f"path={str(path)!r} is not a folder.")
+        raise StoreError(f"{path} is not a folder.")
     if (path / "writer.json").exists() or (path / "journal.sqlite").exists():
         return [path]
     return sorted(file.parent for file in path.glob("[!.]*/journal.sqlite"))
 
 
 def sweep(directory: Path) -> None:
-    """Remove what is left of delivered journals where a process was killed as it removed them."""
+    """Remove the rest of delivered journals whose removal was interrupted."""
     for folder in directory.glob(f".*{DONE}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def journal_status(folder: Path) -> JournalStatus:
-    """How the journal in `folder` stands; changes nothing."""
+    """Return the state of the journal in `folder`; changes nothing."""
     try:
-        alive = writer_lives(folder)
-        if alive and Writer.of(folder).host != Writer.this_process().host:
-            # Its database must not be opened by two hosts.
-            return JournalStatus(
-                folder, "in use", problem=f"by a process on {Writer.of(folder).host}"
-            )
-        with delivery_lock(folder).hold() as taken:
-            delivering = not taken
+        is_alive, writer = writer_lives(folder), Writer.of(folder)
+        if is_alive and writer.host != Writer.this_process().host:
+            # Two hosts must not open one database.
+            return JournalStatus(folder, "in use", problem=f"by a process on {writer.host}")
+        with delivery_lock(folder).hold() as is_free:
+            pass
         with closing(Journal(folder)) as journal:
-            state: State = "left behind"
-            if alive or delivering:
-                state = "in use" if alive else "being delivered"
             problem = journal.problem
             return JournalStatus(
                 folder,
-                state,
+                "in use" if is_alive else "unfinished" if is_free else "uploading",
                 journal.runs(),
                 journal.remaining(),
                 journal.tracking_uri,
@@ -100,32 +96,42 @@ def journal_status(folder: Path) -> JournalStatus:
 def sync(
     folder: Path,
     tracking_uri: str | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> SyncResult:
-    """Deliver the journal in `folder`, of a process that has ended, and remove it.
+    """Deliver the journal of a process that has ended, and remove it.
 
-    It goes where the process would have delivered it, or to `tracking_uri`: needed where that has
-    a password, which a journal does not keep. A run that the process did not live to end becomes
-    FAILED, or KILLED where it was stopped by a signal. It may be stopped at any point, and called
-    again. Raises StoreError where the folder is no journal, its process still runs, somebody else
-    delivers it, or the store cannot be used; what was delivered until then stays delivered.
+    A run that the process did not end becomes FAILED, or KILLED if a signal stopped it. `sync` may
+    be interrupted at any point and repeated.
+
+    Args:
+        folder: The journal.
+        tracking_uri: By default the one that the process had; needed if that has a password, which
+            a journal does not store.
+        on_progress: Called with the number of records after each few of them.
+
+    Raises:
+        StoreError: `folder` is not a journal, its process still runs, another process delivers it,
+            or the store cannot be used. What was delivered before stays delivered.
     """
     if writer_lives(folder):
         writer = Writer.of(folder)
-        raise StoreError(
-            f"path={str(folder)!r} is still written to by process {writer.pid} on {writer.host}."
-        )
+        raise StoreError(f"{folder} is still in use by process {writer.pid} on {writer.host}.")
     with _delivering(folder):
         damage = set_damage_aside(folder)
         with closing(Journal(folder)) as journal:
             from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
-            known = journal.tracking_uri
-            if tracking_uri is None and known is None and damage is not None:
-                raise StoreError(f"{folder} lost where it goes; give --tracking-uri.")
-            if tracking_uri is None and known is not None and MASK in known:
-                raise StoreError(f"{folder} goes to {known}; give --tracking-uri with its secret.")
-            store = MlflowStore(tracking_uri or known)
+            stored_uri = journal.tracking_uri
+            if tracking_uri is None and stored_uri is None and damage is not None:
+                raise StoreError(
+                    f"{folder} is damaged and does not name its store; add --tracking-uri URI."
+                )
+            if tracking_uri is None and stored_uri is not None and MASK in stored_uri:
+                raise StoreError(
+                    f"{folder} belongs to {stored_uri}, whose secret is not stored; "
+                    "add --tracking-uri URI with the secret."
+                )
+            store = MlflowStore(tracking_uri or stored_uri)
             runs = journal.runs()
             close_unended(journal)
             records = Uploader(journal, store, on_progress).drain()
@@ -140,12 +146,18 @@ def sync(
 def deliver_left_behind(
     directory: Path, store: MlflowStore, stop: Callable[[], bool] = never
 ) -> bool:
-    """Deliver the journals in `directory` that dead processes meant for `store`.
+    """Deliver the journals of dead processes for one store, except offline ones.
 
-    Offline runs are left to `tracker sync`. Returns False where `stop` ended it.
+    Args:
+        directory: The folder of the journals.
+        store: The store to deliver to; journals for other stores are left.
+        stop: Asked before each few records whether to stop.
+
+    Returns:
+        Whether all were tried: False if `stop` or a dead server ended it.
     """
     sweep(directory)
-    ours = public_uri(store.tracking_uri)
+    our_uri = public_uri(store.tracking_uri)
     for folder in journals(directory):
         if stop():
             return False
@@ -153,14 +165,14 @@ def deliver_left_behind(
             if (folder / OFFLINE).exists() or writer_lives(folder):
                 continue
             with _delivering(folder), closing(Journal(folder)) as journal:
-                if journal.tracking_uri == ours:
+                if journal.tracking_uri == our_uri:
                     close_unended(journal)
                     Uploader(journal, store).drain(stop)
                     for _, notice in journal.notices():
                         logger.warning("%s: %s", folder, notice)
                     if not journal.pending():
                         journal.remove()
-        except TrackerError as error:  # `tracker sync` says what is wrong with it
+        except TrackerError as error:  # `tracker sync` will report it
             logger.debug("%s: %s", folder, error)
             if store.unreachable_reason() is not None:
                 return False
@@ -168,10 +180,15 @@ def deliver_left_behind(
 
 
 def settle_run(run_id: str, tracking_uri: str | None, directory: Path) -> None:
-    """Have what a dead process left of the run delivered, by us or by its uploader if that lives.
+    """Wait until the journals of dead processes hold nothing of a run, and deliver them.
 
-    Other journals in `directory` are none of its concern. Raises StoreError where a living process
-    still tracks the run.
+    Args:
+        run_id: MLflow's id of the run.
+        tracking_uri: By default the one that MLflow itself would use.
+        directory: The folder of the journals.
+
+    Raises:
+        StoreError: A living process still tracks the run, or its rest cannot be delivered.
     """
     if not directory.is_dir():
         return
@@ -181,29 +198,32 @@ def settle_run(run_id: str, tracking_uri: str | None, directory: Path) -> None:
     until = time.monotonic() + _SETTLE_SECONDS
     while True:
         deliver_left_behind(directory, store)
-        left = [folder for folder in journals(directory) if _is_left(folder, run_id)]
+        left = [folder for folder in journals(directory) if _holds_rest_of(folder, run_id)]
         if not left:
             return
         if time.monotonic() > until:
-            raise StoreError(f"{left[0]} holds what is left of run_id={run_id!r}: tracker sync.")
+            raise StoreError(
+                f"The upload of run_id={run_id!r} is unfinished. "
+                f"Finish it with: tracker sync {left[0]}"
+            )
         time.sleep(0.2)
 
 
-def _is_left(folder: Path, run_id: str) -> bool:
-    """Whether a dead process left records of the run; StoreError where a living one tracks it."""
+def _holds_rest_of(folder: Path, run_id: str) -> bool:
+    """Return whether a dead process left records of the run; StoreError if it is alive."""
     try:
-        writer, lives = Writer.of(folder), writer_lives(folder)
-        if lives and writer.host != Writer.this_process().host:
-            return False  # not to be opened by two hosts; MLflow says whether the run is RUNNING
+        writer, is_alive = Writer.of(folder), writer_lives(folder)
+        if is_alive and writer.host != Writer.this_process().host:
+            return False  # two hosts must not open it; MLflow knows whether the run is RUNNING
         with closing(Journal(folder)) as journal:
-            if not lives:
+            if not is_alive:
                 return journal.holds(run_id)
-            tracked = journal.holds(run_id, unended=True)
-    except StoreError as error:  # gone by now, or for `tracker sync` to say what is wrong with it
+            is_tracked = journal.holds(run_id, unended=True)
+    except StoreError as error:  # removed meanwhile, or unreadable, which `tracker sync` reports
         logger.debug("%s", error)
         return False
-    if tracked:
-        raise StoreError(f"run_id={run_id!r} still goes on, in process {writer.pid}.")
+    if is_tracked:
+        raise StoreError(f"run_id={run_id!r} is still running, in process {writer.pid}.")
     return False
 
 
@@ -211,5 +231,5 @@ def _is_left(folder: Path, run_id: str) -> bool:
 def _delivering(folder: Path) -> Iterator[None]:
     with delivery_lock(folder).hold() as taken:
         if not taken:
-            raise StoreError(f"path={str(folder)!r} is being delivered by another process.")
+            raise StoreError(f"{folder} is being uploaded by another process.")
         yield

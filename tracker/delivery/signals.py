@@ -1,4 +1,4 @@
-"""SIGTERM: said in the journals before the process dies of it, as it would have without us."""
+"""SIGTERM: recorded in the journals before the process dies of it as usual."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def on_termination(listener: Callable[[str], None]) -> Callable[[], None] | None:
-    """Have `listener` called with the signal's name when this process is told to end.
+    """Call `listener` with the signal's name when this process receives SIGTERM.
 
-    Nothing is done where the program has a handler of its own, or outside the main thread: what
-    becomes of the signal is then the program's to say. Returns what takes the listener back, None
-    where nothing was done.
+    A handler of the program itself is left alone, and handlers can only be set in the main thread.
+
+    Returns:
+        A function that removes the listener; None if it could not be added.
     """
     if signal.getsignal(signal.SIGTERM) is not _terminated:
-        elsewhere = threading.current_thread() is not threading.main_thread()
-        if elsewhere or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return None
         signal.signal(signal.SIGTERM, _terminated)
     _listeners.append(listener)
@@ -34,17 +34,21 @@ def on_termination(listener: Callable[[str], None]) -> Callable[[], None] | None
     def forget() -> None:
         if listener in _listeners:
             _listeners.remove(listener)
-        main = threading.current_thread() is threading.main_thread()
-        if main and not _listeners and signal.getsignal(signal.SIGTERM) is _terminated:
+        is_ours = signal.getsignal(signal.SIGTERM) is _terminated
+        if _in_main_thread() and not _listeners and is_ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return forget
 
 
 def is_default(number: signal.Signals) -> bool:
-    """Whether nothing but python or this module handles a signal."""
+    """Return whether a signal has no handler but Python's or this module's."""
     ours = (signal.SIG_DFL, signal.default_int_handler, _terminated)
     return signal.getsignal(number) in ours
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -55,21 +59,22 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 class ActiveRuns:
-    """The runs of a journal that go on: it is told of each when SIGTERM comes."""
+    """The active runs of a journal, in each of which a SIGTERM is recorded."""
 
     def __init__(self, journal: JournalWriter) -> None:
         self._journal = journal
         self.runs: dict[str, Callable[[], None]] = {}
+        """What ends each run at the program's end, by the run's key."""
         self._forget: Callable[[], None] | None = None
 
     def begin(self, run: str, abandon: Callable[[], None]) -> None:
-        """A run goes on; `abandon` is called at the program's end, unless it was ended before."""
+        """Add a run; `abandon` ends it at the program's end."""
         self.runs[run] = abandon
-        if self._forget is None:  # perhaps tried before, in a thread
+        if self._forget is None:  # an earlier attempt in a thread may have failed
             self._forget = on_termination(self._tell)
 
     def forget(self) -> None:
-        """Nothing is to be told any more."""
+        """Stop listening for SIGTERM."""
         if self._forget is not None:
             self._forget()
             self._forget = None

@@ -45,7 +45,7 @@ class Uploader:
         self,
         journal: Journal,
         store: MlflowStore,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> None:
         """Create an uploader.
 
@@ -92,8 +92,6 @@ class Uploader:
     def _send(self, group: list[Entry]) -> None:
         first = group[0]
         in_doubt = self._journal.sending(group[-1].seq)
-        if in_doubt:
-            self._store.mend(self._journal.run_ids())
         try:
             self._deliver(group, in_doubt)
         except RefusedError as error:
@@ -227,7 +225,7 @@ class Uploader:
             self._store.log_artifact(run_id, path, folder)
         else:
             key = f"{entry.run}-{entry.seq}"
-            self._store.log_model(run_id, path, record.name, record.step, key, in_doubt=in_doubt)
+            self._store.models.log(run_id, path, record.name, record.step, key, in_doubt=in_doubt)
 
     def _log_tables(self, run: str, run_id: str) -> None:
         self._draw_page(run, run_id)

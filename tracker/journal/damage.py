@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
@@ -57,26 +58,32 @@ def _problem(folder: Path) -> str | None:
     try:
         with closing(database.connect(folder)) as db:
             (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            db.execute("SELECT 1 FROM records, runs, notices, progress LIMIT 1")
+            if result != "ok":
+                return " ".join(str(result).split())
+            db.execute("SELECT 1 FROM runs, notices, progress")
+            for seq, body in db.execute("SELECT seq, CAST(body AS BLOB) FROM records"):
+                try:
+                    json.loads(body)
+                except (TypeError, ValueError, RecursionError):
+                    return f"record {seq} is not JSON"
     except sqlite3.OperationalError as error:  # locked or read-only is not damaged
         return str(error) if error.sqlite_errorcode in _MISSING else None
     except sqlite3.DatabaseError as error:
         return str(error)
-    return None if result == "ok" else " ".join(result.split())
+    return None
 
 
 def _copy_readable(folder: Path, readable: Path) -> None:
     with (
-        closing(database.connect(folder)) as old,
+        closing(database.connect(folder, is_damaged=True)) as old,
         closing(sqlite3.connect(readable)) as new,
     ):
-        old.execute("PRAGMA writable_schema = ON")  # or SQLite refuses a file that was cut off
         new.execute("DELETE FROM progress")
         for table in ("records", "runs", "notices", "progress"):
             try:
                 for row in old.execute(f"SELECT * FROM {table} ORDER BY rowid"):
                     marks = ", ".join("?" * len(row))
-                    new.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)
+                    new.execute(f"INSERT INTO {table} VALUES ({marks})", row)
             except sqlite3.DatabaseError as error:
                 logger.debug("%s of %s: %s", table, folder, error)
         (last,) = new.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()

@@ -56,8 +56,12 @@ def format_of(folder: Path) -> int | None:
     return int(version) if application == _APPLICATION else None
 
 
-def connect(folder: Path) -> sqlite3.Connection:
+def connect(folder: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
     """Open the database of the journal in `folder`.
+
+    Args:
+        folder: The folder of the journal.
+        is_damaged: Open the file though parts of it are missing.
 
     Raises:
         sqlite3.Error: It does not exist, or cannot be opened.
@@ -68,6 +72,8 @@ def connect(folder: Path) -> sqlite3.Connection:
         timeout=_BUSY_SECONDS,
         check_same_thread=False,
     )
+    if is_damaged:
+        db.execute("PRAGMA writable_schema = ON")  # must be first
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode, safe when a process dies
     db.text_factory = lambda text: text.decode(errors="replace")  # damaged letters fail no query
     return db

@@ -83,7 +83,10 @@ class Journal:
 
     def _read_integer(self, query: str, *values: Any) -> int:
         (number,) = self._read_one(query, *values)
-        return int(number)
+        try:
+            return int(number)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"The journal {self.folder} cannot be used: {error}.") from error
 
     def _change(self, query: str, *values: Any) -> None:
         with self._lock, self._translated(), self._db:
@@ -95,8 +98,8 @@ class Journal:
         """Return the first `limit` entries that are not marked delivered, in order."""
         rows = self._read(
             "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records"
-            " WHERE seq > (SELECT delivered FROM progress) ORDER BY seq LIMIT ?",
-            limit,
+            " WHERE seq > ? ORDER BY seq LIMIT ?",
+            *(self.delivered, limit),
         )
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
@@ -213,10 +216,6 @@ class Journal:
         rows = self._read("SELECT run_id FROM runs WHERE run = ?", run)
         return str(rows[0][0]) if rows else None
 
-    def run_ids(self) -> list[str]:
-        """Return the MLflow ids of all runs of which they are known."""
-        return [run_id for (run_id,) in self._read("SELECT run_id FROM runs") if run_id]
-
     def holds(self, run_id: str, *, unended: bool = False) -> bool:
         """Return whether an MLflow run is tracked here; with `unended`, and has not ended."""
         runs = {run for (run,) in self._read("SELECT run FROM runs WHERE run_id = ?", run_id)}
@@ -256,13 +255,15 @@ class Journal:
         return [(int(number), str(text)) for number, text in rows]
 
     def undelivered_summary(self) -> str | None:
-        """Return a sentence on what is not delivered, and how to deliver it; None if all is."""
+        """Return a message that says what is undelivered and how to deliver it; None if all is."""
         if not (records := self.remaining()):
             return None
-        problem = self.problem
-        why = f" ({problem.text.rstrip('.')})" if problem else ""
-        subject = f"{records} records are" if records > 1 else "1 record is"
-        return f"{subject} not delivered; deliver them: tracker sync {self.folder}{why}"
+        what = f"{records} record{'' if records == 1 else 's'}"
+        reason = f": {self.problem.text.rstrip('.')}" if self.problem else ""
+        return (
+            f"Saved on disk; upload unfinished ({what}{reason}). "
+            f"Finish it with: tracker sync {self.folder}"
+        )
 
     def close(self) -> None:
         """Close the database; the journal stays."""

@@ -62,7 +62,7 @@ class Interrupts:
         self.count += 1
         self.name = signal.Signals(number).name
         if self.count == 1:
-            self._say("Stopping after the running trials; press Ctrl-C again to stop at once.")
+            self._say("Interrupting the running trials; press Ctrl-C again to stop at once.")
         if self.count > 1 or (self._in_objective and not self._shielded):
             raise KeyboardInterrupt(self.name)
 

@@ -32,8 +32,7 @@ from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
 from tracker.search.tables import rows, saved
 from tracker.store.client import MlflowStore
-from tracker.store.runs import MirroredRun as RunSnapshot
-from tracker.store.runs import StudyRuns
+from tracker.store.runs import RunSnapshot, read_run, runs_by_tag_prefix
 from tracker.validation import RUN_TAG
 from tracker.views.files import csv_text, json_text
 
@@ -135,7 +134,7 @@ class Mirror:
                 waiting.append(key)
         ids = self._deliver(entries)
         for key in waiting:
-            StudyRuns(self._store).set_status(ids[key], "SCHEDULED", None)
+            self._store.set_status(ids[key], "SCHEDULED")
 
     def _deliver(self, entries: Sequence[Entry]) -> dict[str, str]:
         """Write records to a journal and deliver it; return MLflow's ids of the runs by key.
@@ -169,8 +168,8 @@ class Mirror:
             models = set(run.models) - self._deleted
             if not models or run.status == "RUNNING":  # its model may be in upload
                 continue
-            if not StudyRuns(self._store).is_registered(run.run_id):
-                self.written += sum(map(StudyRuns(self._store).delete_model, models))
+            if not self._store.models.is_registered(run.run_id):
+                self.written += sum(map(self._store.models.delete, models))
                 self._deleted |= models
 
     def _register(self, trials: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]) -> None:
@@ -186,7 +185,7 @@ class Mirror:
         }
         try:
             with self._lock():
-                self.written += StudyRuns(self._store).register(
+                self.written += self._store.models.register(
                     study.register, study.alias, run.models[-1], run.run_id, tags
                 )
         except StoreError as error:
@@ -287,11 +286,11 @@ class Mirror:
     def _parent(self) -> RunSnapshot | None:
         if self.run_id is None:
             self.run_id = self._store.find_run(self._study.key)
-        return None if self.run_id is None else StudyRuns(self._store).run(self.run_id)
+        return None if self.run_id is None else read_run(self._store, self.run_id)
 
     def _runs(self) -> dict[str, RunSnapshot]:
         """Return the runs of the trials by key; their parent may be another one, or deleted."""
-        return StudyRuns(self._store).children(self._study.key)
+        return runs_by_tag_prefix(self._store, RUN_TAG, f"{self._study.key}-")
 
     def _key(self, trial: FrozenTrial) -> str:
         return f"{self._study.key}-{trial.number}"

@@ -14,7 +14,7 @@ from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
 from tracker.search.record import Record as Study
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Status
-from tracker.store.runs import MirroredRun as RunSnapshot
+from tracker.store.runs import RunSnapshot
 from tracker.validation import RUN_TAG
 
 PARENT = "mlflow.parentRunId"

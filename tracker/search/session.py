@@ -54,6 +54,12 @@ class _Running:
     reports: deque[tuple[int, float]] = field(default_factory=deque)
     """Steps and values that are not stored yet."""
 
+    def write_reports(self) -> None:
+        while self.reports:
+            step, value = self.reports[0]
+            self.trial.report(value, step)
+            self.reports.popleft()
+
 
 class Search:
     """Takes part in a study until it is done. Only `beat` may be called from another thread."""
@@ -283,21 +289,18 @@ class Search:
         """Store pending reports; return whether none is left."""
         if time.monotonic() < self._hold_until:
             return False
-        while running.reports:
-            step, value = running.reports[0]
-            try:
-                running.trial.report(value, step)
-            except UpdateFinishedTrialError as error:
-                raise self._abandoned(running.task.number) from error
-            except Exception as error:
-                if not self.storage.unreachable(error):
-                    running.reports.popleft()  # or `finish` would fail on it again
-                    raise
-                logger.debug("A report is pending: %s", error)
-                self._hold_until = time.monotonic() + _HOLD_SECONDS
-                self._leases.forget()
-                return False
-            running.reports.popleft()
+        try:
+            running.write_reports()
+        except UpdateFinishedTrialError as error:
+            raise self._abandoned(running.task.number) from error
+        except Exception as error:
+            if not self.storage.unreachable(error):
+                running.reports.popleft()  # or `finish` would fail on it again
+                raise
+            logger.debug("A report is pending: %s", error)
+            self._hold_until = time.monotonic() + _HOLD_SECONDS
+            self._leases.forget()
+            return False
         return True
 
     def finish(self, number: int, ended: Ended) -> Verdict:
@@ -329,10 +332,7 @@ class Search:
         frozen = self._optuna.get_trial(trial_id)
         if frozen.state.is_finished():  # an earlier request was executed, but its answer was lost
             return frozen.user_attrs.get(SEARCH) == self.id and frozen.state.name == ended.state
-        while running.reports:
-            step, value = running.reports[0]
-            running.trial.report(value, step)
-            running.reports.popleft()
+        running.write_reports()
         if ended.state == "FAIL":
             store_failure(self._optuna, trial_id, ended)
         else:

@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 
 from tracker.capture.provenance import environment_tags
-from tracker.delivery.base import delivery, mode_of
+from tracker.delivery.base import mode_of, open_delivery
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
@@ -50,7 +50,7 @@ from tracker.search.session import Search
 from tracker.search.storage import Storage
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
-from tracker.store.uri import check, resolve
+from tracker.store.uri import check_uri, resolve
 from tracker.validation import DIRECTORY
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Study:
         if workers > 1:
             check_picklable(self._objective)
         uri = resolve(self._tracking_uri)
-        check(uri)
+        check_uri(uri)
         config = replace(self._config, tracking_uri=public_uri(uri))
         imported = [source.trials(config) for source in self._sources]
         storage = Storage(self._storage_url)
@@ -261,10 +261,10 @@ class Study:
             raise StoreError(
                 f"study={record.name!r} has no trial {number}; it has 0 to {len(trials) - 1}."
             )
-        runs = delivery(self._directory, self._tracking_uri, self._mode)
+        delivery = open_delivery(self._directory, self._tracking_uri, self._mode)
         try:
-            return replay(trials[number], self._spec(record, environment_tags()), runs).values
+            return replay(trials[number], self._spec(record, environment_tags()), delivery).values
         finally:
             storage.close()
             if self._mode == "inline":
-                runs.close()
+                delivery.close()

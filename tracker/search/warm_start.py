@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from tracker.search.plan import SOURCE
 from tracker.search.record import Record
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
-from tracker.store.uri import check_there, resolve
+from tracker.store.uri import check_exists, resolve
 
 
 class Source(Protocol):
@@ -84,14 +85,14 @@ class FromRuns:
     def trials(self, config: StudyConfig) -> list[FrozenTrial]:
         """Return the runs that have the metric, and params in the space."""
         from tracker.store.client import MlflowStore  # importing mlflow takes seconds
-        from tracker.store.runs import StudyRuns
+        from tracker.store.runs import finished_runs
 
         if config.is_multi_objective:
             raise ArgumentError("warm_start_from_runs takes one objective.")
-        check_there(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
+        check_exists(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
         filter_ = _Filter(config)
         fitting = []
-        for run in StudyRuns(MlflowStore(self.tracking_uri)).finished(self.experiment):
+        for run in finished_runs(MlflowStore(self.tracking_uri), self.experiment):
             is_copy = {"tracker.source", "tracker.replays"} & run.tags.keys()
             if is_copy or run.tags.get("tracker.study") == config.name:
                 continue
@@ -100,7 +101,8 @@ class FromRuns:
                 for name, distribution in filter_.distributions.items()
                 for value in _parsed(distribution, run.params.get(name))
             }
-            if self.metric in run.metrics and filter_.accepts(params):
+            has_value = not math.isnan(run.metrics.get(self.metric, math.nan))
+            if has_value and filter_.accepts(params):
                 values, source = [run.metrics[self.metric]], f"run {run.run_id}"
                 fitting.append(_new_trial(params, filter_.distributions, values, source))
         return _not_empty(fitting, f"experiment={self.experiment!r}")

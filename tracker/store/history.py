@@ -1,4 +1,4 @@
-"""What a run that is to be continued has in MLflow: its checkpoint, and what it has logged."""
+"""What resume reads from MLflow: the last checkpoint of a run, and what the run has logged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-"""The folder of the run's artifacts with a checkpoint a folder, named after its step."""
+"""The folder of a run's artifacts that holds one folder per checkpoint, named after its step."""
 
 
 @dataclass(frozen=True)
@@ -29,44 +29,53 @@ class ResumeState:
     run_id: str
     params: Mapping[str, str]
     last_steps: Mapping[str, int]
-    """The last step of each metric: up to there a continued run logs it no more."""
+    """The last step of each metric: a continued run does not log it again up to there."""
     samples: int
-    """Samples of the system's metrics that there are."""
+    """The number of samples of the system metrics."""
     rows: list[dict[str, Any]]
     """The rows of `epochs.json` up to the checkpoint."""
-    histograms: list[dict[str, Any]]
+    histograms: list[Mapping[str, Any]]
     """The histograms' records up to the checkpoint."""
     kept: Mapping[int, Mapping[str, float]]
-    """The checkpoints that there are, by step, with their metrics."""
+    """The metrics of each checkpoint, by step."""
     checkpoint: Checkpoint | None
-    """The last one; None where there is none, and training begins anew."""
+    """The last checkpoint; None if there is none, and training begins anew."""
 
 
 def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
-    """Read what is needed to continue `run_id`.
+    """Read what is needed to continue a run.
 
-    Raises StoreError where there is no such run, or its process may still live.
+    Args:
+        run_id: MLflow's id of the run.
+        tracking_uri: By default the one that MLflow itself would use.
+
+    Raises:
+        StoreError: The run does not exist, or its process may still be running.
     """
     from tracker.store.client import MlflowStore  # importing mlflow takes seconds
+    from tracker.store.runs import read_run
 
     store = MlflowStore(tracking_uri)
-    past = store.past(run_id)
-    if past.status == "RUNNING":
+    run = read_run(store, run_id)
+    if run.status == "RUNNING":
         raise StoreError(
-            f"run_id={run_id!r} is RUNNING: end its process, then deliver its journal with "
-            "`tracker sync`, wherever that lies (or, if it is gone for good, set the run's status "
-            "with MlflowClient().set_terminated(run_id, 'FAILED'))."
+            f"run_id={run_id!r} is RUNNING. End its process, then upload its journal with "
+            "`tracker sync`. If the journal is lost, set the run's status with "
+            "MlflowClient().set_terminated(run_id, 'FAILED')."
         )
-    with tempfile.TemporaryDirectory(prefix="tracker-resume-") as place:
-        kept, checkpoint = _checkpoints(store, run_id, Path(place))
+    last_steps = store.last_steps(run_id)
+    with tempfile.TemporaryDirectory(prefix="tracker-resume-") as folder:
+        kept, checkpoint = _checkpoints(store, run_id, Path(folder))
         epochs = checkpoint.epoch if checkpoint else 0
-        rows = [row for row in _rows(store, run_id, Path(place)) if row["epoch"] <= epochs]
-        histograms = _histograms(store, run_id, Path(place), epochs)
+        rows = [row for row in _rows(store, run_id, Path(folder)) if row["epoch"] <= epochs]
+    histograms: list[Mapping[str, Any]] = []
+    if "histograms" in store.artifacts(run_id):
+        histograms = [r for r in load_histogram_records(store, run_id) if r["step"] <= epochs]
     return ResumeState(
         run_id=run_id,
-        params=past.params,
-        last_steps=past.last_steps,
-        samples=1 + past.last_steps.get("system/cpu_utilization_percentage", -1),
+        params=run.params,
+        last_steps=last_steps,
+        samples=1 + last_steps.get("system/cpu_utilization_percentage", -1),
         rows=rows,
         histograms=histograms,
         kept=kept,
@@ -75,44 +84,38 @@ def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
 
 
 def _checkpoints(
-    store: MlflowStore, run_id: str, place: Path
+    store: MlflowStore, run_id: str, folder: Path
 ) -> tuple[dict[int, Mapping[str, float]], Checkpoint | None]:
-    """The checkpoints' metrics by step, and the last that is whole."""
-    steps = sorted(
-        int(name)
-        for path in store.artifacts(run_id, CHECKPOINTS)
-        if (name := path.rpartition("/")[2]).isdecimal()
-    )
+    """Return the checkpoints' metrics by step, and the last complete checkpoint."""
+    names = (path.rpartition("/")[2] for path in store.artifacts(run_id, CHECKPOINTS))
     kept: dict[int, Mapping[str, float]] = {}
     last = None
-    for step in reversed(steps):
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
         path = f"{CHECKPOINTS}/{step:08d}"
         try:
             if last is None:
-                last = load_checkpoint(store.download(run_id, path, place))
+                last = load_checkpoint(store.download(run_id, path, folder))
                 kept[step] = last.metrics
             else:
-                kept[step] = load_metrics(store.download(run_id, f"{path}/state.json", place))
-        except StoreError as error:  # its upload was cut off
+                kept[step] = load_metrics(store.download(run_id, f"{path}/state.json", folder))
+        except StoreError as error:  # its upload was interrupted
             logger.warning("Checkpoint %d is not used: %s", step, error)
     return kept, last
 
 
-def _rows(store: MlflowStore, run_id: str, place: Path) -> list[dict[str, Any]]:
+def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]:
     if "epochs.json" not in store.artifacts(run_id):
         return []
-    text = store.download(run_id, "epochs.json", place).read_text(encoding="utf-8")
-    # Text is what JSON has no number for: NaN, Infinity.
+    text = store.download(run_id, "epochs.json", folder).read_text(encoding="utf-8")
+    # A text is a number that JSON does not have: NaN, Infinity.
     return [
         {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
         for row in json.loads(text)
     ]
 
 
-def _histograms(store: MlflowStore, run_id: str, place: Path, epochs: int) -> list[dict[str, Any]]:
-    if not (paths := store.artifacts(run_id, "histograms")):
-        return []
-    folder = store.download(run_id, "histograms", place)
-    names = [path.rpartition("/")[2] for path in paths]
-    records = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
-    return [record for record in records if record["step"] <= epochs]
+def load_histogram_records(store: MlflowStore, run_id: str) -> list[Mapping[str, Any]]:
+    """Read the histograms of a run as they were logged, by step; StoreError if it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = store.download(run_id, "histograms", Path(folder))
+        return [json.loads(file.read_text("utf-8")) for file in sorted(files.glob("*.json"))]

@@ -1,4 +1,4 @@
-"""Tracking URIs: which one is meant, and what is wrong with it: MLflow's rules, without MLflow."""
+"""Tracking URIs: MLflow's rules for them, without importing MLflow."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from tracker.errors import StoreError
 from tracker.redaction import public_uri
 
 ANSWER_SECONDS = 3.0
-"""A server that does not answer a health check by then counts as down."""
+"""A server that does not answer a health check within this time counts as down."""
 
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")  # mlflow.store.db.db_types, 3.17
 _OTHERS = ("http", "https", "file", "databricks", "databricks-uc", "uc")
 
 
 def resolve(uri: str | None) -> str:
-    """`uri`, or the one that MLflow itself would use, with relative paths made absolute.
+    """Return a tracking URI with its relative path made absolute.
 
-    A program may change its directory, and another process deliver what it tracked.
+    A program may change its directory, and another process may deliver what it tracked.
+
+    Args:
+        uri: The URI; None stands for the one that MLflow itself would use.
     """
     if uri is None:
         mlflow = sys.modules.get("mlflow.tracking")  # the program may have set it there
@@ -42,7 +45,7 @@ def resolve(uri: str | None) -> str:
 
 
 def _mlflow_default() -> str:
-    """mlflow.get_tracking_uri() of 3.17, without the seconds that importing it takes."""
+    """`mlflow.get_tracking_uri()` of 3.17, without the seconds that importing it takes."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     if any(Path("mlruns").glob("[0-9]*/meta.yaml")):
@@ -50,8 +53,11 @@ def _mlflow_default() -> str:
     return "sqlite:///mlflow.db"
 
 
-def check(uri: str) -> None:
-    """Raise StoreError, in one sentence, where `uri` cannot be meant; asks no server."""
+def check_uri(uri: str) -> None:
+    """Raise StoreError if MLflow cannot open `uri`, as far as this machine knows.
+
+    No server is asked.
+    """
     problem = None
     scheme = uri.partition(":")[0].partition("+")[0]
     if is_http(uri):
@@ -60,67 +66,74 @@ def check(uri: str) -> None:
         except ValueError as error:
             problem = str(error)
     elif uri.startswith("sqlite:"):
-        problem = _why_not_sqlite(local_path(uri))
+        problem = _sqlite_problem(local_path(uri))
     elif is_file_store(uri):
-        problem = _why_not_writable(local_path(uri), folder=True)
+        problem = _write_problem(local_path(uri), folder=True)
     elif scheme not in (*_DATABASES, *_OTHERS) and uri not in _OTHERS:
-        others = entry_points(group="mlflow.tracking_store").names
-        if scheme not in others:
-            problem = f"MLflow knows {', '.join(sorted({*_DATABASES, *_OTHERS, *others}))}"
+        plugins = entry_points(group="mlflow.tracking_store").names
+        if scheme not in plugins:
+            schemes = ", ".join(sorted({*_DATABASES, *_OTHERS, *plugins}))
+            problem = f"its scheme must be one of {schemes}"
     if problem is not None:
         raise StoreError(f"tracking_uri={public_uri(uri)!r} cannot be opened: {problem}.")
 
 
-def check_there(uri: str, wanted: str) -> None:
-    """Raise StoreError where the file or folder of `uri`, which has `wanted`, does not exist.
+def check_exists(uri: str, wanted: str) -> None:
+    """Raise StoreError if the file or folder of a local store does not exist.
 
-    MLflow would make an empty store there, and find nothing in it.
+    MLflow would create an empty store there and search that.
+
+    Args:
+        uri: A resolved tracking URI.
+        wanted: What the store should hold, for the message.
     """
     is_sqlite = uri.startswith("sqlite:") and ":memory:" not in uri
     if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():
         raise StoreError(
-            f"tracking_uri={public_uri(uri)!r} does not exist, and so has not {wanted}."
+            f"tracking_uri={public_uri(uri)!r} does not exist, so it does not have {wanted}."
         )
 
 
 def is_http(uri: str) -> bool:
-    """Whether a server is at `uri`."""
+    """Return whether `uri` is a server's."""
     return uri.startswith(("http://", "https://"))
 
 
 def is_file_store(uri: str) -> bool:
-    """Whether `uri` is a folder of MLflow's file store."""
+    """Return whether `uri` is a folder of MLflow's file store."""
     return uri.startswith("file:") or (":" not in uri and uri not in _OTHERS)
 
 
 def local_path(uri: str) -> Path:
-    """The file or folder of a `sqlite:` or `file:` URI, relative where that is."""
+    """Return the path in a `sqlite:` or `file:` URI, relative if it is relative there."""
     path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path)
     # sqlite:///relative.db and sqlite:////absolute.db; file:///absolute and file:relative
     return Path(path.removeprefix("/") if uri.startswith("sqlite:") else path)
 
 
 def unreachable_reason(uri: str) -> str | None:
-    """Why the server at `uri` does not answer; None if it does, with whatever answer."""
+    """Return why the server at `uri` does not answer; None if it answers anything."""
     try:
         parts = urllib.parse.urlsplit(uri)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()
-        return f"answers {error.code}" if error.code >= 500 else None
+        return f"it answers {error.code}" if error.code >= 500 else None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        # It answers; whether its certificate will do is MLflow's to say, by its own settings.
+        # It answers. Whether its certificate is valid depends on MLflow's own settings.
         return None if isinstance(reason, ssl.SSLError) else str(reason) or type(reason).__name__
     return None
 
 
-def _why_not_writable(path: Path, *, folder: bool) -> str | None:
+def _write_problem(path: Path, *, folder: bool) -> str | None:
+    """Return why a file or folder cannot be written or created at `path`."""
     for place in (path, *path.absolute().parents):
         if place.exists():
-            if place.is_dir() != (folder or place != path):
-                return f"{place} is {'not ' if folder or place != path else ''}a folder"
+            wants_folder = folder or place != path
+            if place.is_dir() != wants_folder:
+                return f"{place} is {'not ' if wants_folder else ''}a folder"
             return None if _is_writable(place) else f"{place} is not writable"
     return None
 
@@ -135,11 +148,11 @@ def _is_writable(place: Path) -> bool:
         return False
 
 
-def _why_not_sqlite(path: Path) -> str | None:
-    if problem := _why_not_writable(path, folder=False):
+def _sqlite_problem(path: Path) -> str | None:
+    if problem := _write_problem(path, folder=False):
         return problem
     if path.exists():
-        # Through SQLite: opened and closed by others, a file loses the locks of this process on it.
+        # Through SQLite: closing the file otherwise would drop this process's locks on it.
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
             with closing(sqlite3.connect(uri, uri=True)) as db:

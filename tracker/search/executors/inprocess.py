@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from tracker.delivery.base import delivery
+from tracker.delivery.base import open_delivery
 from tracker.search.channel import Channel
 from tracker.search.executors.base import TrialSpec
 from tracker.search.interrupts import Interrupts
@@ -25,7 +25,7 @@ class InProcessExecutor:
 
     def __init__(self, spec: TrialSpec) -> None:
         self._spec = spec
-        self._delivery = delivery(spec.directory, spec.tracking_uri, spec.mode)
+        self._delivery = open_delivery(spec.directory, spec.tracking_uri, spec.mode)
 
     def run(self, search: Search, interrupts: Interrupts) -> None:
         """Run trials until the study is done, or interrupted."""

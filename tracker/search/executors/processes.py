@@ -349,7 +349,7 @@ def work(connection: Connection, spec: TrialSpec, threads: int) -> None:
     """
     import torch
 
-    from tracker.delivery.base import delivery, leave_all
+    from tracker.delivery.base import leave_all, open_delivery
     from tracker.search.trial import run_trial
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search decides what ends
@@ -358,16 +358,16 @@ def work(connection: Connection, spec: TrialSpec, threads: int) -> None:
     signal.signal(signal.SIGTERM, channel.interrupt)
     torch.set_num_threads(threads)
     threading.Thread(target=_send_life_signs, args=(channel,), name="alive", daemon=True).start()
-    code, runs = 0, None
+    code, delivery = 0, None
     try:
-        runs = delivery(spec.directory, spec.tracking_uri, spec.mode)
+        delivery = open_delivery(spec.directory, spec.tracking_uri, spec.mode)
         while True:
             channel.unshield()
             channel.send("next")
             kind, *task = channel.receive()
             if kind != "run":
                 break
-            run_trial(task[0], spec, channel, runs)
+            run_trial(task[0], spec, channel, delivery)
     except KeyboardInterrupt:
         code = 128 + signal.SIGTERM
     except TrackerError as error:
@@ -375,8 +375,8 @@ def work(connection: Connection, spec: TrialSpec, threads: int) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_all()
-        if runs is not None and spec.mode == "inline":
-            runs.close()
+        if delivery is not None and spec.mode == "inline":
+            delivery.close()
     sys.exit(code)
 
 

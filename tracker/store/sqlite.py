@@ -1,0 +1,46 @@
+"""SQLite files as tracking stores: created once, with their artifacts beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from tracker.store.uri import local_path
+
+
+def create_sqlite(uri: str) -> None:
+    """Create the store at a `sqlite:` URI, unless the file exists.
+
+    Two processes that migrate one fresh file break it for good: each creates its own, and the
+    first to be ready is linked into place.
+    """
+    path = local_path(uri)
+    if path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        SqlAlchemyStore(f"sqlite:///{fresh}", str(_artifacts(uri))).engine.dispose()
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links; the moment between is short
+            if not path.exists():
+                fresh.rename(path)
+
+
+def artifacts_uri(uri: str, experiment: str) -> str:
+    """Return the URI of an experiment's artifacts, in a folder beside the store's file.
+
+    MLflow would use `mlruns` below the current directory.
+    """
+    return (_artifacts(uri) / re.sub(r"[^\w.\-]", "_", experiment)).as_uri()
+
+
+def _artifacts(uri: str) -> Path:
+    return local_path(uri).absolute().parent / "mlruns"
