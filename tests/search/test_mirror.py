@@ -26,6 +26,7 @@ from torch import nn
 from tests.helpers import Store
 from tracker import StoreError, Study, Trial
 from tracker.cli import main
+from tracker.delivery.base import leave_all
 from tracker.search.cli import mirror_study
 from tracker.search.keeper import KeeperConfig, KeeperProcess, MirrorService
 from tracker.search.mirror import Mirror
@@ -183,6 +184,12 @@ def test_a_file_that_cannot_be_written_does_not_hold_back_the_rest(
 # -- mirrors beside other deliveries -----------------------------------------------------------
 
 
+def run_offline(objective: Callable[[Trial], Any]) -> None:
+    """Run the study, and leave the journal of its trials to `tracker sync`."""
+    make(objective, offline=True).run()
+    leave_all()
+
+
 def delivered() -> None:
     assert main(["sync"]) == 0
 
@@ -199,7 +206,7 @@ def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
         trial.report(7.0, 3)
         return plain(trial)
 
-    make(objective, offline=True).run()
+    run_offline(objective)
     for step in steps:
         step()
     mirrored()
@@ -215,7 +222,7 @@ def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
 
 
 def test_a_mirror_and_a_delivery_at_the_same_time_leave_one_run_a_trial(store: Store) -> None:
-    make(plain, offline=True).run()
+    run_offline(plain)
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(step) for step in (mirrored, delivered, mirrored)]:
             done.result()
@@ -288,7 +295,7 @@ def test_the_tags_of_a_pareto_front_list_its_trials_in_one_order(store: Store) -
 
 
 def test_a_beaten_model_is_deleted_while_the_study_is_running(store: Store) -> None:
-    remaining = []
+    remaining: list[str | None] = []
 
     def objective(trial: Trial) -> float:
         if trial.number == 2:
