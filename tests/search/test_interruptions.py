@@ -23,11 +23,11 @@ from tests.postgres import PostgresServer
 from tests.programs import Program, wait_for
 from tests.search.conftest import Start
 from tracker.cli import main
+from tracker.search.cli import reap_study
 from tracker.search.leases import PREFIX
 from tracker.search.plan import SLOT
 from tracker.search.record import load
 from tracker.search.storage import Storage
-from tracker.search.upkeep import reap_study
 
 SEARCH = """
 import sys, time

@@ -1,4 +1,4 @@
-"""MLflow is the mirror of a study: whatever it lacks is rebuilt, and nothing is written twice."""
+"""The mirror adds to MLflow what it lacks of a study, and writes nothing twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,12 +25,14 @@ from torch import nn
 
 from tests.helpers import Store
 from tracker import StoreError, Study, Trial
-from tracker.search.keeper import KeeperProcess
-from tracker.search.keeper_config import KeeperConfig
-from tracker.search.keeper_process import MirrorService
+from tracker.cli import main
+from tracker.delivery.base import leave_all
+from tracker.search.cli import mirror_study
+from tracker.search.keeper import KeeperConfig, KeeperProcess, MirrorService
+from tracker.search.mirror import Mirror
 from tracker.search.record import load
 from tracker.search.storage import Storage
-from tracker.search.upkeep import mirror_study
+from tracker.store.client import MlflowStore
 
 SLOW = pytest.mark.slow
 SPACE = {"x": [3, 1, 2]}
@@ -44,7 +47,7 @@ def plain(trial: Trial) -> float:
 
 
 def mirrored(uri: str | None = None) -> int:
-    """Mirror the study; how many things were missing."""
+    """Mirror the study; return how many things were missing."""
     storage = Storage()
     try:
         return mirror_study(storage, load(storage, "study"), uri, Path(".tracker"))[0]
@@ -53,7 +56,7 @@ def mirrored(uri: str | None = None) -> int:
 
 
 def family(store: Store) -> tuple[MlflowRun, list[MlflowRun]]:
-    """The study's run and its trials' in their order."""
+    """The run of the study, and those of its trials by number."""
     runs = store.runs()
     (parent,) = [run for run in runs if "optuna.trial" not in run.data.tags]
     children = sorted(
@@ -75,10 +78,10 @@ def model(trial: Trial) -> float:
     return float(trial.params["x"])
 
 
-# -- what was lost is rebuilt ------------------------------------------------------------------
+# -- missing things are added ------------------------------------------------------------------
 
 
-def test_what_the_study_s_run_lost_is_written_again(store: Store, workdir: Path) -> None:
+def test_deleted_tags_and_files_of_a_study_are_restored(store: Store, workdir: Path) -> None:
     make(plain, replay="train {number}").run()
     before, _ = family(store)
     assert before.data.tags["tracker.replay"] == "train 1"
@@ -96,7 +99,7 @@ def test_what_the_study_s_run_lost_is_written_again(store: Store, workdir: Path)
     assert mirrored() == 0
 
 
-def test_a_trial_that_was_torn_from_its_study_comes_back(store: Store) -> None:
+def test_a_trial_without_a_parent_gets_its_parent_back(store: Store) -> None:
     make(plain).run()
     _, children = family(store)
     store.client.delete_tag(children[1].info.run_id, "mlflow.parentRunId")
@@ -105,7 +108,9 @@ def test_a_trial_that_was_torn_from_its_study_comes_back(store: Store) -> None:
     assert mirrored() == 0
 
 
-def test_the_trials_of_a_study_whose_run_was_deleted_go_below_the_new_one(store: Store) -> None:
+def test_a_deleted_study_run_is_replaced_and_gets_the_trials_below_it(
+    store: Store,
+) -> None:
     make(plain).run()
     parent, children = family(store)
     store.client.delete_run(parent.info.run_id)
@@ -120,7 +125,7 @@ def test_the_trials_of_a_study_whose_run_was_deleted_go_below_the_new_one(store:
 
 
 @pytest.mark.parametrize("tracking_uri", ["sqlite", "file"], indirect=True)
-def test_nothing_is_missing_of_values_that_are_no_numbers(store: Store) -> None:
+def test_infinite_and_nan_values_do_not_count_as_missing(store: Store) -> None:
     def objective(trial: Trial) -> float:
         trial.report(1.0, 1)
         trial.report(math.nan, 2)
@@ -133,7 +138,9 @@ def test_nothing_is_missing_of_values_that_are_no_numbers(store: Store) -> None:
     assert len(store.history(parent, "best_objective")) == 1
 
 
-def test_a_run_that_is_rebuilt_says_where_it_was_pruned_and_what_it_broke(store: Store) -> None:
+def test_a_restored_run_has_its_pruned_step_and_its_constraints(
+    store: Store,
+) -> None:
     def objective(trial: Trial) -> float:
         trial.set_constraint("size", 0.5)
         trial.report(7.0, 3)
@@ -152,7 +159,7 @@ def test_a_run_that_is_rebuilt_says_where_it_was_pruned_and_what_it_broke(store:
     assert mirrored() == 0
 
 
-def test_a_file_that_cannot_be_written_does_not_keep_the_rest(
+def test_a_file_that_cannot_be_written_does_not_hold_back_the_rest(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(plain).run()
@@ -165,19 +172,114 @@ def test_a_file_that_cannot_be_written_does_not_keep_the_rest(
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["best.trial"] == "3"
     assert len(children) == 4
-    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "study.html cannot be written" in told
-    assert "tracker mirror --study study" in told
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "study.html cannot be written" in warning
+    assert "tracker mirror --study study" in warning
     shutil.rmtree(page)
     assert mirrored() > 0
     assert "study.html" in store.artifacts(parent)
     assert mirrored() == 0
 
 
+# -- mirrors beside other deliveries -----------------------------------------------------------
+
+
+def run_offline(objective: Callable[[Trial], Any]) -> None:
+    """Run the study, and leave the journal of its trials to `tracker sync`."""
+    make(objective, offline=True).run()
+    leave_all()
+
+
+def delivered() -> None:
+    assert main(["sync"]) == 0
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [(mirrored, delivered), (delivered, mirrored), (mirrored, mirrored, delivered)],
+    ids=["mirror first", "delivery first", "two mirrors first"],
+)
+def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
+    steps: Sequence[Callable[[], object]], store: Store
+) -> None:
+    def objective(trial: Trial) -> float:
+        trial.report(7.0, 3)
+        return plain(trial)
+
+    run_offline(objective)
+    for step in steps:
+        step()
+    mirrored()
+    parent, children = family(store)
+    assert parent.info.status == "FINISHED"
+    assert [child.data.tags["optuna.trial"] for child in children] == ["0", "1", "2"]
+    for child, x in zip(children, SPACE["x"], strict=True):
+        assert child.info.status == "FINISHED"
+        assert child.data.params == {"x": str(x)}
+        assert store.history(child, "objective") == [(0, float(x))]
+        assert store.history(child, "intermediate_value") == [(3, 7.0)]
+    assert mirrored() == 0
+
+
+def test_a_mirror_and_a_delivery_at_the_same_time_leave_one_run_a_trial(store: Store) -> None:
+    run_offline(plain)
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(step) for step in (mirrored, delivered, mirrored)]:
+            done.result()
+    mirrored()
+    _, children = family(store)
+    assert [child.data.tags["optuna.trial"] for child in children] == ["0", "1", "2"]
+    assert {child.info.status for child in children} == {"FINISHED"}
+    assert mirrored() == 0
+
+
+class FailingStore(MlflowStore):
+    """A store that stops answering after some requests."""
+
+    def __init__(self, uri: str, requests: int) -> None:
+        super().__init__(uri)
+        self.remaining = requests
+
+    def log_batch(self, *args: Any, **kwargs: Any) -> None:
+        self._answer()
+        super().log_batch(*args, **kwargs)
+
+    def end_run(self, *args: Any, **kwargs: Any) -> None:
+        self._answer()
+        super().end_run(*args, **kwargs)
+
+    def _answer(self) -> None:
+        self.remaining -= 1
+        if self.remaining < 0:
+            raise StoreError("the server does not answer")
+
+
+@pytest.mark.parametrize("requests", range(5))
+def test_an_interrupted_mirror_is_completed_by_the_next(requests: int, store: Store) -> None:
+    make(plain).run()
+    before = family(store)
+    for run in (before[0], *before[1]):
+        store.client.delete_run(run.info.run_id)
+    storage = Storage()
+    mirror = Mirror(storage, load(storage, "study"), FailingStore(store.uri, requests))
+    with pytest.raises(StoreError):
+        mirror.complete()
+    storage.close()
+    assert mirrored() > 0
+    parent, children = family(store)
+    assert parent.data.params == before[0].data.params
+    for child, lost in zip(children, before[1], strict=True):
+        assert child.info.status == "FINISHED"
+        assert child.data.params == lost.data.params
+        assert child.data.metrics == lost.data.metrics
+        assert len(store.history(child, "objective")) == 1
+    assert mirrored() == 0
+
+
 # -- the best ----------------------------------------------------------------------------------
 
 
-def test_the_tags_of_a_front_have_a_place_for_each_trial(store: Store) -> None:
+def test_the_tags_of_a_pareto_front_list_its_trials_in_one_order(store: Store) -> None:
     def objective(trial: Trial) -> Sequence[float]:
         return trial.params["x"], -trial.params["x"]
 
@@ -192,25 +294,25 @@ def test_the_tags_of_a_front_have_a_place_for_each_trial(store: Store) -> None:
     assert mirrored() == 0
 
 
-def test_a_model_that_is_beaten_is_deleted_while_the_study_goes_on(store: Store) -> None:
-    left = []
+def test_a_beaten_model_is_deleted_while_the_study_is_running(store: Store) -> None:
+    remaining: list[str | None] = []
 
     def objective(trial: Trial) -> float:
         if trial.number == 2:
-            keeping = MirrorService(duty(store.uri))
-            keeping.refresh()
-            keeping.close()
+            service = MirrorService(config(store.uri))
+            service.refresh()
+            service.close()
             models = store.client.search_logged_models([store.runs()[0].info.experiment_id])
-            left.extend(model.source_run_id for model in models)
+            remaining.extend(model.source_run_id for model in models)
         return model(trial)
 
     make(objective).run()
     _, children = family(store)
-    assert left == [children[1].info.run_id]
+    assert remaining == [children[1].info.run_id]
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "file", pytest.param("server", marks=SLOW)])
-def test_the_best_is_registered_in_a_store_that_is_not_the_process_s(
+def test_the_best_model_is_registered_in_the_store_of_the_study(
     kind: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -231,23 +333,23 @@ def test_the_best_is_registered_in_a_store_that_is_not_the_process_s(
     assert mirrored(uri) == 0
 
 
-def test_a_model_that_cannot_be_registered_keeps_nothing_else(
+def test_a_model_that_cannot_be_registered_does_not_hold_back_the_rest(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.client.register_prompt("taken", "by a text")  # a prompt's name is no model's
+    store.client.register_prompt("taken", "by a text")  # the name of a prompt cannot be a model's
     make(model, register="taken").run()
     parent, _ = family(store)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["best.trial"] == "1"
-    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "MLflow could not register the model taken" in told
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "MLflow could not register the model taken" in warning
     assert mirrored() == 0
 
 
 # -- keepers -----------------------------------------------------------------------------------
 
 
-def duty(uri: str, search: str = "nobody") -> KeeperConfig:
+def config(uri: str, search: str = "another") -> KeeperConfig:
     return KeeperConfig(
         storage="journal:///studies.journal",
         study="study",
@@ -264,7 +366,7 @@ def duty(uri: str, search: str = "nobody") -> KeeperConfig:
 def test_a_keeper_that_died_is_replaced_at_the_end(store: Store) -> None:
     make(plain).run()
     others = psutil.Process().children()
-    keeper = KeeperProcess(duty(store.uri))
+    keeper = KeeperProcess(config(store.uri))
     (process,) = [child for child in psutil.Process().children() if child not in others]
     deadline = time.monotonic() + 60.0
     while family(store)[0].info.status != "RUNNING":
@@ -278,7 +380,7 @@ def test_a_keeper_that_died_is_replaced_at_the_end(store: Store) -> None:
 
 @pytest.fixture
 def hanging() -> Iterator[str]:
-    """A server that says it is well, and answers nothing else until the test ends."""
+    """A server that answers health checks, and nothing else until the test ends."""
     over = threading.Event()
 
     class Hanging(BaseHTTPRequestHandler):
@@ -316,7 +418,7 @@ def hanging() -> Iterator[str]:
     server.server_close()
 
 
-def test_no_trial_waits_for_a_server_that_hangs(
+def test_claiming_a_trial_never_waits_for_a_server_that_hangs(
     hanging: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
@@ -324,10 +426,10 @@ def test_no_trial_waits_for_a_server_that_hangs(
     make(plain, tracking_uri="sqlite:///mlflow.db").run()
 
     def keep() -> None:
-        keeping = MirrorService(duty(hanging))
+        service = MirrorService(config(hanging))
         with suppress(StoreError):
-            keeping.begin()
-        keeping.close()
+            service.begin()
+        service.close()
 
     keeper = threading.Thread(target=keep)
     keeper.start()
@@ -339,4 +441,4 @@ def test_no_trial_waits_for_a_server_that_hangs(
             waited = max(waited, time.monotonic() - began)
         time.sleep(0.05)
     storage.close()
-    assert waited < 6.0  # less than the eight seconds of one answer that does not come
+    assert waited < 6.0  # shorter than the eight seconds of one request

@@ -52,14 +52,14 @@ class Page(HTMLParser):
         self.codes: list[str] = []
         self.scripts: list[str] = []
         self.resources: list[str] = []
-        self._charts: dict[str, list[int]] = {}
+        self.figures: list[Any] = []
+        self._charts: dict[str, list[Any]] = {}
         self._path: list[tuple[str, str]] = []
         self._section = ""
         self.feed(page)
-        self.figures = json.loads(self.scripts[1])
 
     def charts(self, section: str) -> list[Any]:
-        return [self.figures[number] for number in self._charts[section]]
+        return self._charts[section]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
@@ -69,11 +69,12 @@ class Page(HTMLParser):
         self._path.append((tag, values.get("class", "")))
         if tag in ("script", "code"):
             (self.scripts if tag == "script" else self.codes).append("")
-        if values.get("id", "").startswith("chart-"):
-            self._charts[self._section].append(int(values["id"].removeprefix("chart-")))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._path.pop()[0] == tag
+        if tag == "script" and self._section:
+            self._charts[self._section].append(figure_of(self.scripts[-1]))
+            self.figures.append(self._charts[self._section][-1])
 
     def handle_data(self, data: str) -> None:
         tag, style = self._path[-1] if self._path else ("", "")
@@ -90,6 +91,18 @@ class Page(HTMLParser):
                 self.codes[-1] += data
             if style == "note":
                 self.notes[self._section].append(data)
+
+
+def figure_of(script: str) -> dict[str, Any]:
+    """The figure in plotly's `Plotly.newPlot("chart-1", data, layout, config)`."""
+    decoder = json.JSONDecoder()
+    parts: list[Any] = []
+    place = script.index("Plotly.newPlot(") + len("Plotly.newPlot(")
+    for _ in ("id", "data", "layout"):
+        place += len(script[place:]) - len(script[place:].lstrip(" \n,"))
+        part, place = decoder.raw_decode(script, place)
+        parts.append(part)
+    return {"data": parts[1], "layout": parts[2]}
 
 
 def made(
@@ -214,7 +227,7 @@ def test_the_history_shows_each_complete_trial_and_the_best_so_far() -> None:
     trials.insert(2, finished(2, state=TrialState.FAIL))
     points, best, _ = holding(trials).charts("History")[0]["data"]
     assert (points["x"], points["y"]) == ([0, 1, 3, 4], values)
-    assert (shown(best["x"]), shown(best["y"])) == ([0, 1, 3, 4], [5, 5, 3, 3])
+    assert (best["x"], best["y"]) == ([0, 1, 2, 3, 4], [5, 5, 5, 3, 3])
 
 
 def test_objectives_bear_their_names() -> None:
@@ -337,11 +350,11 @@ def test_a_clock_that_was_set_back() -> None:
 
 
 @pytest.mark.parametrize("extreme", [math.inf, -math.inf, 1e308, -1e308])
-def test_values_that_no_axis_can_hold_are_left_out_and_counted(extreme: float) -> None:
+def test_values_that_an_axis_cannot_hold_are_omitted_and_counted(extreme: float) -> None:
     trials = [finished(n, [float(n)], params) for n, params in enumerate(grid())]
     trials.append(finished(12, [extreme], grid()[0]))
     page = holding(trials)
-    assert any("1 trials whose value is infinite" in note for note in page.notes["History"])
+    assert any("1 of 13 trials has no finite value" in note for note in page.notes["History"])
     assert shown(page.charts("History")[0]["data"][0]["y"]) == list(range(12))
 
 
@@ -349,7 +362,7 @@ def test_infinite_values_of_one_objective_leave_the_other() -> None:
     trials = [finished(n, [n, math.inf], params) for n, params in enumerate(grid())]
     page = holding(trials, ["minimize", "minimize"])
     assert len(page.charts("History")) == 1
-    assert page.notes["Pareto front"] == ["No trial is complete with values that can be drawn."]
+    assert page.notes["Pareto front"] == ["Not drawn: no complete trial has finite values only."]
 
 
 def test_intermediate_values_that_are_not_numbers_leave_a_gap() -> None:
@@ -367,7 +380,7 @@ def test_only_values_that_are_not_numbers() -> None:
 def test_equal_values_tell_nothing_of_importance() -> None:
     page = holding([finished(n, [1.0], params) for n, params in enumerate(grid())])
     assert page.notes[CHARTS[1]] == [
-        "Not drawn: nothing tells the best tenth of the trials from the others."
+        "Not drawn: no parameter distinguishes the best tenth of the trials."
     ]
 
 
@@ -383,10 +396,7 @@ def test_params_of_one_value_are_not_drawn() -> None:
 
 def test_one_param_has_no_contour() -> None:
     page = holding([finished(n, [n], {"x": unit(n / 12)}) for n in range(12)])
-    assert page.notes["Contours"] == [
-        "Not drawn: it takes 2 parameters with more than one value in the complete trials, and "
-        "there is 1."
-    ]
+    assert page.notes["Contours"] == ["Not drawn: no two parameters vary in the same trials."]
     assert page.charts("Slices")
     assert page.charts("Parallel coordinates")
 
@@ -462,30 +472,30 @@ def test_a_large_study_is_thinned_out_and_the_page_says_so() -> None:
     best = f"{study.best_value:.3g}"
     assert best in json.dumps(page.charts("Parallel coordinates"))
     for section, words in {
-        "Parallel coordinates": "200 of 1,000 trials, evenly from the best to the worst.",
-        "Contours": "80 of 1,000 trials, evenly from the best to the worst.",
+        "Parallel coordinates": "100 of 1,000 trials here and below, evenly spread from best to "
+        "worst.",
         "Intermediate values": "100 of 1,000 trials.",
-        "Timeline": "The last 500 of 1,000 trials.",
+        "Timeline": "500 of 1,000 trials, the latest ones.",
     }.items():
         assert words in page.notes[section]
-    assert any(note.startswith("The 4 of 5 parameters") for note in page.notes["Contours"])
+    assert "4 of 5 parameters, the most important ones." in page.notes["Contours"]
 
 
 def test_a_param_that_varies_only_in_trials_thinned_out() -> None:
     trials = [finished(n, [n], {"x": unit(0.5 if n == 1 else 0.0)}) for n in range(2500)]
     page = holding(trials)
     assert page.notes["Slices"] == page.notes["Parallel coordinates"]
-    assert page.notes["Slices"][0].startswith("Not drawn: it takes 1 parameter with more than one")
+    assert page.notes["Slices"] == ["Not drawn: no parameter varies in the trials shown."]
 
 
 def test_a_history_keeps_every_improvement() -> None:
     values = [1000.0] * 7000
     values[3001:3004] = [3.0, 2.0, 1.0]
     page = holding([finished(number, [value]) for number, value in enumerate(values)])
-    points = page.charts("History")[0]["data"][0]
-    assert {3001, 3002, 3003} <= set(points["x"])
-    assert len(points["x"]) <= 3004
-    assert any("of 7,000 trials" in note for note in page.notes["History"])
+    points, best, _ = page.charts("History")[0]["data"]
+    assert best["y"][3000:3004] == [1000.0, 3.0, 2.0, 1.0]
+    assert len(points["x"]) == 2000
+    assert "2,000 of 7,000 trials, evenly spread." in page.notes["History"]
 
 
 def test_many_params_are_drawn_in_rows_and_the_most_important_only() -> None:
@@ -499,7 +509,7 @@ def test_many_params_are_drawn_in_rows_and_the_most_important_only() -> None:
     ]
     assert sum(axes) == 10
     assert max(axes) <= 4
-    assert "The 10 of 14 parameters that matter most." in page.notes["Slices"]
+    assert any("10 of 14 parameters" in note for note in page.notes["Parallel coordinates"])
 
 
 # Nothing gets in, nothing gets out.
@@ -525,10 +535,11 @@ def test_text_is_escaped_wherever_it_comes_from() -> None:
         study.set_metric_names([NASTY, NASTY])
     text = study_page(study, {NASTY: NASTY, "command": f"$ {NASTY}"})
     assert NASTY not in text
-    assert text.lower().count("</script>") == 3
-    assert Page(text).title == NASTY
-    # Plotly takes text for HTML: there too it is escaped.
-    assert "<script" not in json.dumps(Page(text).figures)
+    page = Page(text)
+    assert text.lower().count("</script>") == 1 + len(page.figures)
+    assert page.title == NASTY
+    # Plotly renders text as HTML.
+    assert "<script" not in json.dumps(page.figures)
 
 
 def test_marks_of_the_template_in_a_name_stay_text() -> None:

@@ -25,9 +25,9 @@ from torch import nn
 from tests.helpers import Store
 from tracker import ArgumentError, RunBuilder, StoreError, Study, Trial, start_run
 from tracker.cli import main
+from tracker.search.cli import mirror_study
 from tracker.search.record import load
 from tracker.search.storage import Storage
-from tracker.search.upkeep import mirror_study
 
 SPACE = {"lr": [0.1, 0.01], "size": [16, 32], "shuffle": [True, False]}
 

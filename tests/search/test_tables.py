@@ -1,32 +1,15 @@
-"""The best trials of a study, and that they are computed quickly."""
+"""The best trials of a study, and its tables."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
 
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracker.search.record import Record
-from tracker.search.tables import best
-
-
-def record(*directions: str) -> Record:
-    names = tuple(f"metric{n}" for n in range(len(directions)))
-    return Record(
-        name="study",
-        sampler="random",
-        pruner="none",
-        trials=10,
-        directions=directions,
-        metrics=names,
-        seed=0,
-        retries=0,
-        steps=None,
-    )
+from tracker.search.best import best_trials, feasible
 
 
 def complete(number: int, values: list[float], constraint: float = 0.0) -> FrozenTrial:
@@ -41,54 +24,59 @@ def complete(number: int, values: list[float], constraint: float = 0.0) -> Froze
     return trial
 
 
-def beats(one: FrozenTrial, other: FrozenTrial, directions: Sequence[str]) -> bool:
-    """Whether `one` is at least as good everywhere, and better somewhere or earlier."""
-    signs = [-1 if direction == "maximize" else 1 for direction in directions]
-    ours, theirs = ([v * s for v, s in zip(t.values, signs, strict=True)] for t in (one, other))
-    no_worse = all(a <= b for a, b in zip(ours, theirs, strict=True))
-    return no_worse and (ours != theirs or one.number < other.number)
+def beats(one: FrozenTrial, other: FrozenTrial, signs: tuple[int, ...]) -> bool:
+    """Whether `one` is as good as `other` in each objective and better, or as good and earlier."""
+    a, b = (
+        [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for trial in (one, other)
+    )
+    as_good = all(x <= y for x, y in zip(a, b, strict=True))
+    return as_good and (a != b or one.number < other.number)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_best_are_those_that_no_other_beats(count: int) -> None:
+def test_the_best_trials_are_the_feasible_ones_that_no_other_beats(count: int) -> None:
     draw = random.Random(count)
-    for directions in itertools.product(("minimize", "maximize"), repeat=count):
-        values = [0.0, 1.0, 2.0, 3.0, float("inf"), float("-inf")]  # many are equal
+    values = [0.0, 1.0, 2.0, 3.0, float("inf"), float("-inf")]  # many are equal
+    for signs in itertools.product((1, -1), repeat=count):
         trials = [
             complete(n, draw.choices(values, k=count), draw.choice([-1.0, 0.0, 1.0]))
             for n in range(30)
         ]
         draw.shuffle(trials)
-        feasible = [t for t in trials if t.constraints["size"] <= 0.0]
+        allowed = [trial for trial in trials if feasible(trial)]
         expected = sorted(
-            t.number for t in feasible if not any(beats(o, t, directions) for o in feasible)
+            one.number
+            for one in allowed
+            if not any(beats(other, one, signs) for other in allowed if other is not one)
         )
-        assert [t.number for t in best(record(*directions), trials)] == expected
+        directions = ["minimize" if sign > 0 else "maximize" for sign in signs]
+        assert [trial.number for trial in best_trials(trials, directions)] == expected
 
 
-def test_no_trial_is_the_best_where_none_is_complete() -> None:
-    assert best(record("minimize"), []) == []
-    assert best(record("minimize", "maximize"), [complete(0, [1.0, 1.0], 2.0)]) == []
+def test_there_is_no_best_trial_if_no_feasible_one_is_complete() -> None:
+    assert best_trials([], ["minimize"]) == []
+    assert best_trials([complete(0, [1.0, 1.0], 2.0)], ["minimize", "maximize"]) == []
 
 
 class Counted(FrozenTrial):
-    """A trial that counts how often its values are looked at, with those of all others."""
+    """A trial that counts how often the values of any trial are read."""
 
-    looks = 0
+    reads = 0
 
     @property
     def values(self) -> list[float] | None:
-        Counted.looks += 1
+        Counted.reads += 1
         return super().values
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_best_of_many_are_found_without_comparing_each_with_all(count: int) -> None:
-    """One that gets better with each trial, and a front that all are on."""
+def test_finding_the_best_trials_does_not_compare_each_with_all(count: int) -> None:
+    """Trials that improve with each one, and a Pareto front of all trials."""
     trials = [complete(n, [-float(n), float(n)][:count]) for n in range(2_000)]
     for trial in trials:
         trial.__class__ = Counted
-    Counted.looks = 0
-    found = best(record(*["minimize"] * count), trials)
-    assert len(found) == (1 if count == 1 else 2_000)
-    assert Counted.looks < 10 * len(trials)
+    Counted.reads = 0
+    best = best_trials(trials, ["minimize"] * count)
+    assert len(best) == (1 if count == 1 else 2_000)
+    assert Counted.reads < 10 * len(trials)

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optuna.trial import FrozenTrial, TrialState
+
 from tracker.arguments import OneSentenceParser, positive_float
+from tracker.errors import StoreError
+from tracker.redaction import MASK
+from tracker.search.keeper import SETTLE_SECONDS, deliver_leftovers
+from tracker.search.leases import GRACE_SECONDS, PREFIX, Leases, active_searches, grace_of
+from tracker.search.plan import SEARCH
+from tracker.search.reap import reap
+from tracker.search.record import Record, load
+from tracker.search.storage import Storage
 from tracker.validation import DIRECTORY
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+_LOOK_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
 
 def add_commands(subparsers: _SubParsersAction[OneSentenceParser]) -> None:
     """Add the commands for studies to those of `tracker`."""
     mirror = subparsers.add_parser("mirror", help="add missing trials of a study to MLflow")
-    reap = subparsers.add_parser("reap", help="fail the trials of lost searches, then mirror")
+    reap = subparsers.add_parser(
+        "reap", help="fail the trials of dead searches, then add missing trials to MLflow"
+    )
     for command in (mirror, reap):
         command.set_defaults(run=_run)
         command.add_argument("--study", help="by default all studies in the storage")
@@ -31,24 +49,91 @@ def add_commands(subparsers: _SubParsersAction[OneSentenceParser]) -> None:
     reap.add_argument(
         "--grace-seconds",
         type=positive_float,
-        help="how long a search on another machine must have been silent; by default 60, or the "
-        "search's own setting if that is longer",
+        default=GRACE_SECONDS,
+        help="how long a search on another machine must have been silent, unless its own setting "
+        f"is longer; by default {GRACE_SECONDS:g}",
     )
 
 
 def _run(given: argparse.Namespace) -> int:
-    from tracker.search.leases import GRACE_SECONDS  # importing Optuna takes a second
-    from tracker.search.storage import Storage
-    from tracker.search.upkeep import mirror_study, reap_study, studies
-
     storage = Storage(given.storage, make=False)
     try:
-        for record in studies(storage, given.study):
+        for record in _studies(storage, given.study):
             if given.command == "reap":
-                lost = reap_study(storage, record, given.grace_seconds or GRACE_SECONDS)
-                print(f"{record.name}: {len(lost)} trials were lost")
+                failed = reap_study(storage, record, given.grace_seconds)
+                print(f"{record.name}: {len(failed)} trials were lost")
             written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
             print(f"{record.name}: run {run_id}, {written} things were missing")
     finally:
         storage.close()
     return 0
+
+
+def _studies(storage: Storage, name: str | None) -> list[Record]:
+    if name is not None:
+        return [load(storage, name)]
+    records = []
+    for study in storage.optuna.get_all_studies():
+        try:
+            records.append(load(storage, study.study_name))
+        except StoreError:  # created by another program
+            continue
+    return records
+
+
+def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTrial]:
+    """Fail the trials of dead searches; return these trials.
+
+    Args:
+        storage: Where the study is.
+        record: The study.
+        grace: How long a search on another machine must be silent, in seconds, unless its own
+            grace period is longer. A search on this machine is dead if its process is.
+    """
+    leases = Leases(grace)
+    began = time.monotonic()
+    while True:
+        attrs = storage.optuna.get_study_user_attrs(record.study_id)
+        running = storage.optuna.get_all_trials(
+            record.study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        )
+        active = active_searches(attrs)
+        longest = max([grace, *(grace_of(attrs[f"{PREFIX}{search}"]) for search in active)])
+        active |= {trial.user_attrs[SEARCH] for trial in running if SEARCH in trial.user_attrs}
+        dead = {search for search in active if not leases.lives(search, attrs)}
+        if dead == active or time.monotonic() > began + longest + 2 * _LOOK_SECONDS:
+            return reap(storage, record, dead.__contains__) if dead else []
+        time.sleep(_LOOK_SECONDS)
+
+
+def mirror_study(
+    storage: Storage, record: Record, tracking_uri: str | None, directory: Path
+) -> tuple[int, str]:
+    """Add to MLflow what is missing of a study.
+
+    Args:
+        storage: Where the study is.
+        record: The study.
+        tracking_uri: The store; None is the one that the study went to.
+        directory: Journals whose leftovers are delivered first.
+
+    Returns:
+        How many things were missing, and the id of the study's run.
+
+    Raises:
+        StoreError: MLflow does not answer, or its URI has a password that is not stored.
+    """
+    from tracker.search.mirror import Mirror  # importing mlflow takes seconds
+    from tracker.store.client import MlflowStore
+
+    uri = tracking_uri or record.tracking_uri
+    if uri is not None and MASK in uri:
+        raise StoreError(f"study={record.name!r} is in {uri}; give --tracking-uri with its secret.")
+    store = MlflowStore(uri)
+    deliver_leftovers(directory, store, SETTLE_SECONDS)
+    mirror = Mirror(storage, record, store)
+    mirror.complete()
+    assert mirror.run_id is not None
+    if mirror.problem is not None:
+        logger.warning("The study is incomplete in MLflow: %s", mirror.problem)
+    return mirror.written, mirror.run_id

@@ -1,440 +1,314 @@
-"""MLflow as the mirror of a study: writes what is missing there, and nothing else.
+"""A study in MLflow: its own run, the runs of its trials, and the best model.
 
-Optuna's storage is the truth. Trials' runs are made by who runs them; here is what a study as a
-whole is, and what nobody lived to write.
+Optuna's storage holds the truth. A trial's run is tracked by the process that runs the trial; the
+mirror adds what is missing afterwards, through a journal like every other run. It writes nothing
+when nothing is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.delivery.uploader import Uploader
 from tracker.errors import RefusedError, StoreError
+from tracker.journal.reader import Journal
+from tracker.journal.records import Begin, Params, now
+from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
-from tracker.search.leases import PREFIX, Leases, searches
-from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
-from tracker.search.record import Record
+from tracker.search.best import best_trials
+from tracker.search.leases import Leases, searches
+from tracker.search.missing import Entry, milliseconds, missing_records, status_of_study
+from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
-from tracker.search.tables import INTERMEDIATE, best, objectives, rows, saved
+from tracker.search.tables import rows, saved
 from tracker.store.client import MlflowStore
 from tracker.store.runs import RunSnapshot, read_run, runs_by_tag_prefix
 from tracker.validation import RUN_TAG
 from tracker.views.files import csv_text, json_text
 
-STATUSES = {
-    TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
-    TrialState.FAIL: "FAILED",
-    TrialState.RUNNING: "RUNNING",
-    TrialState.WAITING: "SCHEDULED",
-}
-"""What a trial's state is in MLflow; of one that FAILed its attribute may say KILLED."""
-
-PARENT = "mlflow.parentRunId"
-
-LATE_SECONDS = 30.0
-"""For twice this time, the run of a trial that has ended may still be on its way."""
-
 _DIGEST = "tracker.mirrored"
-"""The tag that tells whether the tables are those of now, without reading them."""
+"""The tag with a digest of the trials that the tables show."""
 _FILES = ("study.html", "trials.csv", "trials.json", "best.json")
-_NAMED = 10
-"""Trials of a Pareto front that the tags name; `best.json` has them all."""
+_LISTED = 10
+"""Trials of a Pareto front in the tags; `best.json` lists all."""
 
 
 class Mirror:
-    """Keeps one study in one MLflow store as Optuna's storage has it."""
+    """Adds to MLflow what it lacks of one study."""
 
-    def __init__(self, storage: Storage, record: Record, store: MlflowStore) -> None:
-        self._storage = storage
-        self._record = record
-        self._store = store
-        self._leases = Leases(grace=math.inf)
-        self.written = 0
-        """How many things were missing, and were written."""
-        self.problem: str | None = None
-        """What `complete` could not write, though MLflow answers."""
+    def __init__(self, storage: Storage, study: Study, store: MlflowStore) -> None:
+        self._storage, self._study, self._store = storage, study, store
+        self._leases = Leases(grace=float("inf"))
         self._deleted: set[str] = set()
+        self.written = 0
+        """How many things were missing and are written."""
+        self.problem: str | None = None
+        """What `complete` could not write although MLflow answers."""
         self.run_id: str | None = None
-        """The study's run."""
+        """The run of the study."""
 
     def begin(
-        self, environment: Mapping[str, str], adopt: str | None, started: int | None = None
-    ) -> str:
-        """See that the study's run is there and RUNNING; returns its id."""
-        record = self._record
-        tags = {
-            **environment,
-            "mlflow.runName": record.name,
-            "tracker.study": record.name,
-        }
-        with self._alone():
-            experiment = self._store.experiment_id(
-                record.experiment or "Default", record.experiment_id
-            )
-            run_id = self._store.find_run(record.key)
-            if run_id is None:
-                run_id = self._store.begin_run(
-                    experiment_id=experiment,
-                    name=record.name,
-                    start_time=started or _now(),
-                    tags={**tags, RUN_TAG: record.key},
-                    adopt=adopt,
-                )
-                self.written += 1
-            parent = read_run(self._store, run_id)
-        self.run_id = parent.run_id
-        if parent.status != "RUNNING":
-            self._store.set_status(parent.run_id, "RUNNING")
-            self.written += 1
-        self._log_params(parent)
-        return parent.run_id
+        self, environment: Mapping[str, str], adopt: str | None = None, started: int | None = None
+    ) -> None:
+        """Create the study's run, or set it to RUNNING again.
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other mirror makes a run meanwhile; else there would be two.
+        Args:
+            environment: More tags of the run.
+            adopt: The id of a run that `mlflow run` created for the study.
+            started: Start time in milliseconds since 1970; None is now.
 
-        A lock of its own: trials are taken under the storage's, and wait for no server.
+        Raises:
+            StoreError: MLflow does not answer.
         """
-        with self._storage.lock("mirror") as held:
-            if not held:
-                raise StoreError("another process makes the runs of studies there, and is slow.")
-            yield
-
-    def _log_params(self, parent: RunSnapshot) -> None:
-        record = self._record
-        params = {
-            "study": record.name,
-            "sampler": record.sampler,
-            "pruner": record.pruner,
-            "seed": record.seed,
-            "direction": ",".join(record.directions),
-            "metric": ",".join(record.metrics),
-        }
-        missing = {k: str(v) for k, v in params.items() if k not in parent.params}
-        if missing:
-            self._store.log_batch(parent.run_id, params=missing)
-            self.written += len(missing)
+        study, at = self._study, started or now()
+        begin = Begin(
+            experiment=study.experiment or "Default",
+            experiment_id=study.experiment_id,
+            name=study.name,
+            tags={**environment, "tracker.study": study.name, RUN_TAG: study.key},
+            adopt=adopt,
+            keyed=True,
+        )
+        with self._lock():
+            ids = self._deliver([(study.key, at, begin), (study.key, at, Params(self._params()))])
+        self.run_id = ids[study.key]
+        self.written += 1
 
     def refresh(self) -> None:
-        """Bring the study's page up to date while it goes on, and its best; looks at no more."""
-        parent = self._parent()
-        trials = self._trials()
+        """Update the page, the tables and the best model of a study that is running."""
+        trials, parent = self._trials(), self._parent()
         if parent is None or not any(trial.state.is_finished() for trial in trials):
             return
-        same = parent.tags.get(_DIGEST) == _digest(rows(self._record, trials))
-        if same and parent.tags.get("best.run") != "":  # the run of the best is on its way
+        unchanged = parent.tags.get(_DIGEST) == _digest(rows(self._study, trials))
+        if unchanged and parent.tags.get("best.run") != "":
             return
-        children = self._children()
-        self._delete_models(trials, children)
-        self._log_study(parent, trials, children, there=_FILES)
+        runs = self._runs()
+        self._delete_models(trials, runs)
+        self._log_study(parent, trials, runs, existing=_FILES)
 
-    def complete(self, is_settled: Callable[[FrozenTrial], bool]) -> None:
-        """Write all that is missing, of the trials that ended and of those that wait.
+    def complete(self) -> None:
+        """Write everything that is missing; running trials are left to their own processes.
 
-        Trials that another search runs are left to it. The run of a trial that has just ended may
-        be on its way, unless `is_settled` says of it that it is not.
+        Raises:
+            StoreError: MLflow does not answer.
         """
-        record = self._record
-        self.problem, self.run_id = None, None  # it may have been deleted since
-        trials, attrs = self._trials(), self._attrs()
-        parent = self._parent()
-        if parent is None:
+        self.problem, self.run_id = None, None  # the run may have been deleted
+        trials = self._trials()
+        if (parent := self._parent()) is None:
             begun = [t.datetime_start for t in trials if t.datetime_start is not None]
-            self.begin({}, None, _milliseconds(min(begun, default=None)))
+            self.begin({}, started=milliseconds(min(begun)) if begun else None)
             parent = self._parent()
             assert parent is not None
-        self._log_params(parent)
-        children = self._children()
-        alone = not any(self._leases.lives(search, attrs) for search in searches(attrs))
+        if params := {k: v for k, v in self._params().items() if k not in parent.params}:
+            self._store.log_batch(parent.run_id, params=params)
+            self.written += 1
+        self._complete_trials(parent, trials)
+        runs = self._runs()
+        self._delete_models(trials, runs)
+        self._log_study(parent, trials, runs, existing=self._store.artifacts(parent.run_id))
+        self._log_status(parent)
+        self._register(trials, runs)
+
+    # -- trials ----------------------------------------------------------------------------
+
+    def _complete_trials(self, parent: RunSnapshot, trials: Sequence[FrozenTrial]) -> None:
+        runs, entries, waiting = self._runs(), list[Entry](), list[str]()
         for trial in trials:
-            key = f"{record.key}-{trial.number}"
             if trial.state == TrialState.RUNNING:
                 continue
-            if trial.state == TrialState.WAITING and not alone:
-                continue  # somebody is about to take it
-            if key not in children and _is_recent(trial) and not is_settled(trial):
-                continue  # on its way
-            self._complete_trial(parent, trial, key, children)
-        self._delete_models(trials, children)
-        self._log_study(parent, trials, children, there=self._store.artifacts(parent.run_id))
-        self._settle(parent)
-        self._register(trials, children)
+            key = self._key(trial)
+            missing = missing_records(self._study, trial, key, parent, runs.get(key))
+            entries += missing
+            self.written += bool(missing)
+            if missing and trial.state == TrialState.WAITING:
+                waiting.append(key)
+        ids = self._deliver(entries)
+        for key in waiting:
+            self._store.set_status(ids[key], "SCHEDULED")
 
-    def _complete_trial(
-        self,
-        parent: RunSnapshot,
-        trial: FrozenTrial,
-        key: str,
-        children: dict[str, RunSnapshot],
-    ) -> None:
-        tags, params, metrics = _wanted(self._record, trial)
-        tags[PARENT] = parent.run_id
-        if (child := children.get(key)) is None:
-            name = f"trial={trial.number}"
-            begin = _milliseconds(trial.datetime_start) or _now()
-            with self._alone():
-                run_id = self._store.find_run(key)
-                if run_id is None:
-                    run_id = self._store.begin_run(
-                        experiment_id=parent.experiment_id,
-                        name=name,
-                        start_time=begin,
-                        tags={**tags, "mlflow.runName": name, RUN_TAG: key},
-                    )
-                    self.written += 1
-            child = read_run(self._store, run_id)
-            children[key] = child
-        new_tags = {k: v for k, v in tags.items() if child.tags.get(k) != v}
-        reason = trial.user_attrs.get(ENDED, {}).get("reason")
-        if trial.state == TrialState.FAIL and reason and "tracker.failure" not in child.tags:
-            new_tags["tracker.failure"] = reason  # its process ended before it had a run
-        if trial.state == TrialState.PRUNED and "tracker.pruned" not in child.tags:
-            new_tags["tracker.pruned"] = _where_pruned(trial)
-        new_params = {k: v for k, v in params.items() if k not in child.params}
-        new_metrics = [point for point in metrics if point[0] not in child.metrics]
-        if new_tags or new_params or new_metrics:
-            self._store.log_batch(
-                child.run_id, metrics=new_metrics, params=new_params, tags=new_tags
-            )
-            self.written += 1
-        status = status_of(trial)
-        if child.status != status and not _as_good(trial, child.status):
-            end = _milliseconds(trial.datetime_complete)
-            if trial.state.is_finished() and end is not None:
-                self._store.end_run(child.run_id, status, end)
-            else:
-                self._store.set_status(child.run_id, status)
-            self.written += 1
+    def _deliver(self, entries: Sequence[Entry]) -> dict[str, str]:
+        """Write records to a journal and deliver it; return MLflow's ids of the runs by key.
+
+        Nothing depends on the journal: if this process dies, the next mirror compares again.
+        """
+        if not entries:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="tracker-") as folder:
+            writer = JournalWriter(Path(folder))
+            for key, at, record in entries:
+                writer.append(key, record, at)
+            writer.close()
+            with closing(Journal(writer.folder)) as journal:
+                Uploader(journal, self._store).drain()
+                for _, notice in journal.notices():
+                    self.problem = notice
+                ids = {key: journal.run_id(key) for key in {key for key, *_ in entries}}
+        return {key: run_id for key, run_id in ids.items() if run_id is not None}
 
     def _delete_models(
-        self, trials: Sequence[FrozenTrial], children: Mapping[str, RunSnapshot]
+        self, trials: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]
     ) -> None:
-        """Delete the models that are not the best any more, of runs that are whole."""
-        record = self._record
-        good = {f"{record.key}-{trial.number}" for trial in best(record, trials)}
-        if record.models != "best" or not any(children[k].models for k in good & children.keys()):
+        """Delete models of trials that are not the best any more, once a best one has its model."""
+        good = {self._key(trial) for trial in self._best(trials)}
+        if self._study.models != "best" or not any(runs[k].models for k in good & runs.keys()):
             return
-        ended = {f"{record.key}-{t.number}" for t in trials if t.state.is_finished()}
-        for key in (ended - good) & children.keys():  # a living trial may be the best by now
-            child = children[key]
-            models = [model for model in child.models if model not in self._deleted]
-            if child.status == "RUNNING":
-                continue  # its model may be on its way
-            if models and not self._store.models.is_registered(child.run_id):
-                for model in models:
-                    self.written += self._store.models.delete(model)
-                self._deleted.update(models)
+        ended = {self._key(trial) for trial in trials if trial.state.is_finished()}
+        for key in (ended - good) & runs.keys():  # a running trial may become the best
+            run = runs[key]
+            models = set(run.models) - self._deleted
+            if not models or run.status == "RUNNING":  # its model may be in upload
+                continue
+            if not self._store.models.is_registered(run.run_id):
+                self.written += sum(map(self._store.models.delete, models))
+                self._deleted |= models
 
-    def _register(self, trials: Sequence[FrozenTrial], children: Mapping[str, RunSnapshot]) -> None:
-        """Register the model of the best; where MLflow refuses that, the rest is there."""
-        record = self._record
-        good = best(record, trials)
-        if record.register is None or len(good) != 1:
-            return
-        child = children.get(f"{record.key}-{good[0].number}")
-        if child is None or not child.models:
+    def _register(self, trials: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]) -> None:
+        """Register the model of the best trial; a refusal leaves everything else in place."""
+        study, good = self._study, self._best(trials)
+        run = runs.get(self._key(good[0])) if len(good) == 1 else None
+        if study.register is None or run is None or not run.models:
             return
         tags = {
-            "tracker.study": record.name,
-            "tracker.storage": record.storage or "",
-            "optuna.trial": child.tags.get("optuna.trial", ""),
+            "tracker.study": study.name,
+            "tracker.storage": study.storage or "",
+            "optuna.trial": run.tags.get("optuna.trial", ""),
         }
         try:
-            with self._alone():
+            with self._lock():
                 self.written += self._store.models.register(
-                    record.register, record.alias, child.models[-1], child.run_id, tags
+                    study.register, study.alias, run.models[-1], run.run_id, tags
                 )
         except StoreError as error:
             self.problem = str(error)
+
+    # -- the study's run -------------------------------------------------------------------
 
     def _log_study(
         self,
         parent: RunSnapshot,
         trials: Sequence[FrozenTrial],
-        children: Mapping[str, RunSnapshot],
+        runs: Mapping[str, RunSnapshot],
         *,
-        there: Sequence[str],
+        existing: Sequence[str],
     ) -> None:
-        """The tables, the page and the best; of the files those that are not `there`, or old."""
-        record = self._record
-        table = rows(record, trials)
-        good = best(record, trials)
-        runs = [children.get(f"{record.key}-{trial.number}") for trial in good[:_NAMED]]
-        tags = {"tracker.study": record.name, _DIGEST: _digest(table), **_best_tags(good, runs)}
+        """Log the files that do not exist or are outdated, and the tags of the best trials."""
+        study, good = self._study, self._best(trials)
+        table = rows(study, trials)
+        tags = {"tracker.study": study.name, _DIGEST: _digest(table), **self._best_tags(good, runs)}
         facts: dict[str, str] = {}
-        if (steps := saved(record, trials)) is not None:
-            facts["Steps not trained"] = f"{steps[0]:,} of {steps[1]:,}"
+        if (steps := saved(study, trials)) is not None:
+            facts["Steps saved by pruning"] = f"{steps[0]:,} of {steps[1]:,}"
             tags["tracker.saved"] = f"{steps[0]} of {steps[1]}"
-        if good and record.replay is not None:
+        if good and study.replay is not None:
             number = str(good[0].number)
-            tags["tracker.replay"] = record.replay.replace("{number}", number)
+            tags["tracker.replay"] = study.replay.replace("{number}", number)
             facts[f"Train trial {number} again"] = f"$ {tags['tracker.replay']}"
-        if parent.tags.get(_DIGEST) != tags[_DIGEST]:
-            there = []
+        best = [{"trial": t.number, "values": t.values, "params": t.params} for t in good]
         texts: dict[str, Callable[[], str]] = {
-            "study.html": lambda: study_page(
-                optuna.Study(record.name, self._storage.optuna), facts
-            ),
+            "study.html": lambda: study_page(optuna.Study(study.name, self._storage.optuna), facts),
             "trials.csv": lambda: csv_text(table),
             "trials.json": lambda: json_text(table),
-            "best.json": lambda: json_text(
-                [{"trial": t.number, "values": t.values, "params": t.params} for t in good]
-            ),
+            "best.json": lambda: json_text(best),
         }
-        for name in [name for name in _FILES if name not in there]:
+        outdated = parent.tags.get(_DIGEST) != tags[_DIGEST]
+        for name in _FILES:
+            if name in existing and not outdated:
+                continue
             try:
                 self._store.log_text(parent.run_id, texts[name](), name)
+                self.written += 1
             except Exception as error:
                 if isinstance(error, StoreError) and not isinstance(error, RefusedError):
                     raise  # MLflow does not answer
                 self.problem = public_uri(f"{name} cannot be written: {error}")
-                tags.pop(_DIGEST, None)  # it is tried again
-                continue
-            self.written += 1
+                tags.pop(_DIGEST, None)  # the next mirror tries again
         new = {name: value for name, value in tags.items() if parent.tags.get(name) != value}
         metrics = []
         if len(good) == 1 and ("best.trial" in new or "best_objective" not in parent.metrics):
-            at = _milliseconds(good[0].datetime_complete) or _now()
+            at = milliseconds(good[0].datetime_complete)
             metrics = [("best_objective", good[0].values[0], good[0].number, at)]
         if new or metrics:
             self._store.log_batch(parent.run_id, metrics=metrics, tags=new)
             self.written += 1
 
-    def _settle(self, parent: RunSnapshot) -> None:
-        """Give the study's run its status, by how things stand now: somebody may go on with it."""
-        trials, attrs = self._trials(), self._attrs()
+    def _best_tags(
+        self, good: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]
+    ) -> dict[str, str]:
+        """Return the tags of the best trial; of a Pareto front, lists in the same order."""
+        if not good:
+            return {}
+        listed = good[:_LISTED]
+        more = f" and {len(good) - _LISTED} more" if len(good) > _LISTED else ""
+        params = [trial.params for trial in listed]
+        ids = [runs[key].run_id for key in map(self._key, listed) if key in runs]
+        return {
+            "best.trial": ", ".join(str(trial.number) for trial in listed) + more,
+            "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in listed),
+            "best.params": json.dumps(params[0] if len(good) == 1 else params)[:5000],
+            "best.run": ", ".join(ids) if len(ids) == len(listed) else "",
+        }
+
+    def _log_status(self, parent: RunSnapshot) -> None:
+        """Set the status of the study's run, unless a search is working on the study."""
+        trials = self._trials()
+        attrs = self._storage.optuna.get_study_user_attrs(self._study.study_id)
         if any(self._leases.lives(search, attrs) for search in searches(attrs)):
             return
-        status, reason = status_of_study(self._record, trials, attrs)
+        status, reason = status_of_study(self._study, trials, attrs)
         if parent.status != status:
-            self._store.end_run(parent.run_id, status, _now())
+            self._store.end_run(parent.run_id, status, now())
             self.written += 1
-        had = parent.tags.get("tracker.failure")
-        if (reason or "") != (had or ""):
+        if (reason or "") != parent.tags.get("tracker.failure", ""):
             self._store.log_batch(parent.run_id, tags={"tracker.failure": reason or ""})
             self.written += 1
 
+    def _params(self) -> dict[str, str]:
+        study = self._study
+        return {
+            "study": study.name,
+            "sampler": study.sampler,
+            "pruner": study.pruner,
+            "seed": str(study.seed),
+            "direction": ",".join(study.directions),
+            "metric": ",".join(study.metrics),
+        }
+
     def _parent(self) -> RunSnapshot | None:
-        if self.run_id is not None:
-            return read_run(self._store, self.run_id)
-        self.run_id = self._store.find_run(self._record.key)
+        if self.run_id is None:
+            self.run_id = self._store.find_run(self._study.key)
         return None if self.run_id is None else read_run(self._store, self.run_id)
 
-    def _children(self) -> dict[str, RunSnapshot]:
-        """The runs of the study's trials by their keys; their parent may be another, or gone."""
-        return runs_by_tag_prefix(self._store, RUN_TAG, f"{self._record.key}-")
+    def _runs(self) -> dict[str, RunSnapshot]:
+        """Return the runs of the trials by key; their parent may be another one, or deleted."""
+        return runs_by_tag_prefix(self._store, RUN_TAG, f"{self._study.key}-")
+
+    def _key(self, trial: FrozenTrial) -> str:
+        return f"{self._study.key}-{trial.number}"
+
+    def _best(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        return best_trials(trials, self._study.directions)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._storage.optuna.get_all_trials(self._record.study_id, deepcopy=False)
+        return self._storage.optuna.get_all_trials(self._study.study_id, deepcopy=False)
 
-    def _attrs(self) -> dict[str, Any]:
-        return self._storage.optuna.get_study_user_attrs(self._record.study_id)
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Exclude other mirrors; trials are claimed under another lock and never wait for it."""
+        with self._storage.lock("mirror") as held:
+            if not held:
+                raise StoreError("another process is mirroring a study of this storage.")
+            yield
 
 
 def _digest(table: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json_text(table).encode()).hexdigest()[:16]
-
-
-def _best_tags(good: Sequence[FrozenTrial], runs: Sequence[RunSnapshot | None]) -> dict[str, str]:
-    """The tags of the best trial; of a Pareto front lists, with a place for each trial."""
-    if not good:
-        return {}
-    shown = good[:_NAMED]
-    more = f" and {len(good) - _NAMED} more" if len(good) > _NAMED else ""
-    params = [trial.params for trial in shown]
-    return {
-        "best.trial": ", ".join(str(trial.number) for trial in shown) + more,
-        "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in shown),
-        "best.params": json.dumps(params[0] if len(good) == 1 else params)[:5000],
-        "best.run": ", ".join(run.run_id for run in runs if run) if all(runs) else "",
-    }
-
-
-def _where_pruned(trial: FrozenTrial) -> str:
-    """What is known of it where the search's own words are not."""
-    if (step := trial.last_step) is None:
-        return "It was stopped before it reported."
-    return f"It was stopped at step {step}, value {trial.intermediate_values[step]:g}."
-
-
-def _wanted(
-    record: Record, trial: FrozenTrial
-) -> tuple[dict[str, str], dict[str, str], list[tuple[str, float, int, int]]]:
-    """The tags, params and metrics that the run of an ended or waiting trial has."""
-    ended = trial.user_attrs.get(ENDED, {})
-    tags = {
-        "tracker.study": record.name,
-        "optuna.trial": str(trial.number),
-        "optuna.state": trial.state.name,
-    }
-    if (slot := trial.user_attrs.get(SLOT)) is not None:
-        tags["tracker.slot"] = str(slot)
-    if (source := trial.user_attrs.get(SOURCE)) is not None:
-        tags["tracker.source"] = source
-    if trial.state == TrialState.FAIL and ended.get("why") in ("died", "lost", "given up"):
-        tags["tracker.failure"] = ended["reason"]
-    at = _milliseconds(trial.datetime_complete) or _now()
-    metrics = [
-        (INTERMEDIATE, value, step, at) for step, value in sorted(trial.intermediate_values.items())
-    ]
-    metrics += [(f"constraint.{name}", value, 0, at) for name, value in trial.constraints.items()]
-    if trial.state == TrialState.COMPLETE:
-        found = objectives(record.metrics, trial.values)
-        metrics += [(name, value, 0, at) for name, value in found.items()]
-    return tags, {name: str(value) for name, value in trial.params.items()}, metrics
-
-
-def status_of(trial: FrozenTrial) -> str:
-    """What the status of a trial's run must be."""
-    if trial.state == TrialState.FAIL:
-        return str(trial.user_attrs.get(ENDED, {}).get("status", "FAILED"))
-    return STATUSES[trial.state]
-
-
-def _as_good(trial: FrozenTrial, status: str) -> bool:
-    """Whether a status that the run's own process gave it says as much, or more."""
-    return trial.state == TrialState.FAIL and status == "KILLED"
-
-
-def status_of_study(
-    record: Record, trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """The status of a study that nobody works on, and the reason unless it is FINISHED."""
-    plan = Plan.of(record)
-    plan.observe(trials)
-    if plan.is_finished:
-        return "FINISHED", None
-    ends = [attrs[f"{PREFIX}{search}"] for search in searches(attrs)]
-    ends = [end for end in ends if end is not None]
-    last: Mapping[str, Any] = max(ends, key=lambda end: float(end["time"]), default={})
-    left = last.get("left")
-    if left is None:
-        return "FAILED", "The process that ran the study ended without saying how."
-    if left["status"] == "FINISHED":
-        return "FAILED", "The study ended before its budget was used."
-    return str(left["status"]), left["reason"]
-
-
-def _is_recent(trial: FrozenTrial) -> bool:
-    end = trial.datetime_complete
-    return end is not None and (datetime.now() - end).total_seconds() < 2 * LATE_SECONDS
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _milliseconds(moment: datetime | None) -> int | None:
-    """Optuna's moments are local times."""
-    return None if moment is None else int(moment.timestamp() * 1000)

@@ -33,8 +33,15 @@ from tracker.search.executors.base import Executor, TrialSpec
 from tracker.search.executors.inprocess import InProcessExecutor
 from tracker.search.executors.processes import WORKER, ProcessExecutor, check_picklable
 from tracker.search.interrupts import Interrupts
-from tracker.search.keeper import InlineKeeper, Keeper, KeeperProcess, NoKeeper, adopted
-from tracker.search.keeper_config import SETTLE_SECONDS, KeeperConfig
+from tracker.search.keeper import (
+    SETTLE_SECONDS,
+    InlineKeeper,
+    Keeper,
+    KeeperConfig,
+    KeeperProcess,
+    NoKeeper,
+    adopted,
+)
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
 from tracker.search.reap import reap

@@ -162,8 +162,9 @@ class MlflowStore:
             if adopted.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
                 return adopt
-        if keyed and (run_id := self._only_run(key, experiment_id)) is not None:
-            return self._join(run_id, tags, placeholder=placeholder)
+        only = self._only_run(key, experiment_id, placeholder=placeholder) if keyed else None
+        if only is not None:
+            return self._join(only, tags, placeholder=placeholder)
         if in_doubt and (run_id := self.find_run(key, experiment_id)) is not None:
             return run_id
         marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
@@ -171,7 +172,7 @@ class MlflowStore:
             run = self.client.create_run(experiment_id, start_time, marked, name)
         run_id = str(run.info.run_id)
         self._created.add(run_id)
-        only = self._only_run(key, experiment_id) if keyed else None
+        only = self._only_run(key, experiment_id, placeholder=placeholder) if keyed else None
         if only is not None and only != run_id:
             return self._join(only, tags, placeholder=placeholder)
         return run_id
@@ -180,16 +181,14 @@ class MlflowStore:
         """Use another process's run with our key, unless ours is only its placeholder."""
         if not placeholder:
             self.reopen(run_id, tags)
-            with translated(f"continue the run {run_id}"):
-                if PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags:
-                    self.client.delete_tag(run_id, PLACEHOLDER_TAG)
         return run_id
 
-    def _only_run(self, key: str, experiment_id: str) -> str | None:
+    def _only_run(self, key: str, experiment_id: str, *, placeholder: bool) -> str | None:
         """Return the id of the run with `key`; of several, delete all but one.
 
         Processes that created one each at the same time keep the same, not a placeholder if
-        possible.
+        possible. A placeholder alone is None to a run that is not: it creates its own, and then
+        deletes the placeholder, whose metrics would else be logged twice.
         """
         with translated("search runs"):
             query = f"tags.`{RUN_TAG}` = '{key}'"
@@ -197,6 +196,8 @@ class MlflowStore:
                 self.client.search_runs([experiment_id], query),
                 key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.run_id),
             )
+            if runs and not placeholder and PLACEHOLDER_TAG in runs[0].data.tags:
+                return None
             for run in runs[1:]:
                 self.client.delete_run(run.info.run_id)
         return str(runs[0].info.run_id) if runs else None

@@ -1,1 +1,1 @@
-"""A study's page."""
+"""The page of a study: one HTML file with its charts."""
