@@ -271,7 +271,7 @@ def test_a_read_only_storage_is_reported_in_one_line(
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=600,
             env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:////tmp/{uuid.uuid4().hex}.db"},
         )
         os.chmod(folder, 0o755)
