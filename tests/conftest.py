@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 
 # Before torch is imported, and for the programs that tests start: many of them share few cores.
@@ -19,7 +20,10 @@ from models import FashionCNN, load
 from tests.faults import TrackingServer
 from tests.helpers import Pictures, Store, Training, run_train
 from tests.postgres import database, postgres  # noqa: F401 - fixtures
+from tests.programs import ForkServer
 from tracker import RunManager
+
+logging.root.setLevel(logging.WARNING)  # importing mlflow.pytorch sets it to ERROR
 
 pytest_plugins = ["tracker.testing"]
 
@@ -39,6 +43,22 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRACKER_INLINE", "1")
     monkeypatch.delenv("TRACKER_OFFLINE", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trainers() -> Iterator[ForkServer]:
+    """Forks trainings and searches; it has imported torch and Optuna, but not MLflow."""
+    server = ForkServer("tracker.manager", "tracker.search.study", "models")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def deliverers() -> Iterator[ForkServer]:
+    """Forks `tracker sync` and programs that deliver in-line; it has imported MLflow too."""
+    server = ForkServer("tracker.manager", "tracker.delivery.leftovers", "tests.helpers", "models")
+    yield server
+    server.close()
 
 
 @pytest.fixture

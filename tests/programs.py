@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -43,11 +44,13 @@ else:
 os.setpgid(0, 0)
 os.chdir(request["folder"])
 tempfile.tempdir = None  # each program has its own TMPDIR
+for name in [name for name in os.environ if name.startswith(("MLFLOW_", "TRACKER_"))]:
+    del os.environ[name]
 os.environ.update(request["environment"])
-output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+flags = os.O_WRONLY | os.O_CREAT
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(output, 1)
-os.dup2(output, 2)
+os.dup2(os.open(request["files"] + "/stdout", flags), 1)
+os.dup2(os.open(request["files"] + "/stderr", flags), 2)
 # A test run started in the background inherits that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = request["arguments"]
@@ -63,6 +66,7 @@ class ForkServer:
     def __init__(self, *modules: str) -> None:
         self._started: list[int] = []
         self._asking = threading.Lock()
+        self._files = tempfile.TemporaryDirectory(prefix="programs-")
         self._process = subprocess.Popen(
             [sys.executable, "-c", FORK_SERVER, *modules],
             stdin=subprocess.PIPE,
@@ -82,20 +86,38 @@ class ForkServer:
         return None if answer is None else int(answer)
 
     def start(
-        self, program: str, folder: Path, environment: dict[str, str], *arguments: str
+        self, program: str, *arguments: str, folder: Path | None = None, **environment: str
     ) -> Program:
-        """Start a program, given as source text, in `folder`, where it is kept as program.py."""
-        (folder / "program.py").write_text(program)
+        """Start a program.
+
+        Args:
+            program: Its source text.
+            arguments: Its command line.
+            folder: Its current directory; by default this process's.
+            environment: Variables beside the test's MLFLOW_* and TRACKER_*.
+        """
+        files = Path(tempfile.mkdtemp(dir=self._files.name))
+        (files / "program.py").write_text(program)
+        ours = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "TRACKER_"))}
         pid = self.ask(
             {
-                "folder": str(folder),
-                "environment": environment,
-                "arguments": [str(folder / "program.py"), *arguments],
+                "folder": str(folder or Path.cwd()),
+                "files": str(files),
+                "environment": ours | environment,
+                "arguments": [str(files / "program.py"), *arguments],
             }
         )
         assert pid is not None
         self._started.append(pid)
-        return Program(pid, self, folder)
+        return Program(pid, self, files)
+
+    def run(
+        self, program: str, *arguments: str, folder: Path | None = None, **environment: str
+    ) -> Program:
+        """Run a program to its end."""
+        running = self.start(program, *arguments, folder=folder, **environment)
+        running.wait()
+        return running
 
     def close(self) -> None:
         """End every program that still runs, then the server."""
@@ -103,17 +125,18 @@ class ForkServer:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         self._process.communicate(timeout=PATIENCE)
+        self._files.cleanup()
 
 
 class Program:
     """A program that a fork server started; it leads a process group."""
 
-    def __init__(self, pid: int, server: ForkServer, folder: Path) -> None:
+    def __init__(self, pid: int, server: ForkServer, files: Path) -> None:
         self.pid = pid
         self.code: int | None = None
         """The exit code, once it has ended."""
         self._server = server
-        self._folder = folder
+        self._files = files
 
     def ended(self) -> bool:
         """Whether the program has ended."""
@@ -157,9 +180,19 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
         self.wait_for_all()
 
+    @property
+    def stdout(self) -> str:
+        """What the program wrote to its standard output."""
+        return (self._files / "stdout").read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """What the program wrote to its standard error."""
+        return (self._files / "stderr").read_text(errors="replace")
+
     def output(self) -> str:
-        """What the program wrote to its standard streams."""
-        return (self._folder / "output").read_text(errors="replace")
+        """What the program wrote to both streams."""
+        return self.stdout + self.stderr
 
 
 def process_group(leader: int) -> list[int]:

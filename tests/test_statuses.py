@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from mlflow.entities import Run as MlflowRun
 
 from tests.helpers import Store
+from tests.programs import ForkServer
 
 BEGIN = """
 import os, signal, sys, threading
@@ -29,16 +29,6 @@ manager.begin_epoch()
 manager.track_loss(torch.tensor(1.0), 4)
 manager.end_epoch()
 """
-
-
-def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, int]:
-    """Run a program; return its run and exit code."""
-    program = tmp_path / "program.py"
-    program.write_text(BEGIN + ending)
-    process = subprocess.run(
-        [sys.executable, str(program)], check=False, capture_output=True, timeout=120
-    )
-    return store.run(), process.returncode
 
 
 @pytest.mark.parametrize(
@@ -72,9 +62,10 @@ def run_program(store: Store, ending: str, tmp_path: Path) -> tuple[MlflowRun, i
     ids=["ended", "exception", "ctrl-c", "never ended", "closed", "caught", "SIGINT", "a fork"],
 )
 def test_the_status_follows_from_how_the_program_ends(
-    store: Store, tmp_path: Path, ending: str, status: str, reason: str | None
+    store: Store, deliverers: ForkServer, ending: str, status: str, reason: str | None
 ) -> None:
-    run, _ = run_program(store, ending, tmp_path)
+    deliverers.run(BEGIN + ending)
+    run = store.run()
     assert run.info.status == status
     failure = run.data.tags.get("tracker.failure")
     assert failure is None if reason is None else failure.startswith(reason)
@@ -83,10 +74,10 @@ def test_the_status_follows_from_how_the_program_ends(
 
 
 def test_a_run_that_is_never_ended_has_the_uncaught_exception_as_its_reason(
-    store: Store, tmp_path: Path
+    store: Store, deliverers: ForkServer
 ) -> None:
     program = "from tracker import start_run\nrun = start_run()\nraise RuntimeError('lost')"
-    subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=120)
+    deliverers.run(program)
     assert store.run().info.status == "FAILED"
     assert store.run().data.tags["tracker.failure"].startswith("RuntimeError: lost")
 
@@ -103,7 +94,7 @@ def test_sigterm_ends_a_training_as_killed(store: Store, tmp_path: Path) -> None
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=240)
     assert process.returncode == -signal.SIGTERM
     while list((tmp_path / ".tracker").iterdir()):  # the uploader continues until all is delivered
         time.sleep(0.1)

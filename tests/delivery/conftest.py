@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -10,22 +10,6 @@ import pytest
 
 from tests.delivery.world import World
 from tests.programs import ForkServer
-
-
-@pytest.fixture(scope="session")
-def trainers() -> Iterator[ForkServer]:
-    """Starts trainings."""
-    server = ForkServer("tracker.run")
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def deliverers() -> Iterator[ForkServer]:
-    """Starts `tracker sync` and programs that deliver in-line."""
-    server = ForkServer("tracker.run", "tracker.store.client", "tracker.delivery.leftovers")
-    yield server
-    server.close()
 
 
 @pytest.fixture

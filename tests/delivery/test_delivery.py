@@ -7,36 +7,45 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import Store
+from tests.programs import ForkServer, Program
 from tracker import start_run
 from tracker.cli import main
 from tracker.delivery.base import Mode, mode_of
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal.writer import JournalWriter
 
-COUNTS = """
+UPLOADERS = """
 import os, psutil, sys
 from tracker import RunManager, start_run
 
 def uploaders():
     return [child.pid for child in psutil.Process().children()]
 """
+Run = Callable[[str], Program]
 
 
-def run_program(text: str, tracking_uri: str) -> str:
-    """Run a program that tracks by a second process; returns what it prints."""
-    env = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri, "TRACKER_INLINE": "0"}
-    command = [sys.executable, "-c", COUNTS + text]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200)
-    return done.stdout
+@pytest.fixture
+def run(trainers: ForkServer, tracking_uri: str) -> Run:
+    """Runs a program, which tracks by a second process, and returns it."""
+
+    def run(text: str) -> Program:
+        program = trainers.run(UPLOADERS + text, TRACKER_INLINE="0")
+        assert program.code == 0, program.output()
+        return program
+
+    return run
 
 
-def test_training_imports_no_mlflow_and_its_uploader_no_torch(store: Store, tmp_path: Path) -> None:
-    printed = run_program(
+def test_training_imports_no_mlflow_and_its_uploader_no_torch(
+    store: Store, run: Run, tmp_path: Path
+) -> None:
+    printed = run(
         "with start_run() as run:\n"
         "    run.log_metrics({'loss': 1.0})\n"
         "    while run.run_id is None: run.flush()\n"
@@ -45,39 +54,32 @@ def test_training_imports_no_mlflow_and_its_uploader_no_torch(store: Store, tmp_
         "    assert 'libtorch' not in maps and 'sqlite' in maps\n"
         "    assert psutil.Process(pid).nice() == 19\n"
         "print([name for name in sys.modules if name.partition('.')[0] == 'mlflow'])",
-        store.uri,
-    )
+    ).stdout
     assert printed == "[]\n"
     assert store.run().info.status == "FINISHED"
     assert list((tmp_path / ".tracker").iterdir()) == []
 
 
-def test_one_uploader_serves_all_runs_of_a_process(store: Store) -> None:
-    printed = run_program(
+def test_one_uploader_serves_all_runs_of_a_process(store: Store, run: Run) -> None:
+    printed = run(
         "seen = set()\n"
         "for number in range(3):\n"
         "    with start_run(params={'number': number}) as run:\n"
         "        while run.run_id is None: run.flush()\n"
         "        seen.update(uploaders())\n"
         "print(len(seen))",
-        store.uri,
-    )
+    ).stdout
     assert printed == "1\n"
     runs = store.runs()
     assert [run.data.params["number"] for run in runs] == ["0", "1", "2"]
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_the_uploader_samples_the_system_metrics(store: Store) -> None:
-    run_program(
-        "with start_run() as run:\n    while run.run_id is None: run.flush()\n    run.flush()",
-        store.uri,
-    )
-    run = store.run()
-    assert store.history(
-        run, "system/system_memory_usage_percentage"
-    )  # whenever the sample was taken
-    assert "system/cpu_utilization_percentage" in run.data.metrics
+def test_the_uploader_samples_the_system_metrics(store: Store, run: Run) -> None:
+    run("with start_run() as run:\n    while run.run_id is None: run.flush()\n    run.flush()")
+    tracked = store.run()
+    assert store.history(tracked, "system/system_memory_usage_percentage")
+    assert "system/cpu_utilization_percentage" in tracked.data.metrics
 
 
 def test_the_uploader_does_not_import_modules_from_the_working_directory(
@@ -92,37 +94,35 @@ def test_the_uploader_does_not_import_modules_from_the_working_directory(
         "with start_run() as run:\n    while run.run_id is None: run.flush()"
     )
     env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
-    subprocess.run([sys.executable, str(program)], env=env, check=True, timeout=200)
+    command = [sys.executable, str(program)]
+    subprocess.run(command, env=env, check=True, timeout=600)
     assert store.run().info.status == "FINISHED"
 
 
-def test_a_deleted_experiment_is_reported_and_nothing_is_lost(store: Store) -> None:
+def test_a_deleted_experiment_is_reported_and_nothing_is_lost(store: Store, run: Run) -> None:
     store.client.delete_experiment(store.client.create_experiment("gone"))
-    env = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "TRACKER_INLINE": "0"}
     program = (
         "import time\nfrom pathlib import Path\nfrom tracker import start_run\n"
         "from tracker.delivery.leftovers import journals, journal_status\n"
         "with start_run(experiment='gone'):\n"
         "    while journal_status(journals(Path('.tracker'))[0]).problem is None: time.sleep(0.1)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0
+    done = run(program)
     assert "experiment='gone' is deleted; restore it with" in done.stderr
     assert "Finish it with: tracker sync" in done.stderr
 
 
-def test_a_wrong_uri_is_an_error_before_anything_is_created(tmp_path: Path) -> None:
+def test_a_wrong_uri_is_an_error_before_anything_is_created(
+    tmp_path: Path, trainers: ForkServer
+) -> None:
     (tmp_path / "text.txt").write_text("no database")
     program = (
         "from tracker import start_run, StoreError\n"
         "try:\n    start_run(tracking_uri='sqlite:///text.txt', inline=False)\n"
         "except StoreError as error:\n    print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
-    )
+    done = trainers.run(program)
+    assert done.code == 0, done.output()
     assert "text.txt is not a SQLite file." in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
 
@@ -163,22 +163,26 @@ def test_a_variable_that_is_neither_true_nor_false_is_an_error(
         start_run()
 
 
-def test_an_offline_run_is_on_disk_when_its_block_ends(tmp_path: Path) -> None:
+def test_an_offline_run_is_on_disk_when_its_block_ends(
+    tmp_path: Path, trainers: ForkServer
+) -> None:
     program = (
         "import os\nfrom tracker import start_run\n"
         "with start_run(offline=True) as run:\n    run.log_metrics({'loss': 1.0})\nos._exit(0)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    assert trainers.run(program).code == 0
     assert main(["sync"]) == 0
     run = Store(f"sqlite:///{tmp_path / 'mlflow.db'}").run()
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {"loss": 1.0}
 
 
-def test_the_next_run_does_not_deliver_an_offline_run_in_the_same_folder(store: Store) -> None:
+def test_the_next_run_does_not_deliver_an_offline_run_in_the_same_folder(
+    store: Store, run: Run, trainers: ForkServer
+) -> None:
     program = "from tracker import start_run\nwith start_run(offline=True): pass"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
-    run_program("with start_run() as run:\n    while run.run_id is None: run.flush()", store.uri)
+    assert trainers.run(program).code == 0
+    run("with start_run() as run:\n    while run.run_id is None: run.flush()")
     assert len(store.runs()) == 1
     assert main(["sync"]) == 0
     assert len(store.runs()) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from mlflow.entities import Run as MlflowRun
 
 from tests.helpers import Store
+from tests.programs import ForkServer, Program
 from tracker import ArgumentError, RunManager, start_run
 from tracker.cli import main as tracker_command
 
@@ -58,25 +58,16 @@ with start_run(params={"search": "grid"}, experiment="offline", name="parent") a
 VOLATILE = {"epoch_duration", "run_duration"}
 
 
-def train(tracking_uri: str | None, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in `folder`, in a process of its own."""
+def train(
+    trainers: ForkServer, tracking_uri: str | None, folder: Path, *, offline: bool = False
+) -> Program:
+    """Run the program in `folder`; without a URI the one that MLflow itself would use."""
     folder.mkdir(exist_ok=True)
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    settings = {k: v for k, v in os.environ.items() if not k.startswith(("TRACKER_", "MLFLOW_"))}
-    settings |= {"OMP_NUM_THREADS": "1", **env}
-    settings["PYTHONPATH"] = f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}"
-    if tracking_uri is not None:
-        settings["MLFLOW_TRACKING_URI"] = tracking_uri
-    return subprocess.run(
-        [sys.executable, str(program)],
-        cwd=folder,
-        env=settings,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=True,
-    )
+    uri = {"MLFLOW_TRACKING_URI": tracking_uri or ""}
+    mode = {"TRACKER_INLINE": "0", "TRACKER_OFFLINE": str(int(offline))}
+    program = trainers.run(PROGRAM, folder=folder, **uri, **mode)
+    assert program.code == 0, program.output()
+    return program
 
 
 def content(path: str, text: bytes) -> str:
@@ -155,16 +146,18 @@ def compare(online: Store, offline: Store, into: Path, monkeypatch: pytest.Monke
         assert loaded(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-def check_offline_equals_online(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = train(f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
+def check_offline_equals_online(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, trainers: ForkServer
+) -> None:
+    done = train(trainers, f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
     warnings = [line for line in done.stderr.splitlines() if "upload delayed" not in line]
     assert warnings == ["val_loss is nan at step 1."] * 2  # and a delay, on a busy machine
     assert list((tmp_path / "online" / ".tracker").iterdir()) == []
 
-    done = train(None, tmp_path / "there", TRACKER_OFFLINE="1")
+    done = train(trainers, None, tmp_path / "there", offline=True)
     journal = next((tmp_path / "there" / ".tracker").iterdir())
     assert "Finish it with: tracker sync" in done.stderr
-    assert {path.name for path in (tmp_path / "there").iterdir()} == {".tracker", "program.py"}
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {".tracker"}
 
     assert tracker_command(["sync", str(journal.parent), "--tracking-uri", uri]) == 0
     assert list(journal.parent.iterdir()) == []
@@ -174,29 +167,29 @@ def check_offline_equals_online(tmp_path: Path, uri: str, monkeypatch: pytest.Mo
 
 
 def test_offline_then_synced_to_a_file_equals_online(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainers: ForkServer
 ) -> None:
     (tmp_path / "files").mkdir()
     check_offline_equals_online(
-        tmp_path, f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", monkeypatch
+        tmp_path, f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", monkeypatch, trainers
     )
 
 
 @pytest.mark.slow
 def test_offline_then_synced_to_a_server_equals_online(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, trainers: ForkServer
 ) -> None:
     (tmp_path / "files").mkdir()
-    check_offline_equals_online(tmp_path, server, monkeypatch)
+    check_offline_equals_online(tmp_path, server, monkeypatch, trainers)
 
 
 def test_status_lists_unfinished_uploads_until_sync_finishes_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], trainers: ForkServer
 ) -> None:
     assert tracker_command(["status"]) == 0
     assert capsys.readouterr().out == "Everything is uploaded.\n"
     program = "from tracker import start_run\nwith start_run(offline=True): pass"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    assert trainers.run(program).code == 0
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert tracker_command(["status"]) == 0
     assert capsys.readouterr().out == (
@@ -235,7 +228,7 @@ def test_a_password_is_not_stored_and_sync_asks_for_it(
         " params={'api_key': 'hunter2', 'lr': 1}): pass"
     )
     command = [sys.executable, "-c", program, "--token", "hunter2"]
-    done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
     (journal,) = (tmp_path / ".tracker").iterdir()
     assert "The value of param 'api_key' is not stored: a secret by name." in done.stderr
     for path in journal.rglob("*"):
@@ -256,7 +249,7 @@ def test_status_imports_neither_torch_nor_mlflow_nor_optuna() -> None:
         "print({'torch', 'mlflow', 'optuna'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout == "Everything is uploaded.\nset()\n"
 

@@ -80,21 +80,25 @@ class World:
         self.name = name
         self._trainers = trainers
         self._deliverers = deliverers
+        self._programs: list[Program] = []
         self.store = Store(uri)
 
     def start(
         self, program: str, mode: str = "process", *, imports_mlflow: bool = False
     ) -> Program:
         """Start a program that delivers as `mode` says."""
-        environment = {
-            "MLFLOW_TRACKING_URI": self.uri,
-            "TMPDIR": str(self.folder / "tmp"),
-            "TRACKER_INLINE": str(int(mode == "inline")),
-            "TRACKER_OFFLINE": str(int(mode == "offline")),
-        }
         uses_mlflow = imports_mlflow or mode == "inline"
         server = self._deliverers if uses_mlflow else self._trainers
-        return server.start(program, self.folder, environment)
+        started = server.start(
+            program,
+            folder=self.folder,
+            MLFLOW_TRACKING_URI=self.uri,
+            TMPDIR=str(self.folder / "tmp"),
+            TRACKER_INLINE=str(int(mode == "inline")),
+            TRACKER_OFFLINE=str(int(mode == "offline")),
+        )
+        self._programs.append(started)
+        return started
 
     def start_sync(self, *arguments: str) -> Program:
         """Start `tracker sync`."""
@@ -147,8 +151,7 @@ class World:
 
     def output(self) -> str:
         """What the programs of this world printed."""
-        output = self.folder / "output"
-        return output.read_text(errors="replace") if output.exists() else "no output"
+        return "".join(program.output() for program in self._programs)
 
     def leftovers(self) -> set[str]:
         """What lies in the folder beside the store and the program's own files."""

@@ -5,21 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import ROOT, ForkServer, Program
+from tests.programs import ForkServer, Program
 
 Start = Callable[..., Program]
 
 
-@pytest.fixture(scope="session")
-def search_server() -> Iterator[ForkServer]:
-    """Starts programs that run studies."""
-    server = ForkServer("tracker.search.study", "tracker.manager")
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def start(search_server: ForkServer, workdir: Path, tracking_uri: str) -> Iterator[Start]:
+def start(trainers: ForkServer, workdir: Path, tracking_uri: str) -> Iterator[Start]:
     """Starts a program that runs a study in the test's folder; ends it with the test.
 
     `start(source, *arguments)` gets the program's source text and its command line.
@@ -27,13 +19,13 @@ def start(search_server: ForkServer, workdir: Path, tracking_uri: str) -> Iterat
     programs: list[Program] = []
 
     def start(source: str, *arguments: object) -> Program:
-        environment = {
-            "MLFLOW_TRACKING_URI": tracking_uri,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "TRACKER_INLINE": "0",
-        }
-        program = search_server.start(source, workdir, environment, *map(str, arguments))
+        program = trainers.start(
+            source,
+            *map(str, arguments),
+            folder=workdir,
+            MLFLOW_TRACKING_URI=tracking_uri,
+            TRACKER_INLINE="0",
+        )
         programs.append(program)
         return program
 

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,6 @@ torch.save(network.state_dict(), out)
 """
 
 
-@pytest.fixture(scope="module")
-def trainings() -> Iterator[ForkServer]:
-    """Starts trainings."""
-    server = ForkServer("tracker.manager", "tracker.store.client", "tests.helpers", "models")
-    yield server
-    server.close()
-
-
 class Training:
     """Runs PROGRAM in processes of its own, in one folder."""
 
@@ -84,15 +75,15 @@ class Training:
         """Train, and return the final weights; None if the process has to die."""
         out = self.folder / "weights.pt"
         arguments = (str(out), str(epochs), die, resumed, lr)
-        program = self.server.start(PROGRAM, self.folder, self.environment, *arguments)
+        program = self.server.start(PROGRAM, *arguments, folder=self.folder, **self.environment)
         assert program.wait() == (-signal.SIGKILL if die else 0), program.output()
         return None if die else torch.load(out, weights_only=True)
 
 
 @pytest.fixture
-def training(tracking_uri: str, tmp_path: Path, trainings: ForkServer) -> Training:
+def training(tracking_uri: str, tmp_path: Path, deliverers: ForkServer) -> Training:
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, "TRACKER_INLINE": "1"}
-    return Training(trainings, tmp_path, **environment)
+    return Training(deliverers, tmp_path, **environment)
 
 
 SERIES = ("loss", "accuracy", "batch_loss")
@@ -100,13 +91,13 @@ SERIES = ("loss", "accuracy", "batch_loss")
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, trainings: ForkServer
+    tmp_path_factory: pytest.TempPathFactory, deliverers: ForkServer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
     """Weights, metrics and params of four epochs in one process."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     environment = {"MLFLOW_TRACKING_URI": uri, "TRACKER_INLINE": "1"}
-    weights = Training(trainings, folder, **environment).run(4)
+    weights = Training(deliverers, folder, **environment).run(4)
     store = Store(uri)
     run = store.run()
     return weights, {name: store.history(run, name) for name in SERIES}, run.data.params
