@@ -230,7 +230,7 @@ def test_a_password_is_not_stored_and_sync_asks_for_it(
     command = [sys.executable, "-c", program, "--token", "hunter2"]
     done = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
     (journal,) = (tmp_path / ".tracker").iterdir()
-    assert "The value of param 'api_key' is not stored: a secret by name." in done.stderr
+    assert "The value of param 'api_key' is not stored: its name is secret." in done.stderr
     for path in journal.rglob("*"):
         if path.is_file():
             kept = path.read_bytes().replace(json.dumps(program)[1:-1].encode(), b"")
