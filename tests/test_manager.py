@@ -598,7 +598,7 @@ def test_a_data_set_that_is_not_indexed_by_numbers_only_lacks_sample_pictures(
     manager.begin_run({}, network, loader)
     manager.end_run()
     assert store.run().info.status == "FINISHED"
-    assert "no sample pictures" in caplog.text
+    assert "Sample pictures are not logged" in caplog.text
 
 
 def test_saving_to_a_folder_that_does_not_exist_is_an_error(manager: RunManager) -> None:

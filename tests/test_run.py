@@ -152,7 +152,7 @@ def test_a_value_that_mlflow_would_cut_or_change_is_refused(store: Store) -> Non
             run.log_artifact("nowhere")
         with pytest.raises(ArgumentError, match="plain relative path inside the run's artifacts"):
             run.log_text("x", "../up.txt")
-        with pytest.raises(ArgumentError, match=r"must end in \.png"):
+        with pytest.raises(ArgumentError, match=r"ends in \.png"):
             run.log_image(torch.rand(3, 4, 4), "grid")
         with pytest.raises(ArgumentError, match="has the shape"):
             run.log_image(torch.rand(2, 3, 4, 4), "grid.png")
@@ -296,7 +296,7 @@ def test_the_weights_of_a_network_that_cannot_be_exported_are_logged_with_a_warn
     with caplog.at_level(logging.WARNING, "tracker"), start_run() as run:
         assert not run.log_model(network, torch.rand(4, 4))
     (warning,) = (r.getMessage() for r in caplog.records if r.name.startswith("tracker"))
-    assert warning.startswith("Only the weights are logged, as model.pt: torch.export cannot")
+    assert warning.startswith("Only the weights are logged, as model.pt: torch.export fails")
     path = store.client.download_artifacts(store.run().info.run_id, "model.pt", str(tmp_path))
     weights = torch.load(path, weights_only=True)
     assert torch.equal(weights["linear.weight"], network.linear.weight)
