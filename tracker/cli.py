@@ -34,10 +34,13 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser(
-        "sync", help="finish the uploads of offline runs, dead servers and killed programs"
+        "sync",
+        help="upload what offline runs, unreachable servers and killed programs left on disk",
     )
     sync.set_defaults(run=_sync)
-    status = commands.add_parser("status", help="list unfinished uploads, and what stops them")
+    status = commands.add_parser(
+        "status", help="list unfinished uploads and why they are unfinished"
+    )
     status.set_defaults(run=_status)
     for command in (sync, status):
         command.add_argument(
@@ -64,7 +67,7 @@ def _journals(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = journals(path)
         if not found and path.name != DIRECTORY:
-            raise StoreError(f"{path} is not a journal of this program.")
+            raise StoreError(f"{path} is not a tracker journal.")
         folders += found
     return folders
 

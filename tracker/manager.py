@@ -99,7 +99,7 @@ class RunManager:
         )
         # Not atexit: running a notebook's cell again drops this manager with its run still open.
         self._finalizer = weakref.finalize(
-            self, self._runs.close, "when the program ended or dropped its manager"
+            self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
         self._keep = checkpoints

@@ -67,7 +67,7 @@ def test_a_run_of_a_machine_that_went_away_is_closed_after_ten_minutes(world: Wo
     (journal / "journal.sqlite").write_bytes(database)
     set_last_beat(journal, 601)
     case.sync()
-    case.check_status("FAILED", "on elsewhere ended without saying how")
+    case.check_status("FAILED", "on elsewhere ended without reporting why")
     assert case.check_points() == 5
     assert case.leftovers() == set()
 

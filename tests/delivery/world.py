@@ -22,7 +22,7 @@ _LOADING = threading.Lock()  # torch loads one model at a time
 SAFE_SECONDS = 0.25
 """What was logged this long before a kill is never lost."""
 STEPS = 300
-LOST = "ended without saying how"
+LOST = "ended without reporting why"
 """Part of the reason that a run gets whose process was killed."""
 MODES = ("process", "inline", "offline")
 

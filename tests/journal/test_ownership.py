@@ -262,6 +262,6 @@ def test_a_folder_that_does_not_name_a_writer_is_not_a_journal(
         (closed / "writer.json").write_bytes(content)
     before = sorted(closed.iterdir())
 
-    with pytest.raises(StoreError, match=r"^\S+ is not a journal of this program\.$"):
+    with pytest.raises(StoreError, match=r"^\S+ is not a tracker journal\.$"):
         ask(closed)
     assert sorted(closed.iterdir()) == before

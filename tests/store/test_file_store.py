@@ -1,4 +1,4 @@
-"""MLflow's file store, which MLflow only maintains: each verb works, none is crash-safe there."""
+"""MLflow's file store, which is in maintenance mode: every method works, none is crash-safe."""
 
 from __future__ import annotations
 

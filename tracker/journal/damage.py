@@ -50,7 +50,7 @@ def set_damage_aside(folder: Path) -> str | None:
             raise StoreError(f"{folder} is damaged and cannot be repaired: {error}.") from error
         logger.warning("%s is damaged (%s).", path, problem)
     if damaged.exists():
-        return f"{folder} was damaged; what could not be read is kept in {DAMAGED} there."
+        return f"{folder} was damaged; the damaged file is kept there as {DAMAGED}."
     return None
 
 

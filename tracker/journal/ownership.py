@@ -52,7 +52,7 @@ class Writer:
         try:
             return cls(**json.loads((folder / "writer.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise StoreError(f"{folder} is not a journal of this program.") from error
+            raise StoreError(f"{folder} is not a tracker journal.") from error
 
 
 def writer_lock(folder: Path) -> Lock:

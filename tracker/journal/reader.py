@@ -56,7 +56,7 @@ class Journal:
         self._lock = threading.Lock()
         version = database.format_of(folder)
         if version is None:
-            raise StoreError(f"{folder} is not a journal of this program.")
+            raise StoreError(f"{folder} is not a tracker journal.")
         if version != database.FORMAT:
             raise StoreError(
                 f"{folder} is a journal of format {version}; this version reads {database.FORMAT}."

@@ -61,9 +61,9 @@ def _run(given: argparse.Namespace) -> int:
         for record in _studies(storage, given.study):
             if given.command == "reap":
                 failed = reap_study(storage, record, given.grace_seconds)
-                print(f"{record.name}: {len(failed)} trials were lost")
+                print(f"{record.name}: lost trials failed: {len(failed)}")
             written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
-            print(f"{record.name}: run {run_id}, {written} things were missing")
+            print(f"{record.name}: run {run_id}, missing items added: {written}")
     finally:
         storage.close()
     return 0
@@ -118,7 +118,7 @@ def mirror_study(
         directory: Journals whose leftovers are delivered first.
 
     Returns:
-        How many things were missing, and the id of the study's run.
+        How many items were missing, and the id of the study's run.
 
     Raises:
         StoreError: MLflow does not answer, or its URI has a password that is not stored.
@@ -128,7 +128,9 @@ def mirror_study(
 
     uri = tracking_uri or record.tracking_uri
     if uri is not None and MASK in uri:
-        raise StoreError(f"study={record.name!r} is in {uri}; give --tracking-uri with its secret.")
+        raise StoreError(
+            f"study={record.name!r} is in {uri}; add --tracking-uri URI with the secret."
+        )
     store = MlflowStore(uri)
     deliver_leftovers(directory, store, SETTLE_SECONDS)
     mirror = Mirror(storage, record, store)

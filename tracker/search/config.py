@@ -139,7 +139,9 @@ class StudyConfig:
         if len(set(metrics)) < len(metrics):
             raise ArgumentError(f"metric={metrics} contains a name twice.")
         if self.is_multi_objective and self.pruner != "none":
-            raise ArgumentError(f"pruner={self.pruner!r} takes one objective; it must be none.")
+            raise ArgumentError(
+                f"pruner={self.pruner!r} supports one objective only; it must be none."
+            )
 
     def _check_registration(self) -> None:
         if self.register is None:

@@ -64,7 +64,7 @@ def sampler(
     if name not in factories:
         raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
     if name == "cmaes" and several:
-        raise ArgumentError("sampler='cmaes' takes one objective; tpe and gp take several.")
+        raise ArgumentError("sampler='cmaes' supports one objective; tpe and gp support several.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         fresh = factories[name]()
@@ -182,7 +182,7 @@ class QuasiRandomSampler(optuna.samplers.RandomSampler):
         """Return the value at this slot's point of the sequence."""
         dimension = len(trial.params)
         if dimension >= _DIMENSIONS:
-            raise ArgumentError(f"sampler='qmc' takes at most {_DIMENSIONS} hyperparameters.")
+            raise ArgumentError(f"sampler='qmc' supports at most {_DIMENSIONS} hyperparameters.")
         share = _sobol(self._seed, self._slot // _CHUNK)[self._slot % _CHUNK, dimension]
         return value_at(param_distribution, float(share))
 

@@ -96,7 +96,9 @@ class Study:
         if not callable(objective):
             raise ArgumentError(f"objective={objective!r} is not allowed; it must be a function.")
         if not grace_seconds > 0:
-            raise ArgumentError(f"grace_seconds={grace_seconds!r} is not allowed; it must be > 0.")
+            raise ArgumentError(
+                f"grace_seconds={grace_seconds!r} is not allowed; it must be above 0."
+            )
         self._objective = objective
         self._storage_url = storage
         self._tracking_uri = tracking_uri

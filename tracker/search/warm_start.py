@@ -88,7 +88,7 @@ class FromRuns:
         from tracker.store.runs import finished_runs
 
         if config.is_multi_objective:
-            raise ArgumentError("warm_start_from_runs takes one objective.")
+            raise ArgumentError("warm_start_from_runs supports one objective only.")
         check_exists(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
         filter_ = _Filter(config)
         fitting = []

@@ -69,8 +69,8 @@ class MlflowStore:
         self.models = ModelStore(self.client, self.tracking_uri)
         if warn:
             logger.warning(
-                "MLflow only maintains its file store (%s), and a run can be damaged in it if a "
-                "process is killed; MLflow recommends sqlite:///mlflow.db.",
+                "MLflow's file store (%s) is in maintenance mode and not crash-safe: killing a "
+                "process can damage a run. MLflow recommends sqlite:///mlflow.db.",
                 self.tracking_uri,
             )
 
