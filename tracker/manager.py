@@ -1,4 +1,4 @@
-"""RunManager: the verbs of the tutorial, on MLflow; the README shows a loop that uses them."""
+"""RunManager: the tutorial's methods on MLflow; the README shows a loop that uses them."""
 
 from __future__ import annotations
 
@@ -265,7 +265,11 @@ class RunManager:
         self.close()
 
     def begin_epoch(self) -> None:
-        """Begin an epoch."""
+        """Begin an epoch.
+
+        Raises:
+            CallOrderError: No run is open, or the previous epoch has not ended.
+        """
         self._runs.current("begin_epoch")
         if self._epoch is not None:
             raise CallOrderError(
@@ -345,7 +349,12 @@ class RunManager:
         self._log_metrics(epoch.metrics)
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
-        """Return `loader`, of `length` batches, with the progress of each pass shown, for `fit`."""
+        """Wrap a loader for `fit`, so that the progress of each epoch is shown.
+
+        Args:
+            loader: Yields the batches.
+            length: Number of batches; default that of the loader, if it has one.
+        """
         return Progress(loader, self._views, lambda: self.epoch_count + 1, length)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -373,8 +382,13 @@ class RunManager:
     ) -> None:
         """Log all states that `resume` needs, and delete superseded checkpoints.
 
-        Call it between two epochs, or after `track_loss` of a batch. The states are those of the
-        network, of all random generators, and of the arguments.
+        Call it between two epochs, or after `track_loss` of a batch. The states of the network and
+        of all random generators are always included.
+
+        Args:
+            optimizer: Its state is saved, if given.
+            scheduler: Its state is saved, if given.
+            scaler: Its state is saved, if given.
 
         Raises:
             ArgumentError: A state holds more than tensors, numbers and text.

@@ -1,4 +1,4 @@
-"""Damaged journals: read up to the damage, and kept."""
+"""Damaged journals: what precedes the damage is read, and the damaged file is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_damage_aside(folder: Path) -> str | None:
-    """Replace the database of a damaged journal by what can be read of it, up to the damage.
+    """Replace the database of a damaged journal by a new one with its readable records.
 
     The damaged file stays beside it, under the name DAMAGED.
 

@@ -87,8 +87,8 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
     Args:
         storage: Where the study is.
         record: The study.
-        grace: How long a search on another machine must be silent, in seconds, unless its own
-            grace period is longer. A search on this machine is dead if its process is.
+        grace: Seconds after which a silent search on another machine is dead, unless its own grace
+            period is longer. A search on this machine is dead if its process is.
     """
     leases = Leases(grace)
     began = time.monotonic()

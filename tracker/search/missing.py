@@ -1,4 +1,4 @@
-"""What MLflow lacks of a study: the records that complete a trial's run, and final statuses."""
+"""What a study in MLflow lacks: records that complete a trial's run, and final statuses."""
 
 from __future__ import annotations
 

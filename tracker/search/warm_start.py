@@ -40,7 +40,12 @@ class FromStudy:
     storage: str | None
 
     def trials(self, config: StudyConfig) -> list[FrozenTrial]:
-        """Return its complete trials whose hyperparameters lie in the space."""
+        """Return its complete trials whose hyperparameters lie in the space.
+
+        Raises:
+            StoreError: The study does not exist.
+            ArgumentError: It is the study itself, has other directions, or no trial fits.
+        """
         if self.name == config.name and _location(self.storage) == _location(config.storage):
             raise ArgumentError(f"study={self.name!r} cannot start with its own trials.")
         storage = Storage(self.storage, make=False)
@@ -83,7 +88,12 @@ class FromRuns:
     tracking_uri: str | None
 
     def trials(self, config: StudyConfig) -> list[FrozenTrial]:
-        """Return the runs that have the metric, and params in the space."""
+        """Return the runs that have the metric, and params in the space.
+
+        Raises:
+            StoreError: The store or the experiment does not exist.
+            ArgumentError: The study has several objectives, or no run fits.
+        """
         from tracker.store.client import MlflowStore  # importing mlflow takes seconds
         from tracker.store.runs import finished_runs
 
