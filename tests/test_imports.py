@@ -167,7 +167,7 @@ def test_the_packages_do_not_import_each_other(folder: str, package: str) -> Non
         assert package not in {name.split(".")[0] for name in imports(path)}, path
 
 
-def test_importing_tracker_imports_no_mlflow_and_leaves_nothing_set() -> None:
+def test_importing_tracker_imports_no_mlflow_and_changes_no_global_state() -> None:
     program = (
         "import os, sys, logging, random\n"
         "before = dict(os.environ), random.getstate()\n"

@@ -22,7 +22,7 @@ def trainers() -> Iterator[ForkServer]:
 
 @pytest.fixture(scope="session")
 def deliverers() -> Iterator[ForkServer]:
-    """Starts `tracker sync` and programs that deliver in-line."""
+    """Starts `tracker sync` and programs that deliver inline."""
     server = ForkServer("tracker.run", "tracker.store.client", "tracker.delivery.leftovers")
     yield server
     server.close()
@@ -32,7 +32,7 @@ def deliverers() -> Iterator[ForkServer]:
 def world(
     tmp_path: Path, _sqlite_template: Path, trainers: ForkServer, deliverers: ForkServer
 ) -> Callable[..., World]:
-    """Makes worlds: `world()` with a SQLite store of its own, `world(uri=…)` with that store."""
+    """Creates worlds: `world()` with a new SQLite store, `world(uri=…)` with that store."""
     count = 0
 
     def make(name: str = "", uri: str = "") -> World:

@@ -59,7 +59,7 @@ VOLATILE = {"epoch_duration", "run_duration"}
 
 
 def train(tracking_uri: str | None, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in `folder`, in a process of its own."""
+    """Run the program in `folder`, in a separate process."""
     folder.mkdir(exist_ok=True)
     program = folder / "program.py"
     program.write_text(PROGRAM)

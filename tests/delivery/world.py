@@ -142,16 +142,16 @@ class World:
         wait_for(lambda: len(self.logged()) >= count, f"{self.name}: {count} points", self.output)
 
     def release(self) -> None:
-        """Let a program go on that waits, see WAITING."""
+        """Let a waiting program continue; see WAITING."""
         (self.folder / "tmp" / "go").touch()
 
     def output(self) -> str:
-        """What the programs of this world printed."""
+        """The output of the programs of this world."""
         output = self.folder / "output"
         return output.read_text(errors="replace") if output.exists() else "no output"
 
     def leftovers(self) -> set[str]:
-        """What lies in the folder beside the store and the program's own files."""
+        """The paths in the folder other than the store and the program's own files."""
         expected = {
             "logged",
             "output",

@@ -107,7 +107,7 @@ def test_a_journal_of_another_format_is_refused_and_stays(
     assert snapshot(folder)["journal.sqlite"] == before
 
 
-def test_a_bad_journal_does_not_keep_others_from_being_delivered(
+def test_a_bad_journal_does_not_block_the_others(
     small: Path, recorder: type[Recorder], neighbours: Path, capsys: Output
 ) -> None:
     foreign = neighbours / "1"
@@ -125,8 +125,8 @@ def test_a_bad_journal_does_not_keep_others_from_being_delivered(
 # -- not writable ----------------------------------------------------------------
 
 
-def as_mortal(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command `tracker` as a user who is bound by file modes, as root is not."""
+def as_unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `tracker` without the right of root to ignore file modes."""
     command = [sys.executable, "-m", "tracker.cli", *arguments]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -152,8 +152,8 @@ def test_a_journal_that_cannot_be_written_stays_until_it_can(
     for place in places:
         place.chmod(mode)
     try:
-        synced = as_mortal("sync", str(folder))
-        status = as_mortal("status", str(folder))
+        synced = as_unprivileged("sync", str(folder))
+        status = as_unprivileged("status", str(folder))
     finally:
         for place, before_ in zip(places, modes, strict=True):
             place.chmod(before_)

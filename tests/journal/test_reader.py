@@ -247,7 +247,7 @@ def test_notices_are_kept_in_order_and_read_from_any_number(closed: Path) -> Non
 # -- opening and removing ------------------------------------------------------------------------
 
 
-def test_a_removed_journal_leaves_nothing(closed: Path) -> None:
+def test_a_removed_journal_leaves_no_files(closed: Path) -> None:
     (closed / "files" / "picture.png").write_bytes(b"picture")
 
     Journal(closed).remove()

@@ -102,7 +102,7 @@ def test_a_server_that_answers_with_errors_is_an_error(broken_server: str) -> No
         ("http://", "cannot be opened"),
     ],
 )
-def test_a_wrong_uri_is_an_error_of_one_sentence_and_creates_nothing(
+def test_a_wrong_uri_is_refused_in_one_sentence_and_creates_nothing(
     tmp_path: Path, uri: str, problem: str
 ) -> None:
     (tmp_path / "text.txt").write_text("not a database, but long enough to look at")
@@ -215,7 +215,9 @@ def test_a_store_that_fails_during_training_stops_nothing_and_sync_delivers_the_
     assert not journal.exists()
 
 
-def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Path) -> None:
+def test_sync_gives_the_run_of_a_killed_process_its_correct_status(
+    store: Store, tmp_path: Path
+) -> None:
     program = (
         "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
         "run.log_metrics({'loss': 0.5}, 1)\nrun.flush()\nrun.log_metrics({'loss': 0.25}, 2)\n"
