@@ -70,7 +70,7 @@ def start_run(
     Args:
         params: Hyperparameters to log.
         experiment: Name of the experiment; default as in MLflow.
-        name: Name of the run; default one that MLflow makes up.
+        name: Name of the run; default one that MLflow chooses.
         tags: Tags to set.
         parent: Parent of the run, or its id.
         tracking_uri: Where the run is delivered; default as in MLflow.
@@ -301,7 +301,7 @@ class Run(Recorder):
 
         Args:
             network: The network. Frozen weights are logged again only if their norm or sum changes.
-            step: Step of the histograms, an epoch as a rule.
+            step: Step of the histograms, usually an epoch.
         """
         record = network_histograms(network, step, self._frozen)
         self._append(records.Histograms(**record))

@@ -69,7 +69,7 @@ class _Worker:
     is_ready: bool = False
     """Whether it has ever asked for a trial."""
     is_silent: bool = False
-    """Whether it lost its trial to silence, and has not come back."""
+    """Whether it lost its trial because it was silent, and has sent nothing since."""
     is_leaving: bool = False
     """Whether it was asked to end."""
     was_killed: bool = False
