@@ -1,4 +1,4 @@
-"""Command line of the tracker: uploads that are unfinished, and studies."""
+"""Upload what is still on disk, and bring studies in MLflow up to date."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser(
         "sync",
-        help="upload what offline runs, unreachable servers and killed programs left on disk",
+        help="upload what offline runs, failed servers and killed programs left on disk",
+        description="Upload what offline runs, failed servers and killed programs left on disk.",
     )
     sync.set_defaults(run=_sync)
     status = commands.add_parser(
-        "status", help="list unfinished uploads and why they are unfinished"
+        "status",
+        help="list unfinished uploads and why they are unfinished",
+        description="List unfinished uploads and why they are unfinished.",
     )
     status.set_defaults(run=_status)
     for command in (sync, status):
@@ -48,9 +51,11 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
             type=Path,
             nargs="*",
             default=[Path(DIRECTORY)],
-            help=f"a journal, or a folder with journals; by default {DIRECTORY}",
+            help=f"a journal, or a folder of journals; default: {DIRECTORY}",
         )
-    sync.add_argument("--tracking-uri", help="by default the store that each run was meant for")
+    sync.add_argument(
+        "--tracking-uri", metavar="URI", help="the store; default: the one each run was meant for"
+    )
     if with_studies:  # importing Optuna takes a second
         from tracker.search.cli import add_commands
 

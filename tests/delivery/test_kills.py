@@ -51,7 +51,7 @@ MOMENTS = [
     Moment(WARM, STEPS),
     Moment(WARM, STEPS, seconds=0.2),
 ]
-"""Each phase of a run: before its uploader starts, during delivery, within a request, at the end."""
+"""Each phase of a run: before its uploader starts, during delivery, in a request, at the end."""
 
 
 def kill_and_check(world: World, moment: Moment, *victims: str) -> int:
