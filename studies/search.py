@@ -80,8 +80,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _add_study_options(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     study = parser.add_argument_group("study")
-    study.add_argument("--sampler", default="tpe", help=f"{', '.join(SAMPLERS)}; default: tpe")
-    study.add_argument("--pruner", default="none", help=f"{', '.join(PRUNERS)}; default: none")
+    study.add_argument(
+        "--sampler", default="tpe", help=f"one of: {', '.join(SAMPLERS)}; default: tpe"
+    )
+    study.add_argument(
+        "--pruner", default="none", help=f"one of: {', '.join(PRUNERS)}; default: none"
+    )
     study.add_argument(
         "--trials",
         type=_budget,
@@ -92,9 +96,11 @@ def _add_study_options(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
         "--workers", type=positive_int, default=1, metavar="N", help="trials at a time; default: 1"
     )
     name = recipe.name.replace(":", ".")
-    study.add_argument("--study", default=name, metavar="NAME", help=f"its name; default: {name}")
     study.add_argument(
-        "--storage", type=_or_auto, metavar="URI", help=f"where it is stored; default: {DEFAULT}"
+        "--study", default=name, metavar="NAME", help=f"name of the study; default: {name}"
+    )
+    study.add_argument(
+        "--storage", type=_or_auto, metavar="URL", help=f"where it is stored; default: {DEFAULT}"
     )
     study.add_argument(
         "--resume",
@@ -126,7 +132,7 @@ def _add_study_options(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
         nargs="+",
         default=metrics[:1],
         metavar="NAME",
-        help=f"objectives, of {', '.join(metrics)}; default: {metrics[0]}",
+        help=f"one or more objectives of: {', '.join(metrics)}; default: {metrics[0]}",
     )
     study.add_argument(
         "--warm-start-study", metavar="NAME", help="start with the trials of another study"

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the test's own folder the current one, where journals and relative paths lead."""
+    """Change to the test's own folder, so that journals and relative paths are inside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKER_INLINE", "1")
     monkeypatch.delenv("TRACKER_OFFLINE", raising=False)

@@ -1,4 +1,4 @@
-"""Programs of their own process, forked from one that has already imported what takes seconds.
+"""Programs in separate processes, forked from one that has already imported the slow modules.
 
 A fork takes milliseconds. Each program leads a process group, so that everything it started can be
 waited for.

@@ -1,4 +1,4 @@
-"""The documentation's code runs, its commands exist, and what it names and links to is there."""
+"""The documentation's code runs, and the commands, files and links in it exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which room of `tracker` may import which: data flows one way, and so do the imports."""
+"""Which layer of `tracker` may import which: data flows one way, and so do the imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tracker"
 
-ROOMS = {
+LAYERS = {
     "base": set(),
     "training": {"base"},
     "capture": {"base", "training"},
@@ -21,10 +21,10 @@ ROOMS = {
     "views": {"base", "training", "capture"},
     "delivery": {"base", "journal", "store", "views"},
     "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
-    "session": {"base", "training", "store", "delivery", "run"},
+    "managed_runs": {"base", "training", "store", "delivery", "run"},
     "manager": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
-        *("run", "session", "grid"),
+        *("run", "managed_runs", "grid"),
     },
     "grid": {"base"},
     "deploy": {"base"},
@@ -35,10 +35,10 @@ ROOMS = {
     },
     "cli": {"base", "delivery", "search"},
 }
-"""What each folder, or module at the top, may import beside itself, in the order of the flow."""
+"""What each folder, or module at the top, may import besides itself, in the order of the flow."""
 
 BASE = {"_version", "arguments", "errors", "statuses", "validation", "redaction", "locks", "logs"}
-"""Modules at the top that every room may use, and that use none but each other."""
+"""Modules at the top that every layer may import, and that import only each other."""
 
 MLFLOW = {"store", "capture/model.py", "testing.py"}
 
@@ -52,8 +52,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room(module: str) -> str:
-    """The room that a dotted name belongs to: its folder, or itself at the top."""
+def layer(module: str) -> str:
+    """The layer that a dotted name belongs to: its folder, or the module itself at the top."""
     name = module.split(".")[1] if "." in module else "__init__"
     return "base" if name in BASE else name
 
@@ -89,27 +89,27 @@ def edges(*, lazy: bool) -> dict[str, set[str]]:
     }
 
 
-def test_every_room_imports_only_what_lies_below_it() -> None:
+def test_every_layer_imports_only_layers_below_it() -> None:
     wrong = [
         f"{module} imports {other}"
         for module, others in edges(lazy=True).items()
         for other in others
         if module != "tracker"
-        and room(other) != room(module)
-        and room(other) not in ROOMS[room(module)]
+        and layer(other) != layer(module)
+        and layer(other) not in LAYERS[layer(module)]
     ]
     assert wrong == []
 
 
-def test_the_rooms_are_in_the_order_of_the_flow() -> None:
+def test_the_layers_do_not_depend_on_each_other_in_a_circle() -> None:
     reached: dict[str, set[str]] = {}
 
     def below(name: str) -> set[str]:
         if name not in reached:
-            reached[name] = set().union(*({one} | below(one) for one in ROOMS[name]))
+            reached[name] = set().union(*({one} | below(one) for one in LAYERS[name]))
         return reached[name]
 
-    for name in ROOMS:  # a circle would not end
+    for name in LAYERS:  # a circle would recurse forever
         assert name not in below(name)
 
 
@@ -167,7 +167,7 @@ def test_the_packages_do_not_import_each_other(folder: str, package: str) -> Non
         assert package not in {name.split(".")[0] for name in imports(path)}, path
 
 
-def test_importing_tracker_imports_no_mlflow_and_leaves_nothing_set() -> None:
+def test_importing_tracker_imports_no_mlflow_and_changes_no_global_state() -> None:
     program = (
         "import os, sys, logging, random\n"
         "before = dict(os.environ), random.getstate()\n"

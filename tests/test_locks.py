@@ -47,7 +47,7 @@ def test_a_lock_is_held_once_in_one_process_or_two(tmp_path: Path) -> None:
     other.release()
 
 
-def test_a_block_is_told_whether_it_holds_the_lock(tmp_path: Path) -> None:
+def test_hold_yields_whether_the_lock_was_taken(tmp_path: Path) -> None:
     one, other = Lock(tmp_path / "x.lock"), Lock(tmp_path / "x.lock")
     with one.hold() as taken:
         assert taken

@@ -1,4 +1,4 @@
-"""Command line of the tracker: uploads that are unfinished, and studies."""
+"""Upload what is still on disk, and bring studies in MLflow up to date."""
 
 from __future__ import annotations
 
@@ -34,10 +34,16 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser(
-        "sync", help="finish the uploads of offline runs, dead servers and killed programs"
+        "sync",
+        help="upload what offline runs, failed servers and killed programs left on disk",
+        description="Upload what offline runs, failed servers and killed programs left on disk.",
     )
     sync.set_defaults(run=_sync)
-    status = commands.add_parser("status", help="list unfinished uploads, and what stops them")
+    status = commands.add_parser(
+        "status",
+        help="list unfinished uploads and why they are unfinished",
+        description="List unfinished uploads and why they are unfinished.",
+    )
     status.set_defaults(run=_status)
     for command in (sync, status):
         command.add_argument(
@@ -45,9 +51,11 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
             type=Path,
             nargs="*",
             default=[Path(DIRECTORY)],
-            help=f"a journal, or a folder with journals; by default {DIRECTORY}",
+            help=f"a journal, or a folder of journals; default: {DIRECTORY}",
         )
-    sync.add_argument("--tracking-uri", help="by default the store that each run was meant for")
+    sync.add_argument(
+        "--tracking-uri", metavar="URI", help="the store; default: the one each run was meant for"
+    )
     if with_studies:  # importing Optuna takes a second
         from tracker.search.cli import add_commands
 
@@ -64,7 +72,7 @@ def _journals(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = journals(path)
         if not found and path.name != DIRECTORY:
-            raise StoreError(f"{path} is not a journal of this program.")
+            raise StoreError(f"{path} is not a tracker journal.")
         folders += found
     return folders
 

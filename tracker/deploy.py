@@ -32,7 +32,7 @@ CHECKED_SIZES = (1, 2, 3, 7)
 
 
 class DeployError(TrackerError):
-    """A model cannot be written in a format, or computes something else in it."""
+    """A model cannot be written in a format, or the written file computes something else."""
 
 
 class Format(Protocol):
@@ -43,7 +43,7 @@ class Format(Protocol):
     """Programs that read it, and its drawbacks."""
 
     def missing(self) -> str | None:
-        """Return what the format needs and this machine lacks, if anything."""
+        """Return the requirement that this machine lacks, if any."""
 
     def write(self, program: ExportedProgram, path: Path) -> None:
         """Write `program` to the new file `path`; raises whatever torch raises."""

@@ -5,7 +5,7 @@ TrackerError             base of all of them
 ├── CallOrderError       a method was called before one that it needs (also a RuntimeError)
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
 │   └── RefusedError     the store answered, and will never accept the request
-├── DeployError          a model cannot be written in a format, or computes something else in it
+├── DeployError          a model cannot be written in a format, or the file computes something else
 └── NonFiniteLossError   the loss became NaN or infinite and `stop_on_nonfinite` is set
 
 Every message is one sentence that names the argument, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""RunManager: the verbs of the tutorial, on MLflow; the README shows a loop that uses them."""
+"""RunManager: the tutorial's methods on MLflow; the README shows a loop that uses them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
 from tracker.grid import hyperparameters, run_name
 from tracker.journal.records import Point, now
+from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
-from tracker.session import Session
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState, load_resume_state
 from tracker.training.checkpoint import Checkpoint, Keep, Retention
@@ -89,7 +89,7 @@ class RunManager:
         Raises:
             ArgumentError: Two arguments exclude each other, or TensorBoard is not installed.
         """
-        self._session = Session(
+        self._runs = ManagedRuns(
             experiment=experiment,
             tracking_uri=tracking_uri,
             directory=Path(directory),
@@ -99,7 +99,7 @@ class RunManager:
         )
         # Not atexit: running a notebook's cell again drops this manager with its run still open.
         self._finalizer = weakref.finalize(
-            self, self._session.close, "when the program ended or dropped its manager"
+            self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
         self._keep = checkpoints
@@ -153,9 +153,9 @@ class RunManager:
             StoreError: The run does not exist, or its process may still be running.
         """
         manager = cls(**settings)
-        session = manager._session
-        settle_run(run_id, session.tracking_uri, session.directory)
-        manager._resume_state = load_resume_state(run_id, session.tracking_uri)
+        runs = manager._runs
+        settle_run(run_id, runs.tracking_uri, runs.directory)
+        manager._resume_state = load_resume_state(run_id, runs.tracking_uri)
         manager.checkpoint = manager._resume_state.checkpoint
         return manager
 
@@ -183,7 +183,7 @@ class RunManager:
             self._views = Views(self._results)
         name = tags.get("mlflow.runName") or run_name(params)
         facts = training_facts(network, loader)
-        tracked = self._session.begin(facts | params, name, tags, resume_state)
+        tracked = self._runs.begin(facts | params, name, tags, resume_state)
         self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
@@ -192,7 +192,7 @@ class RunManager:
         self._run_started = time.perf_counter()
         self._example = inputs_of(sample_batch(loader, _SAMPLES), _SAMPLES)
         if self._is_main:
-            is_new = resume_state is None or self._session.joined is not None
+            is_new = resume_state is None or self._runs.joined is not None
             self._describe(tracked, network, loader, is_new=is_new)
         self._views.begin_run(self.run_count, params, network, self._example)
         if resume_state is not None:
@@ -233,7 +233,7 @@ class RunManager:
         self._end(outcome(None), files=model_files, predictor=predictor)
 
     def _end(self, ended: Outcome, **model_extras: Any) -> None:
-        run = self._session.current("end_run")
+        run = self._runs.current("end_run")
         if self._epoch is not None and ended.reason is None:
             ended = Outcome("FAILED", f"The run ended within epoch {self.epoch_count}.")
         if "epochs" not in hyperparameters(self.run_params or {}):
@@ -241,18 +241,18 @@ class RunManager:
         has_model = self._model and self._is_main and ended.status == "FINISHED"
         if has_model and self.network is not None:
             run.log_model(self.network, self._example, step=self.epoch_count, **model_extras)
-        self._session.end(ended)
+        self._runs.end(ended)
         self._views.end_run(ended.status)
         self._epoch = None
 
     def _abandon(self, when: str) -> None:
-        if (run := self._session.run) is not None:
+        if (run := self._runs.open_run) is not None:
             where = f"within epoch {self.epoch_count}, {when}" if self._epoch else when
             self._end(run.abandoned_outcome(where))
 
     def close(self) -> None:
         """Deliver the rest; a run that is still open ends with the status of an abandoned one."""
-        if not self._session.is_forked:
+        if not self._runs.is_forked:
             self._abandon("when the manager was closed")
         self._finalizer()
 
@@ -260,13 +260,17 @@ class RunManager:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._session.run is not None and not self._session.is_forked:
+        if self._runs.open_run is not None and not self._runs.is_forked:
             self._end(outcome(error))
         self.close()
 
     def begin_epoch(self) -> None:
-        """Begin an epoch."""
-        self._session.current("begin_epoch")
+        """Begin an epoch.
+
+        Raises:
+            CallOrderError: No run is open, or the previous epoch has not ended.
+        """
+        self._runs.current("begin_epoch")
         if self._epoch is not None:
             raise CallOrderError(
                 f"begin_epoch() was called within epoch {self.epoch_count}; call end_epoch() first."
@@ -289,8 +293,8 @@ class RunManager:
         size = None if batch is None else batch_size(batch)
         scalar = self._current_epoch("track_loss").meter.add_loss(loss, size)
         self._steps += 1
-        if self._batch_loss and self._session.run is not None:
-            self._session.run.log_points((Point("batch_loss", scalar, self._steps, now()),))
+        if self._batch_loss and self._runs.open_run is not None:
+            self._runs.open_run.log_points((Point("batch_loss", scalar, self._steps, now()),))
         self._views.batch()
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
@@ -334,7 +338,7 @@ class RunManager:
         Raises:
             NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
         """
-        run = self._session.current("log_epoch")
+        run = self._runs.current("log_epoch")
         if self._epoch is not None:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
@@ -345,11 +349,16 @@ class RunManager:
         self._log_metrics(epoch.metrics)
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
-        """Return `loader`, of `length` batches, with the progress of each pass shown, for `fit`."""
+        """Wrap a loader for `fit`, so that the progress of each epoch is shown.
+
+        Args:
+            loader: Yields the batches.
+            length: Number of batches; default that of the loader, if it has one.
+        """
         return Progress(loader, self._views, lambda: self.epoch_count + 1, length)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
-        run = self._session.current("end_epoch")
+        run = self._runs.current("end_epoch")
         epoch = self.epoch_count
         metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
         self._metrics = metrics
@@ -373,13 +382,18 @@ class RunManager:
     ) -> None:
         """Log all states that `resume` needs, and delete superseded checkpoints.
 
-        Call it between two epochs, or after `track_loss` of a batch. The states are those of the
-        network, of all random generators, and of the arguments.
+        Call it between two epochs, or after `track_loss` of a batch. The states of the network and
+        of all random generators are always included.
+
+        Args:
+            optimizer: Its state is saved, if given.
+            scheduler: Its state is saved, if given.
+            scaler: Its state is saved, if given.
 
         Raises:
             ArgumentError: A state holds more than tensors, numbers and text.
         """
-        run = self._session.current("save_checkpoint")
+        run = self._runs.current("save_checkpoint")
         if not self._is_main or self.network is None:
             return
         is_saved = run.log_checkpoint(
@@ -415,7 +429,7 @@ class RunManager:
     @property
     def run(self) -> Run:
         """The current run; raises CallOrderError if there is none."""
-        return self._session.current("run")
+        return self._runs.current("run")
 
     @property
     def step(self) -> int:
@@ -425,7 +439,7 @@ class RunManager:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the current run, to use with MLflow's own functions."""
-        return self._session.run.run_id if self._session.run is not None else None
+        return self._runs.open_run.run_id if self._runs.open_run is not None else None
 
     @property
     def epoch_loss(self) -> float:

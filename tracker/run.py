@@ -70,7 +70,7 @@ def start_run(
     Args:
         params: Hyperparameters to log.
         experiment: Name of the experiment; default as in MLflow.
-        name: Name of the run; default one that MLflow makes up.
+        name: Name of the run; default one that MLflow chooses.
         tags: Tags to set.
         parent: Parent of the run, or its id.
         tracking_uri: Where the run is delivered; default as in MLflow.
@@ -116,7 +116,7 @@ class Run(Recorder):
         """Begin a run; `start_run` and `RunManager` call this.
 
         Args:
-            delivery: Takes the run to MLflow.
+            delivery: Delivers the run to MLflow.
             params: Hyperparameters to log.
             experiment: Name of the experiment.
             name: Name of the run.
@@ -282,7 +282,7 @@ class Run(Recorder):
             network: The classifier.
             loader: Yields batches (inputs, labels).
             classes: Names of the classes.
-            scores: Converts outputs to scores (N, classes), if they are none.
+            scores: Converts outputs to scores (N, classes), if they are something else.
             shown: A text for each sample, in the order of `loader`.
 
         Raises:
@@ -301,7 +301,7 @@ class Run(Recorder):
 
         Args:
             network: The network. Frozen weights are logged again only if their norm or sum changes.
-            step: Step of the histograms, an epoch as a rule.
+            step: Step of the histograms, usually an epoch.
         """
         record = network_histograms(network, step, self._frozen)
         self._append(records.Histograms(**record))
@@ -397,11 +397,11 @@ class Run(Recorder):
         self._append(records.Delete(f"{CHECKPOINTS}/{step:08d}"))
 
     def deliver(self) -> None:
-        """Deliver what was logged so far, if this thread delivers; called after each epoch."""
+        """With inline delivery, deliver what was logged so far; called after each epoch."""
         self._delivery.deliver()
 
     def flush(self, timeout: float = DEADLINE_SECONDS) -> bool:
-        """Wait for the delivery of what was logged; return whether it took under `timeout` s."""
+        """Wait until everything logged so far is delivered; return False after `timeout` s."""
         return self._delivery.flush(timeout)
 
     def end(
@@ -430,7 +430,11 @@ class Run(Recorder):
                 self._delivery.close()
 
     def abandoned_outcome(self, where: str) -> Outcome:
-        """Return the outcome of the run if it is abandoned `where`, without `end`."""
+        """Return the outcome of a run that is abandoned without `end`.
+
+        Args:
+            where: Completes the sentence "The run was abandoned …".
+        """
         error = _uncaught_error()
         return abandoned(error if error is not self._error_before else None, where)
 

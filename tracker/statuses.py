@@ -1,4 +1,4 @@
-"""How a run ended; nothing else decides its final status.
+"""Decides the final status of a run whose process is alive when it ends.
 
 | event                            | status   | tag `tracker.failure`                     |
 |----------------------------------|----------|-------------------------------------------|

@@ -51,7 +51,7 @@ def tracking_uri(
             db.execute("UPDATE experiments SET artifact_location = ?", (artifacts,))
         uri = f"sqlite:///{database}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("TRACKER_INLINE", "1")  # all is in the store when the run has ended
+    monkeypatch.setenv("TRACKER_INLINE", "1")  # everything is in the store when the run has ended
     others = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "TRACKER_OFFLINE")
     for name in others:
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""Checks of names and values that MLflow would refuse late, or cut or change silently.
+"""Checks of names and values that MLflow would reject late, or truncate or change silently.
 
 Every function returns the checked value, and raises ArgumentError if it is not allowed.
 """
@@ -26,7 +26,7 @@ _MAX_TAG = 8_000
 
 @lru_cache(maxsize=10_000)  # the same metric names come back in every step
 def checked_name(name: str, what: str) -> str:
-    """Check the name of a metric, param or tag, as `what` calls it."""
+    """Check the name of a metric, param or tag; `what` names its kind in the error."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not _is_plain(name):
         raise ArgumentError(
             f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, spaces "
@@ -69,7 +69,7 @@ def checked_step(step: Any) -> int:
 
 
 def checked_path(path: str, what: str) -> str:
-    """Check the path of an artifact, the argument `what`: plain, relative, inside the run."""
+    """Check that the path of an artifact, the argument `what`, is plain and relative."""
     if not _is_plain(path):
         raise ArgumentError(
             f"{what}={path!r} is not allowed; it must be a plain relative path inside the run's "
@@ -98,7 +98,7 @@ def _checked_encoding(text: str, what: str) -> str:
 
 
 def checked_number(name: str, value: Any) -> float:
-    """Convert the value of the metric `name` to a float; waits for a tensor's device."""
+    """Convert the value of the metric `name` to a float, waiting for a tensor's device."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError

@@ -16,7 +16,7 @@ from tests.programs import ForkServer
 def world(
     tmp_path: Path, _sqlite_template: Path, trainers: ForkServer, deliverers: ForkServer
 ) -> Callable[..., World]:
-    """Makes worlds: `world()` with a SQLite store of its own, `world(uri=…)` with that store."""
+    """Creates worlds: `world()` with a new SQLite store, `world(uri=…)` with that store."""
     count = 0
 
     def make(name: str = "", uri: str = "") -> World:

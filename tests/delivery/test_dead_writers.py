@@ -37,7 +37,7 @@ def leave_a_journal(world: World) -> Path:
 
 
 def change_writer(journal: Path, **changed: object) -> None:
-    """Change what writer.json says."""
+    """Change fields of writer.json."""
     path = journal / "writer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
@@ -48,7 +48,7 @@ def set_last_beat(journal: Path, seconds: float) -> None:
     os.utime(journal / "writer.lock", (at, at))
 
 
-def test_a_run_of_a_machine_that_went_away_is_closed_after_ten_minutes(world: Worlds) -> None:
+def test_the_run_of_a_lost_machine_is_closed_after_ten_minutes(world: Worlds) -> None:
     case = world()
     journal = leave_a_journal(case)
     change_writer(journal, host="elsewhere")
@@ -67,7 +67,7 @@ def test_a_run_of_a_machine_that_went_away_is_closed_after_ten_minutes(world: Wo
     (journal / "journal.sqlite").write_bytes(database)
     set_last_beat(journal, 601)
     case.sync()
-    case.check_status("FAILED", "on elsewhere ended without saying how")
+    case.check_status("FAILED", "on elsewhere ended without reporting why")
     assert case.check_points() == 5
     assert case.leftovers() == set()
 

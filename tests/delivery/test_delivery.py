@@ -1,4 +1,4 @@
-"""Delivery by a second process, and the choice between it, in-line and offline delivery."""
+"""Delivery by a second process, and the choice between it, inline and offline delivery."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_wrong_uri_is_an_error_before_anything_is_created(
         (None, None, {"TRACKER_INLINE": "False"}, "process"),
     ],
 )
-def test_an_argument_comes_before_the_variables(
+def test_an_argument_takes_precedence_over_the_variables(
     inline: bool | None,
     offline: bool | None,
     env: dict[str, str],
@@ -193,7 +193,7 @@ def test_a_parent_must_be_in_the_store_of_its_children(tmp_path: Path, store: St
         start_run(parent=parent, tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
 
 
-def test_a_port_of_another_service_is_an_error_of_one_sentence() -> None:
+def test_a_port_of_another_service_is_refused_in_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         uri = f"http://127.0.0.1:{other.getsockname()[1]}"
 

@@ -1,4 +1,4 @@
-"""However a program ends, its run gets its true status and nothing is left behind."""
+"""However a program ends, its run gets the correct status and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def end_and_check(world: World, ending: Ending, mode: str) -> int:
     "how",
     [pytest.param(how, marks=() if how == "SIGTERM" else pytest.mark.slow) for how in ENDINGS],
 )
-def test_the_status_is_true_however_the_program_ended(world: Worlds, how: str) -> None:
+def test_the_status_is_correct_however_the_program_ended(world: Worlds, how: str) -> None:
     side_by_side([partial(end_and_check, world(), ENDINGS[how], mode) for mode in MODES])
 
 

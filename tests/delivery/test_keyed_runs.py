@@ -66,7 +66,7 @@ def real_and_placeholder(store: Store, tmp_path: Path) -> Iterator[tuple[Deliver
 
 
 def check(store: Store, real: Deliverer, placeholder: Deliverer) -> None:
-    """That both go on with one run, which loses nothing that either logs."""
+    """Check that both continue with one run, which has everything that either logs."""
     real.writer.append(KEY, Metrics([("loss", 0.5, 1, 2)]))
     placeholder.writer.append(KEY, Tags({"optuna.state": "COMPLETE"}))
     for each in (placeholder, real):
@@ -126,9 +126,9 @@ def test_one_run_is_left_if_both_are_created_at_once(
     both = threading.Barrier(2)
 
     def create_together(create: Callable[[], Any]) -> Any:
-        both.wait(60)  # both have looked
+        both.wait(60)  # neither has found a run
         run = create()
-        both.wait(60)  # both will see two
+        both.wait(60)  # both will find two runs
         return run
 
     threads = [threading.Thread(target=each.deliver) for each in real_and_placeholder]

@@ -51,8 +51,7 @@ MOMENTS = [
     Moment(WARM, STEPS),
     Moment(WARM, STEPS, seconds=0.2),
 ]
-"""Each phase of a run: before its uploader is there, while that delivers, within a request, at the
-end."""
+"""Each phase of a run: before its uploader starts, during delivery, in a request, at the end."""
 
 
 def kill_and_check(world: World, moment: Moment, *victims: str) -> int:
@@ -101,7 +100,7 @@ def test_a_killed_uploader_is_started_again(world: Worlds) -> None:
 def test_an_uploader_killed_in_any_phase_loses_nothing(
     world: Worlds, victims: tuple[str, ...]
 ) -> None:
-    moments = MOMENTS[4 : len(MOMENTS) : 2] + MOMENTS[7:8]  # it is there by then
+    moments = MOMENTS[4 : len(MOMENTS) : 2] + MOMENTS[7:8]  # the uploader runs by then
     side_by_side([partial(kill_and_check, world(), moment, *victims) for moment in moments])
 
 

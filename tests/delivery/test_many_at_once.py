@@ -1,4 +1,4 @@
-"""Several trainings that share one SQLite file, and several that make it."""
+"""Several trainings that share one SQLite file, and several that create it."""
 
 from __future__ import annotations
 

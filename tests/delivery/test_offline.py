@@ -61,7 +61,7 @@ VOLATILE = {"epoch_duration", "run_duration"}
 def train(
     trainers: ForkServer, tracking_uri: str | None, folder: Path, *, offline: bool = False
 ) -> Program:
-    """Run the program in `folder`; without a URI the one that MLflow itself would use."""
+    """Run the program in `folder`; without a URI, MLflow's default applies."""
     folder.mkdir(exist_ok=True)
     uri = {"MLFLOW_TRACKING_URI": tracking_uri or ""}
     mode = {"TRACKER_INLINE": "0", "TRACKER_OFFLINE": str(int(offline))}

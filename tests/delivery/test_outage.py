@@ -86,7 +86,7 @@ for line in sys.stdin:
 
 
 class Trainer:
-    """A training in a process of its own."""
+    """A training in a separate process."""
 
     def __init__(self, folder: Path, uri: str, experiment: str, **environment: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -266,7 +266,7 @@ def ask(uri: str, body: bytes, path: str = "/x") -> bytes:
         return bytes(answer.read())
 
 
-def test_the_proxy_behaves_as_set(proxy: FaultyProxy) -> None:
+def test_the_proxy_misbehaves_as_requested(proxy: FaultyProxy) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as behind:
         thread = threading.Thread(target=behind.serve_forever)
         thread.start()

@@ -1,5 +1,5 @@
 # ruff: noqa: N801, N802, N818 - the fake has the names of pynvml
-"""System metrics: MLflow's monitors, of which one that fails does not end the others."""
+"""System metrics: MLflow's monitors; one that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def break_psutil(monkeypatch: pytest.MonkeyPatch, function: str, error: Exceptio
 
 
 @pytest.mark.usefixtures("no_gpus")
-def test_this_machine_has_the_values_of_mlflows_ui(caplog: pytest.LogCaptureFixture) -> None:
+def test_this_machine_has_the_values_that_mlflows_ui_shows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     metrics = SystemMetrics()
     first, second = metrics.sample(), metrics.sample()
     assert first.keys() == second.keys() == HOST
@@ -172,7 +174,7 @@ def test_sources_that_fail_from_the_start_are_used_once_they_work(
     assert metrics.sample().keys() > HOST
 
 
-def test_the_values_of_a_gpu(nvml: FakeNvml) -> None:
+def test_each_gpu_has_all_its_values(nvml: FakeNvml) -> None:
     nvml.gpus = 2
     sample = SystemMetrics().sample()
     for index in range(2):

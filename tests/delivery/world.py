@@ -22,7 +22,7 @@ _LOADING = threading.Lock()  # torch loads one model at a time
 SAFE_SECONDS = 0.25
 """What was logged this long before a kill is never lost."""
 STEPS = 300
-LOST = "ended without saying how"
+LOST = "ended without reporting why"
 """Part of the reason that a run gets whose process was killed."""
 MODES = ("process", "inline", "offline")
 
@@ -146,7 +146,7 @@ class World:
         wait_for(lambda: len(self.logged()) >= count, f"{self.name}: {count} points", self.output)
 
     def release(self) -> None:
-        """Let a program go on that waits, see WAITING."""
+        """Let a waiting program continue; see WAITING."""
         (self.folder / "tmp" / "go").touch()
 
     def output(self) -> str:
@@ -154,7 +154,7 @@ class World:
         return "".join(program.output() for program in self._programs)
 
     def leftovers(self) -> set[str]:
-        """What lies in the folder beside the store and the program's own files."""
+        """The paths in the folder other than the store and the program's own files."""
         expected = {
             "logged",
             "output",

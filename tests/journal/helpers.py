@@ -1,4 +1,4 @@
-"""What several modules of tests of journals use: a store to watch, journals and their output."""
+"""Helpers for tests of journals: a recording store, journals to deliver, and printed lines."""
 
 from __future__ import annotations
 

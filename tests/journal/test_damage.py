@@ -51,11 +51,11 @@ def check_saved(folder: Path, recorder: type[Recorder], expected: int, capsys: O
     assert steps == sorted(set(steps))
     assert steps[:expected] == list(range(expected))
     if code == 2:
-        assert "".join(lines).startswith(f"tracker: {folder} is not a journal of this program.")
+        assert "".join(lines).startswith(f"tracker: {folder} is not a tracker journal.")
         assert snapshot(folder)["journal.sqlite"] == before["journal.sqlite"]
     elif lines:
         assert lines[-1] == (
-            f"tracker: {folder} was damaged; what could not be read is kept in {DAMAGED} there."
+            f"tracker: {folder} was damaged; the damaged file is kept there as {DAMAGED}."
         )
         assert snapshot(folder)[DAMAGED] == before["journal.sqlite"]
     calls = list(recorder.calls)
@@ -227,7 +227,7 @@ def test_a_cut_off_journal_is_delivered_to_a_real_store(
     assert whole_before(content, cut) <= len(steps) < 40
     assert steps == list(range(len(steps)))
     assert run.info.status == "FAILED"
-    assert "ended without saying how" in run.data.tags["tracker.failure"]
+    assert "ended without reporting why" in run.data.tags["tracker.failure"]
     assert run.data.params == {"lr": "0.1"}
 
 

@@ -68,9 +68,9 @@ def test_a_foreign_file_is_refused_and_stays(
     code = main(["sync", str(folder)])
 
     assert code == 2
-    assert said(capsys) == [f"tracker: {folder} is not a journal of this program."]
+    assert said(capsys) == [f"tracker: {folder} is not a tracker journal."]
     assert main(["status", str(folder)]) in (0, 2)
-    assert f"{folder} is not a journal of this program." in said(capsys)[-1]
+    assert f"{folder} is not a tracker journal." in said(capsys)[-1]
     after = snapshot(folder)
     assert {file: after[file] for file in before} == before
     assert set(after) - set(before) <= {"writer.lock", "delivery.lock"}
@@ -81,7 +81,7 @@ def test_a_folder_without_journals_is_refused(tmp_path: Path, capsys: Output) ->
     (tmp_path / "notes.txt").write_text("a note")
     for command in ("sync", "status"):
         assert main([command, "empty"]) == 2
-        assert said(capsys) == ["tracker: empty is not a journal of this program."]
+        assert said(capsys) == ["tracker: empty is not a tracker journal."]
         assert main([command, "notes.txt"]) == 2
         assert said(capsys) == ["tracker: notes.txt is not a folder."]
         assert main([command, "nowhere"]) == 2
@@ -107,7 +107,7 @@ def test_a_journal_of_another_format_is_refused_and_stays(
     assert snapshot(folder)["journal.sqlite"] == before
 
 
-def test_a_bad_journal_does_not_keep_others_from_being_delivered(
+def test_a_bad_journal_does_not_block_the_others(
     small: Path, recorder: type[Recorder], neighbours: Path, capsys: Output
 ) -> None:
     foreign = neighbours / "1"
@@ -117,7 +117,7 @@ def test_a_bad_journal_does_not_keep_others_from_being_delivered(
 
     assert main(["sync", str(neighbours)]) == 2
 
-    assert said(capsys) == [f"tracker: {foreign} is not a journal of this program."]
+    assert said(capsys) == [f"tracker: {foreign} is not a tracker journal."]
     assert steps_of(recorder.calls) == list(range(40))
     assert not (neighbours / "2").exists()
 
@@ -125,8 +125,8 @@ def test_a_bad_journal_does_not_keep_others_from_being_delivered(
 # -- not writable ----------------------------------------------------------------
 
 
-def as_mortal(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command `tracker` as a user who is bound by file modes, as root is not."""
+def as_unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `tracker` without the right of root to ignore file modes."""
     command = [sys.executable, "-m", "tracker.cli", *arguments]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -152,8 +152,8 @@ def test_a_journal_that_cannot_be_written_stays_until_it_can(
     for place in places:
         place.chmod(mode)
     try:
-        synced = as_mortal("sync", str(folder))
-        status = as_mortal("status", str(folder))
+        synced = as_unprivileged("sync", str(folder))
+        status = as_unprivileged("status", str(folder))
     finally:
         for place, before_ in zip(places, modes, strict=True):
             place.chmod(before_)

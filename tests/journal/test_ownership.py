@@ -100,7 +100,9 @@ def test_a_writer_lives_until_it_is_killed(tmp_path: Path) -> None:
     assert not writer_lives(folder)
 
 
-def test_a_writer_lives_until_it_closes_its_journal_and_whoever_delivers_it(tmp_path: Path) -> None:
+def test_a_writer_is_alive_until_it_closes_its_journal_even_while_it_is_delivered(
+    tmp_path: Path,
+) -> None:
     writer = JournalWriter(tmp_path)
     with delivery_lock(writer.folder).hold() as delivering:
         assert delivering
@@ -205,7 +207,7 @@ def test_a_visible_lock_outweighs_a_long_silence(tmp_path: Path) -> None:
     assert not writer_lives(writer.folder)
 
 
-def test_a_writer_gives_a_sign_of_life_again_and_again(
+def test_a_writer_touches_its_lock_periodically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tracker.journal.writer.BEAT_SECONDS", 0.0)
@@ -262,6 +264,6 @@ def test_a_folder_that_does_not_name_a_writer_is_not_a_journal(
         (closed / "writer.json").write_bytes(content)
     before = sorted(closed.iterdir())
 
-    with pytest.raises(StoreError, match=r"^\S+ is not a journal of this program\.$"):
+    with pytest.raises(StoreError, match=r"^\S+ is not a tracker journal\.$"):
         ask(closed)
     assert sorted(closed.iterdir()) == before

@@ -247,7 +247,7 @@ def test_notices_are_kept_in_order_and_read_from_any_number(closed: Path) -> Non
 # -- opening and removing ------------------------------------------------------------------------
 
 
-def test_a_removed_journal_leaves_nothing(closed: Path) -> None:
+def test_a_removed_journal_leaves_no_files(closed: Path) -> None:
     (closed / "files" / "picture.png").write_bytes(b"picture")
 
     Journal(closed).remove()
@@ -260,7 +260,7 @@ def test_opening_a_folder_that_is_not_a_journal_creates_nothing(tmp_path: Path) 
     (tmp_path / "notes").write_text("a note")
 
     for name in ("photos", "notes", "nowhere"):
-        with pytest.raises(StoreError, match=rf"^\S*{name} is not a journal of this program\.$"):
+        with pytest.raises(StoreError, match=rf"^\S*{name} is not a tracker journal\.$"):
             Journal(tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes", "photos"]
 

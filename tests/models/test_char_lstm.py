@@ -571,7 +571,7 @@ def test_the_sample_command_repeats_the_run_s_sample_and_takes_other_options(
     assert one_sentence(capsys).startswith(f"studies.sample: {message}")
 
 
-def test_one_epoch_and_one_more_equal_two_straight(finished: Training) -> None:
+def test_one_epoch_and_a_resumed_one_equal_two_without_a_break(finished: Training) -> None:
     """Dropout and samples draw random numbers."""
     store = finished.store
     arguments = [*COMMAND, "--dataset", finished.output]
@@ -639,7 +639,7 @@ def test_a_run_without_a_char_lstm_cannot_be_sampled(
         ("r --tracking-uri http://[bad", "tracking_uri='http://[bad' cannot be opened"),
     ],
 )
-def test_a_mistake_is_one_sentence(
+def test_a_mistake_is_reported_in_one_sentence(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

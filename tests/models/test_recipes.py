@@ -200,7 +200,7 @@ def test_the_help_lists_each_hyperparameter_and_its_values_are_allowed(
             assert parameter.parse(str(parameter.search.low)) == parameter.search.low
 
 
-def test_a_study_s_help_says_what_it_searches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_s_help_shows_the_default_search_space(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         search.parse(["--model", "fashion-cnn", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -225,7 +225,7 @@ def test_a_study_s_help_says_what_it_searches(capsys: pytest.CaptureFixture[str]
         (Parameter(default="a", help="", allowed=("a", "b")), "c", "one of a, b"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_a_sentence(
+def test_a_value_that_is_not_allowed_is_refused_in_a_sentence(
     parameter: Parameter, text: str, domain: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"^'{text}' is not allowed; it must be {domain}$"):
@@ -420,7 +420,7 @@ def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
         ),
     ],
 )
-def test_a_mistake_in_a_study_shows_before_its_first_trial(
+def test_a_mistake_in_a_study_is_reported_before_its_first_trial(
     arguments: list[str],
     message: str,
     quick: dict[str, list[str]],

@@ -257,7 +257,7 @@ def test_the_digest_is_that_of_the_texts_independent_of_the_vocabulary(
     assert not {*found} & {*digests(other)}
 
 
-def test_auto_without_data_is_one_sentence(tmp_path: Path) -> None:
+def test_auto_without_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelsError, match=r"^dataset='auto' is not in data_dir='\S+': it has no "):
         load("auto", data_dir=str(tmp_path))
 

@@ -165,7 +165,7 @@ def test_weights_of_another_shape_are_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("weights", ["runs:/" + "0" * 32 + "/model", "models:/nothing/1"])
-def test_a_model_that_does_not_exist_is_a_sentence(
+def test_a_model_that_does_not_exist_is_reported_in_a_sentence(
     store: Store, capsys: pytest.CaptureFixture[str], weights: str
 ) -> None:
     capsys.readouterr()
@@ -235,7 +235,7 @@ def test_a_gram_matrix_is_that_of_the_paper() -> None:
         (["--size", "8"], "argument --size: '8' is not allowed; it must be a whole number from 16"),
     ],
 )
-def test_a_mistake_is_one_sentence(
+def test_a_mistake_is_reported_in_one_sentence(
     store: Store,
     pictures: str,
     arguments: list[str],

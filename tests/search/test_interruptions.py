@@ -177,7 +177,7 @@ def test_a_second_ctrl_c_ends_trials_that_do_not_react(search: Search, store: St
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_children_that_still_start_leave_a_terminal_s_signal_to_the_search(
+def test_a_signal_to_the_terminal_is_handled_by_the_search_while_its_processes_start(
     number: signal.Signals, search: Search, store: Store
 ) -> None:
     program = search(workers=2)
@@ -235,7 +235,7 @@ def test_searches_that_share_a_storage_share_the_budget(
     assert statuses(store) == ("FINISHED", Counter(FINISHED=24))
 
 
-def test_a_database_that_is_away_for_a_while_costs_no_trial(
+def test_a_database_outage_costs_no_trial(
     search: Search, store: Store, database: str, postgres: PostgresServer
 ) -> None:
     program = search(database, workers=2)

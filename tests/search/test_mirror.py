@@ -1,4 +1,4 @@
-"""The mirror adds to MLflow what it lacks of a study, and writes nothing twice."""
+"""The mirror adds the missing parts of a study to MLflow, and writes nothing twice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain(trial: Trial) -> float:
 
 
 def mirrored(uri: str | None = None) -> int:
-    """Mirror the study; return how many things were missing."""
+    """Mirror the study; return how many items were missing."""
     storage = Storage()
     try:
         return mirror_study(storage, load(storage, "study"), uri, Path(".tracker"))[0]
@@ -78,7 +78,7 @@ def model(trial: Trial) -> float:
     return float(trial.params["x"])
 
 
-# -- missing things are added ------------------------------------------------------------------
+# -- missing items are added -------------------------------------------------------------------
 
 
 def test_deleted_tags_and_files_of_a_study_are_restored(store: Store, workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of a study: all of it in one file, whatever the study holds."""
+"""The page of a study: one file that shows everything, for any kind of study."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOON = datetime.datetime(2026, 3, 1, 12)
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The studies that the tests make are silent: what is left to hear is the page's."""
+    """Silence the studies of the tests, so that only messages of the page are logged."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     yield
@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 
 class Page(HTMLParser):
-    """What stands in a page: each section's texts, notes and charts."""
+    """The content of a page: each section's texts, notes and charts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def made(
 
 
 def trained(trial: Trial) -> float:
-    """Three params; trial 3 fails, and whatever is bad at its first epoch is pruned."""
+    """Three params; trial 3 fails, and trials with a bad first epoch are pruned."""
     rate = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
     width = trial.suggest_int("width", 8, 64)
     optimizer = trial.suggest_categorical("optimizer", ["adam", "sgd"])
@@ -184,10 +184,10 @@ def shown(values: Any) -> list[Any]:
     return list(values)
 
 
-# What the page says.
+# Content.
 
 
-def test_a_study_is_summed_up() -> None:
+def test_the_summary_has_the_states_and_the_best_trial() -> None:
     study = made(trained, 20)
     page = Page(study_page(study, {"epochs not trained": "120 of 400"}))
     summary = page.texts["Summary"]
@@ -230,7 +230,7 @@ def test_the_history_shows_each_complete_trial_and_the_best_so_far() -> None:
     assert (best["x"], best["y"]) == ([0, 1, 2, 3, 4], [5, 5, 5, 3, 3])
 
 
-def test_objectives_bear_their_names() -> None:
+def test_objectives_are_shown_by_their_names() -> None:
     study = made(pair, 12, ["minimize", "maximize"])
     with pytest.warns(optuna.exceptions.ExperimentalWarning):
         study.set_metric_names(["loss", "accuracy"])
@@ -242,7 +242,7 @@ def test_objectives_bear_their_names() -> None:
     ]
 
 
-def test_several_objectives_have_a_front_and_a_chart_each() -> None:
+def test_several_objectives_have_a_pareto_front_and_a_chart_each() -> None:
     study = made(pair, 20, ["minimize", "maximize"])
     page = Page(study_page(study))
     assert len(page.charts("Pareto front")) == 1
@@ -256,7 +256,7 @@ def test_several_objectives_have_a_front_and_a_chart_each() -> None:
 
 
 @pytest.mark.parametrize(("objectives", "drawn"), [(3, 1), (4, 0)])
-def test_a_front_has_two_or_three_dimensions(objectives: int, drawn: int) -> None:
+def test_a_front_of_two_or_three_objectives_is_drawn(objectives: int, drawn: int) -> None:
     trials = [finished(n, [n, -n, n, n][:objectives], params) for n, params in enumerate(grid())]
     page = holding(trials, ["minimize"] * objectives)
     assert len(page.charts("Pareto front")) == drawn
@@ -264,7 +264,7 @@ def test_a_front_has_two_or_three_dimensions(objectives: int, drawn: int) -> Non
 
 
 @pytest.mark.parametrize("directions", [["minimize"], ["maximize"], ["maximize", "minimize"]])
-def test_importance_is_that_for_reaching_good_values(directions: Directions) -> None:
+def test_importance_is_measured_by_the_best_values(directions: Directions) -> None:
     """`low` alone decides how low a value can get, `high` how high; each fails the other way."""
     sides = {"low": -1, "high": 1}
 
@@ -280,7 +280,7 @@ def test_importance_is_that_for_reaching_good_values(directions: Directions) -> 
         assert bars["x"][-1] > 0.9
 
 
-def test_constraints_are_counted_and_told_apart() -> None:
+def test_trials_that_break_a_constraint_are_counted_and_marked() -> None:
     def objective(trial: Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
         trial.set_constraint("size", 0.5 - x)
@@ -294,29 +294,29 @@ def test_constraints_are_counted_and_told_apart() -> None:
     assert len(page.charts("History")[0]["data"][2]["x"]) == broken
 
 
-# What the study may hold.
+# Unusual studies.
 
 
-def test_an_empty_study_says_why_there_is_nothing_to_see() -> None:
+def test_an_empty_study_says_why_nothing_is_drawn() -> None:
     page = holding([])
     assert page.figures == []
     assert all(len(page.notes[section]) == 1 for section in CHARTS)
     assert "none yet: no trial is complete" in page.texts["Summary"]
 
 
-def test_an_empty_study_of_two_objectives() -> None:
+def test_an_empty_study_of_two_objectives_has_an_empty_front() -> None:
     page = holding([], ["minimize", "maximize"])
     assert page.figures == []
     assert "0 trials" in page.texts["Summary"]
 
 
-def test_one_trial_has_a_history_and_a_time() -> None:
+def test_a_single_trial_has_a_history_and_a_timeline() -> None:
     page = holding([finished(0, [1.0], {"x": unit(0.5)})])
     assert [section for section in CHARTS if page.charts(section)] == ["History", "Timeline"]
     assert all(len(page.notes[each]) == 1 for each in CHARTS if each not in ("History", "Timeline"))
 
 
-def test_no_trial_is_feasible() -> None:
+def test_a_study_without_a_feasible_trial_has_no_best_one() -> None:
     def objective(trial: Trial) -> float:
         trial.set_constraint("never", 1)
         return trial.suggest_float("x", 0, 1)
@@ -325,7 +325,7 @@ def test_no_trial_is_feasible() -> None:
     assert "none yet: no trial is complete and feasible" in page.texts["Summary"]
 
 
-def test_trials_of_every_state() -> None:
+def test_trials_of_every_state_are_shown() -> None:
     trials = [
         finished(0, [1.0], intermediate={0: 2.0}),
         finished(1, state=TrialState.PRUNED, intermediate={0: 3.0}),
@@ -344,7 +344,7 @@ def test_trials_of_every_state() -> None:
     assert {trace["name"] for trace in bars} == {"complete", "pruned", "failed", "running"}
 
 
-def test_a_clock_that_was_set_back() -> None:
+def test_a_clock_that_was_set_back_gives_a_duration_of_zero() -> None:
     page = holding([finished(0, [1.0], end=NOON - datetime.timedelta(hours=1))])
     assert page.charts("Timeline")[0]["data"][0]["x"] == [0]
 
@@ -358,7 +358,7 @@ def test_values_that_an_axis_cannot_hold_are_omitted_and_counted(extreme: float)
     assert shown(page.charts("History")[0]["data"][0]["y"]) == list(range(12))
 
 
-def test_infinite_values_of_one_objective_leave_the_other() -> None:
+def test_infinite_values_of_one_objective_do_not_affect_the_other() -> None:
     trials = [finished(n, [n, math.inf], params) for n, params in enumerate(grid())]
     page = holding(trials, ["minimize", "minimize"])
     assert len(page.charts("History")) == 1
@@ -370,21 +370,21 @@ def test_intermediate_values_that_are_not_numbers_leave_a_gap() -> None:
     assert page.charts("Intermediate values")[0]["data"][0]["y"] == [2.0, None, None, 1.0]
 
 
-def test_only_values_that_are_not_numbers() -> None:
+def test_intermediate_values_that_are_all_nan_are_not_drawn() -> None:
     page = holding([finished(0, [1.0], intermediate={0: math.nan})])
     assert page.notes["Intermediate values"] == [
         "Not drawn: no trial reported intermediate values."
     ]
 
 
-def test_equal_values_tell_nothing_of_importance() -> None:
+def test_equal_values_have_no_importances() -> None:
     page = holding([finished(n, [1.0], params) for n, params in enumerate(grid())])
     assert page.notes[CHARTS[1]] == [
         "Not drawn: no parameter distinguishes the best tenth of the trials."
     ]
 
 
-def test_params_of_one_value_are_not_drawn() -> None:
+def test_params_with_a_single_value_are_not_drawn() -> None:
     trials = [
         finished(n, [n], {**params, "fixed": unit(0.5), "single": (1, IntDistribution(1, 1))})
         for n, params in enumerate(grid())
@@ -394,7 +394,7 @@ def test_params_of_one_value_are_not_drawn() -> None:
     assert '"fixed"' not in json.dumps([page.charts(section) for section in CHARTS[1:6]])
 
 
-def test_one_param_has_no_contour() -> None:
+def test_a_single_param_has_no_contour() -> None:
     page = holding([finished(n, [n], {"x": unit(n / 12)}) for n in range(12)])
     assert page.notes["Contours"] == ["Not drawn: no two parameters vary in the same trials."]
     assert page.charts("Slices")
@@ -423,7 +423,7 @@ def test_conditional_params_that_never_meet_have_no_contour() -> None:
         (["x" * 500, "x" * 501], CategoricalDistribution(["x" * 500, "x" * 501])),
     ],
 )
-def test_params_of_every_kind(values: list[Any], distribution: Any) -> None:
+def test_params_of_every_kind_are_drawn(values: list[Any], distribution: Any) -> None:
     trials = [
         finished(n, [n], {**params, "it": (values[n % len(values)], distribution)})
         for n, params in enumerate(grid())
@@ -434,7 +434,7 @@ def test_params_of_every_kind(values: list[Any], distribution: Any) -> None:
         assert '"it"' in json.dumps(page.charts(section))
 
 
-def test_params_beyond_what_an_axis_holds_are_left_out() -> None:
+def test_params_too_large_for_an_axis_are_left_out() -> None:
     huge = FloatDistribution(-1e308, 1e308)
     trials = [
         finished(n, [n], {**params, "huge": (n * 1e306, huge)}) for n, params in enumerate(grid())
@@ -444,13 +444,13 @@ def test_params_beyond_what_an_axis_holds_are_left_out() -> None:
     assert any(code.startswith("huge = ") for code in page.codes)  # it is still a trial's
 
 
-def test_a_param_whose_distributions_do_not_fit_together_has_categories() -> None:
+def test_a_param_with_incompatible_distributions_is_categorical() -> None:
     kinds = [(1, IntDistribution(0, 9)), ("a", CategoricalDistribution(["a", "b"]))]
     trials = [finished(n, [n], {**params, "it": kinds[n % 2]}) for n, params in enumerate(grid())]
     assert holding(trials).charts("Slices")
 
 
-# What a large study is thinned out to.
+# Large studies.
 
 
 def test_a_large_study_is_thinned_out_and_the_page_says_so() -> None:
@@ -481,7 +481,7 @@ def test_a_large_study_is_thinned_out_and_the_page_says_so() -> None:
     assert "4 of 5 parameters, the most important ones." in page.notes["Contours"]
 
 
-def test_a_param_that_varies_only_in_trials_thinned_out() -> None:
+def test_a_param_that_varies_only_in_omitted_trials_is_not_drawn() -> None:
     trials = [finished(n, [n], {"x": unit(0.5 if n == 1 else 0.0)}) for n in range(2500)]
     page = holding(trials)
     assert page.notes["Slices"] == page.notes["Parallel coordinates"]
@@ -498,7 +498,7 @@ def test_a_history_keeps_every_improvement() -> None:
     assert "2,000 of 7,000 trials, evenly spread." in page.notes["History"]
 
 
-def test_many_params_are_drawn_in_rows_and_the_most_important_only() -> None:
+def test_only_the_most_important_of_many_params_are_drawn_in_rows() -> None:
     study = made(
         lambda trial: sum(i * trial.suggest_float(f"p{i:02}", 0, 1) for i in range(14)), 30
     )
@@ -512,7 +512,7 @@ def test_many_params_are_drawn_in_rows_and_the_most_important_only() -> None:
     assert any("10 of 14 parameters" in note for note in page.notes["Parallel coordinates"])
 
 
-# Nothing gets in, nothing gets out.
+# Isolation: untrusted text, network, global state.
 
 
 NASTY = "</script><script>alert(1)</script><!--<b>"
@@ -542,7 +542,7 @@ def test_text_is_escaped_wherever_it_comes_from() -> None:
     assert "<script" not in json.dumps(page.figures)
 
 
-def test_marks_of_the_template_in_a_name_stay_text() -> None:
+def test_template_marks_in_a_name_stay_text() -> None:
     study = optuna.create_study(study_name="{{plotly}}")
     assert Page(study_page(study)).title == "{{plotly}}"
 
@@ -557,7 +557,7 @@ def test_internal_attributes_are_not_shown() -> None:
     assert "kept" in json.dumps(Page(text).figures)
 
 
-def test_nothing_is_loaded() -> None:
+def test_a_page_loads_nothing_from_elsewhere() -> None:
     text = study_page(made(trained, 20))
     page = Page(text)
     ours = text.replace(get_plotlyjs(), "")
@@ -568,11 +568,11 @@ def test_nothing_is_loaded() -> None:
     assert "default-src 'none'" in ours
 
 
-def test_plotly_is_there_once() -> None:
+def test_plotly_is_included_once() -> None:
     assert study_page(made(trained, 20)).count(get_plotlyjs()) == 1
 
 
-def test_the_process_is_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_drawing_a_page_changes_no_global_state(caplog: pytest.LogCaptureFixture) -> None:
     study = made(trained, 20)
     before = copy.deepcopy(study.trials)
     loggers = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
@@ -589,7 +589,7 @@ def test_the_process_is_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     assert study.trials == before
 
 
-def test_who_draws_no_page_imports_neither_optuna_nor_plotly() -> None:
+def test_importing_tracker_imports_neither_optuna_nor_plotly() -> None:
     code = "import sys, tracker; sys.exit(bool({'optuna', 'plotly'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 

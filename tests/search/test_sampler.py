@@ -216,7 +216,9 @@ def test_every_choice_appears_equally_often(seed: int, power: int, extra: int) -
 def test_more_hyperparameters_than_dimensions_are_rejected() -> None:
     space = {f"x{index}": FloatDistribution(0.0, 1.0) for index in range(64)}
     assert len(suggested("qmc", 0, [0], space)[0]) == 64
-    with pytest.raises(ArgumentError, match=r"^sampler='qmc' takes at most 64 hyperparameters\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"^sampler='qmc' supports at most 64 hyperparameters\.$"
+    ):
         suggested("qmc", 0, [0], space | {"more": IntDistribution(1, 2)})
 
 
@@ -351,7 +353,9 @@ def test_an_unknown_sampler_is_rejected(name: str) -> None:
 def test_cmaes_rejects_several_objectives() -> None:
     with pytest.raises(ArgumentError) as caught:
         sampler("cmaes", 0, 0, several=True)
-    assert str(caught.value) == "sampler='cmaes' takes one objective; tpe and gp take several."
+    assert (
+        str(caught.value) == "sampler='cmaes' supports one objective; tpe and gp support several."
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"cmaes"}))

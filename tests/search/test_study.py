@@ -726,10 +726,10 @@ def test_a_password_appears_in_no_message_and_no_store(database: str, store: Sto
             {"register": "a", "direction": ["minimize"] * 2, "metric": ["a", "b"]},
             "register='a' needs one best model; it has several",
         ),
-        ({"grace_seconds": 0}, "grace_seconds=0 is not allowed; it must be > 0"),
+        ({"grace_seconds": 0}, "grace_seconds=0 is not allowed; it must be above 0"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_creates_nothing(
+def test_a_mistake_is_reported_in_one_sentence_and_creates_nothing(
     settings: dict[str, Any], message: str, workdir: Path, tracking_uri: str
 ) -> None:
     before = sorted(workdir.iterdir())

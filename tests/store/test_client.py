@@ -46,7 +46,7 @@ def test_the_default_uri_is_mlflows_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert Store(run.tracking_uri).run().info.status == "FINISHED"
 
 
-def test_the_file_store_warns_once_that_mlflow_only_maintains_it(
+def test_the_file_store_warns_once_that_it_is_in_maintenance_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
@@ -56,7 +56,7 @@ def test_the_file_store_warns_once_that_mlflow_only_maintains_it(
             pass
     messages = [r.getMessage() for r in caplog.records if r.name.startswith("tracker")]
     assert len(messages) == 1
-    assert "only maintains" in messages[0]
+    assert "is in maintenance mode" in messages[0]
     assert len(Store(uri).runs()) == 2
 
 
@@ -102,7 +102,7 @@ def test_a_server_that_answers_with_errors_is_an_error(broken_server: str) -> No
         ("http://", "cannot be opened"),
     ],
 )
-def test_a_wrong_uri_is_an_error_of_one_sentence_and_creates_nothing(
+def test_a_wrong_uri_is_refused_in_one_sentence_and_creates_nothing(
     tmp_path: Path, uri: str, problem: str
 ) -> None:
     (tmp_path / "text.txt").write_text("not a database, but long enough to look at")
@@ -215,7 +215,9 @@ def test_a_store_that_fails_during_training_stops_nothing_and_sync_delivers_the_
     assert not journal.exists()
 
 
-def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Path) -> None:
+def test_sync_gives_the_run_of_a_killed_process_its_correct_status(
+    store: Store, tmp_path: Path
+) -> None:
     program = (
         "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
         "run.log_metrics({'loss': 0.5}, 1)\nrun.flush()\nrun.log_metrics({'loss': 0.25}, 2)\n"
@@ -230,7 +232,7 @@ def test_sync_gives_a_killed_process_its_true_status(store: Store, tmp_path: Pat
     assert journal.exists()
     assert main(["sync", str(journal)]) == 0
     assert store.run().info.status == "FAILED"
-    assert "ended without saying how" in store.run().data.tags["tracker.failure"]
+    assert "ended without reporting why" in store.run().data.tags["tracker.failure"]
     assert store.history(store.run(), "loss") == [(1, 0.5), (2, 0.25)]
 
 
@@ -248,5 +250,5 @@ def test_sync_of_a_folder_that_is_not_a_journal_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sync", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"tracker: {tmp_path} is not a journal of this program.\n"
+    assert capsys.readouterr().err == f"tracker: {tmp_path} is not a tracker journal.\n"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""MLflow's file store, which MLflow only maintains: each verb works, none is crash-safe there."""
+"""MLflow's file store, which is in maintenance mode: every method works, none is crash-safe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tracker.training.loop import fit
 pytestmark = pytest.mark.parametrize("tracking_uri", ["file"], indirect=True)
 
 
-class Verb(NamedTuple):
-    """A call that logs something, and what the store then holds."""
+class Method(NamedTuple):
+    """A call that logs something, and a check that the store has it."""
 
     log: Callable[[Run], Any]
     stored: Callable[[Store, MlflowRun], bool]
@@ -34,39 +34,39 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
 
 
-VERBS = {
-    "params": Verb(
+METHODS = {
+    "params": Method(
         lambda run: run.log_params({"lr": 0.1}), lambda _, run: run.data.params["lr"] == "0.1"
     ),
-    "metrics": Verb(
+    "metrics": Method(
         lambda run: [run.log_metrics({"loss": 1 / step}, step) for step in (1, 2)],
         lambda store, run: store.history(run, "loss") == [(1, 1.0), (2, 0.5)],
     ),
-    "tags": Verb(
+    "tags": Method(
         lambda run: run.log_tags({"note": "x"}), lambda _, run: run.data.tags["note"] == "x"
     ),
-    "text": Verb(
+    "text": Method(
         lambda run: run.log_text("hello", "a/b.txt"),
         lambda store, run: "a/b.txt" in store.artifacts(run),
     ),
-    "image": Verb(
+    "image": Method(
         lambda run: run.log_image("first.png", torch.rand(3, 8, 8)),
         lambda store, run: "first.png" in store.artifacts(run),
     ),
-    "artifact": Verb(log_artifact, lambda store, run: "folder/notes.txt" in store.artifacts(run)),
-    "data set": Verb(
+    "artifact": Method(log_artifact, lambda store, run: "folder/notes.txt" in store.artifacts(run)),
+    "data set": Method(
         lambda run: run.log_dataset(Pictures(10)),
         lambda _, run: len(run.inputs.dataset_inputs) == 1,
     ),
-    "histograms": Verb(
+    "histograms": Method(
         lambda run: run.log_histograms(network(), 1),
         lambda store, run: set(load_histograms(run.info.run_id, store.uri)["step"]) == {1},
     ),
-    "checkpoint": Verb(
+    "checkpoint": Method(
         lambda run: run.log_checkpoint(3, network=network(), epoch=1),
         lambda store, run: "checkpoints/00000003/state.json" in store.artifacts(run),
     ),
-    "model": Verb(
+    "model": Method(
         lambda run: run.log_model(network(), torch.zeros(2, 1, 28, 28)),
         lambda store, run: (
             "1.weight"
@@ -76,13 +76,13 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_a_verb_of_a_run_works_on_the_file_store(store: Store, name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_a_run_works_on_the_file_store(store: Store, name: str) -> None:
     with start_run() as run:
-        VERBS[name].log(run)
+        METHODS[name].log(run)
     stored = store.run()
     assert stored.info.status == "FINISHED"
-    assert VERBS[name].stored(store, stored)
+    assert METHODS[name].stored(store, stored)
 
 
 def test_a_run_manager_works_on_the_file_store(store: Store, loader: Any) -> None:

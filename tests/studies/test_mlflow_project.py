@@ -72,7 +72,7 @@ def test_mlflow_run_makes_one_finished_run(
     assert len(run.outputs.model_outputs) == 1
 
 
-def test_mlflow_run_of_a_study_is_its_run(store: Store, project: Path) -> None:
+def test_mlflow_run_uses_its_run_as_that_of_the_study(store: Store, project: Path) -> None:
     done = mlflow_run(
         project, store.uri, "--env-manager", "local", "-e", "study", "-P", "sampler=tpe",
         "-P", "trials=3", "-P", "epochs=1", "-P", "dataset=digits", "-P", "workers=2",

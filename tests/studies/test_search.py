@@ -56,7 +56,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--replay", "0"], "does not exist"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_makes_no_study(
+def test_a_mistake_is_reported_in_one_sentence_and_makes_no_study(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -129,7 +129,7 @@ def test_several_metrics_are_several_objectives(store: Store) -> None:
         assert {"objective.val_accuracy", "objective.val_loss"} <= set(run.data.metrics)
 
 
-def test_mirroring_a_storage_that_does_not_exist_is_a_sentence(
+def test_mirroring_a_storage_that_does_not_exist_is_refused_in_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert tracker(["mirror", "--study", "nothing"]) == 2

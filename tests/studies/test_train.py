@@ -82,7 +82,7 @@ def test_the_defaults_are_those_of_the_project_file() -> None:
         ("--mod char-lstm", "unrecognized arguments: --mod"),  # no abbreviations
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(
+def test_a_mistake_is_reported_in_one_sentence_with_exit_code_2(
     store: Store,
     tmp_path: Path,
     arguments: str,

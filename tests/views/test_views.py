@@ -1,4 +1,4 @@
-"""What a person sees of a training: in a notebook, a terminal, TensorBoard, or nothing."""
+"""Views of a training: in a notebook, in a terminal, in TensorBoard, or none."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ EVENTS = ["begin_run", "begin_epoch", "batch", "end_epoch", "end_run"]
 
 
 class Witness(View):
-    """Notes the events that it receives."""
+    """Records the events that it receives."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -1,4 +1,4 @@
-"""Models that load without this project and without CUDA.
+"""Saves models that load without this project and without CUDA.
 
 A model is saved as a graph (torch.export, pt2) with weights on the CPU; no classes are pickled.
 `mlflow.pytorch.load_model` reads it.

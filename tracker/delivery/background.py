@@ -24,7 +24,7 @@ WARN_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1.0  # between two checks of the uploader
 _STOP_SECONDS = 2.0  # from SIGTERM to SIGKILL of an uploader, which loses nothing by either
-_RESTARTS = 3  # of an uploader that dies before it delivers anything, before a warning
+_RESTARTS = 3  # before a warning, if the uploader dies each time without delivering anything
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class BackgroundDelivery:
         try:
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
-            is_stuck = self._stuck_at == self._reader.delivered  # the deadline has passed before
+            is_stuck = self._stuck_at == self._reader.delivered  # an earlier wait has timed out
             delivered = self.flush(0.0 if is_stuck else DEADLINE_SECONDS)
         except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
             pass

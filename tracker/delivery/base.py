@@ -1,4 +1,4 @@
-"""How the journal of this process gets to MLflow: by a second process, in-line, or later.
+"""How the journal of this process reaches MLflow: by a second process, inline, or later.
 
 A process has one journal and one uploader per folder and store, however many runs it tracks.
 """
@@ -23,7 +23,7 @@ Mode = Literal["process", "inline", "offline"]
 
 
 class Delivery(Protocol):
-    """Takes the records of a journal to MLflow."""
+    """Delivers the records of a journal to MLflow."""
 
     journal: JournalWriter
 
@@ -32,16 +32,26 @@ class Delivery(Protocol):
         """The URI of the store, resolved."""
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
-        """Start to deliver `run`; `abandon` is called at the program's end if it is not ended."""
+        """Start delivering a run.
+
+        Args:
+            run: The run's key.
+            abandon: Called if the program ends before the run does.
+        """
 
     def deliver(self) -> None:
-        """Deliver now if the training thread does it: an epoch has ended."""
+        """Deliver now if the training thread delivers; called after each epoch."""
 
     def flush(self, timeout: float) -> bool:
-        """Wait for what was appended so far, up to `timeout` s; return whether it is delivered."""
+        """Wait until everything appended so far is delivered; return False after `timeout` s."""
 
     def release(self, run: str, *, wait: bool = True) -> None:
-        """Finish `run`, whose end is appended; `wait` for its delivery, up to a deadline."""
+        """Stop delivering a run, after its end was appended.
+
+        Args:
+            run: The run's key.
+            wait: Wait for the delivery, up to a deadline.
+        """
 
     def run_id(self, run: str) -> str | None:
         """Return MLflow's id of `run`; None while it is not known."""
@@ -91,9 +101,12 @@ def leave_all() -> None:
 
 
 def mode_of(*, inline: bool | None, offline: bool | None) -> Mode:
-    """Return how to deliver; None stands for TRACKER_INLINE or TRACKER_OFFLINE.
+    """Return how to deliver, from the arguments and the environment.
 
-    An argument comes before the other one's variable.
+    Args:
+        inline: Deliver from the training thread; None reads TRACKER_INLINE.
+        offline: Leave delivery to `tracker sync`; None reads TRACKER_OFFLINE. An argument takes
+            precedence over the variable of the other one.
 
     Raises:
         ArgumentError: Both arguments are true, or a variable is neither true nor false.

@@ -81,7 +81,7 @@ class InlineDelivery:
             self._warn(error)
 
     def flush(self, timeout: float) -> bool:
-        """Deliver what is pending, for as long as the store takes; return whether it worked."""
+        """Deliver what is pending, without a time limit; return whether it worked."""
         self.deliver()
         return not self._reader.pending()
 

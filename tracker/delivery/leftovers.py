@@ -1,4 +1,4 @@
-"""Journals that dead processes left: their state, and their delivery."""
+"""Journals that dead processes left behind: their state, and their delivery."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SyncResult:
     runs: int
     records: int
     notices: tuple[str, ...]
-    """What was lost in delivery, a sentence each."""
+    """What was lost in delivery: a sentence for each loss."""
 
 
 def journals(path: Path) -> list[Path]:

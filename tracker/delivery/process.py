@@ -1,7 +1,7 @@
 """The process that delivers the journal of another process while that trains.
 
 It imports mlflow, so that training need not, and never torch. The two processes share nothing but
-the journal. When the training process is gone, this one gives abandoned runs their true status,
+the journal. When the training process is gone, this one gives abandoned runs the correct status,
 delivers the rest, and removes the journal.
 """
 
@@ -150,7 +150,7 @@ class UploaderProcess:
         return self._stop_at is not None and time.monotonic() > self._stop_at
 
     def _raise_timeout(self) -> None:
-        """Give requests more time the more of them have failed, unless the user set a timeout.
+        """Double the timeout of requests after each failure, unless the user set one.
 
         A server that hangs altogether is detected by its health check, in three seconds.
         """

@@ -1,4 +1,4 @@
-"""SIGTERM: recorded in the journals before the process dies of it as usual."""
+"""SIGTERM: recorded in the journals before it ends the process as usual."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ActiveRuns:
         self._forget: Callable[[], None] | None = None
 
     def begin(self, run: str, abandon: Callable[[], None]) -> None:
-        """Add a run; `abandon` ends it at the program's end."""
+        """Add a run; `abandon` ends it if the program ends first."""
         self.runs[run] = abandon
         if self._forget is None:  # an earlier attempt in a thread may have failed
             self._forget = on_termination(self._tell)

@@ -273,8 +273,6 @@ def close_unended(journal: Journal) -> None:
             reason = f"{process} was stopped by {signals[-1].signal}."
         else:
             status = "FAILED"
-            reason = (
-                f"{process} ended without saying how: killed, crashed, or out of memory or power."
-            )
+            reason = f"{process} ended without reporting why: it crashed, was killed or lost power."
         journal.append(run, records.Tags({"tracker.failure": reason}), at)
         journal.append(run, records.End(status), at)

@@ -1,4 +1,4 @@
-"""Damaged journals: read up to the damage, and kept."""
+"""Damaged journals: what precedes the damage is read, and the damaged file is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_damage_aside(folder: Path) -> str | None:
-    """Replace the database of a damaged journal by what can be read of it, up to the damage.
+    """Replace the database of a damaged journal by a new one with its readable records.
 
     The damaged file stays beside it, under the name DAMAGED.
 
@@ -50,7 +50,7 @@ def set_damage_aside(folder: Path) -> str | None:
             raise StoreError(f"{folder} is damaged and cannot be repaired: {error}.") from error
         logger.warning("%s is damaged (%s).", path, problem)
     if damaged.exists():
-        return f"{folder} was damaged; what could not be read is kept in {DAMAGED} there."
+        return f"{folder} was damaged; the damaged file is kept there as {DAMAGED}."
     return None
 
 

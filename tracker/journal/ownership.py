@@ -3,8 +3,8 @@
 A journal's writer holds `writer.lock`, and the process that delivers it holds `delivery.lock`. A
 lock that is held on another host may be invisible here, so a writer also touches its lock every
 BEAT_SECONDS; a writer on another host counts as dead once it has been silent for LOST_SECONDS, by
-the clock of the folder. `writer.json` names the writer outside the database, which two hosts must
-not open at the same time.
+the clock of the file system. `writer.json` names the writer outside the database, which two hosts
+must not open at the same time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Writer:
         try:
             return cls(**json.loads((folder / "writer.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise StoreError(f"{folder} is not a journal of this program.") from error
+            raise StoreError(f"{folder} is not a tracker journal.") from error
 
 
 def writer_lock(folder: Path) -> Lock:

@@ -56,7 +56,7 @@ class Journal:
         self._lock = threading.Lock()
         version = database.format_of(folder)
         if version is None:
-            raise StoreError(f"{folder} is not a journal of this program.")
+            raise StoreError(f"{folder} is not a tracker journal.")
         if version != database.FORMAT:
             raise StoreError(
                 f"{folder} is a journal of format {version}; this version reads {database.FORMAT}."
@@ -104,7 +104,12 @@ class Journal:
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
     def records(self, run: str, kind: type[R]) -> list[R]:
-        """Return the valid records of one kind of a run, delivered or not, in order."""
+        """Return the valid records of one kind of a run, delivered or not, in order.
+
+        Args:
+            run: The run's key.
+            kind: The class of the records.
+        """
         rows = self._read(
             "SELECT CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? ORDER BY seq",
             *(run, kind.kind),
@@ -217,7 +222,12 @@ class Journal:
         return str(rows[0][0]) if rows else None
 
     def holds(self, run_id: str, *, unended: bool = False) -> bool:
-        """Return whether an MLflow run is tracked here; with `unended`, and has not ended."""
+        """Return whether an MLflow run is tracked here.
+
+        Args:
+            run_id: MLflow's id of the run.
+            unended: Count it only if it has not ended.
+        """
         runs = {run for (run,) in self._read("SELECT run FROM runs WHERE run_id = ?", run_id)}
         return bool(runs & set(self.unended()) if unended else runs)
 

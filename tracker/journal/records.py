@@ -100,7 +100,7 @@ class Begin(Record):
     keyed: bool = False
     """Whether the caller chose the run's key: other processes may create a run under it too."""
     placeholder: bool = False
-    """Whether the run gives way to another one with the same key."""
+    """Whether another run with the same key replaces this one."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Model(Record):
 
 @dataclass(frozen=True)
 class Signal(Record):
-    """The process was told to terminate."""
+    """The process received a signal that ends it."""
 
     signal: str
 

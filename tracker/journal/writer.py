@@ -61,7 +61,7 @@ class JournalWriter:
             ) from error
         self._lock.path = self.folder / self._lock.path.name
         self.lost = 0
-        """How many records and values could not be read or written."""
+        """Number of records and values that could not be read or written."""
         self.on_tick: Callable[[], None] | None = None
         """Called by the writing thread after each of its turns."""
         self._pid = os.getpid()
@@ -100,7 +100,7 @@ class JournalWriter:
         return folder / name
 
     def lose(self, what: str, error: Exception) -> None:
-        """Count a file that the disk did not take; the first one is warned of."""
+        """Count a file that could not be written, with a warning for the first one."""
         self.lost += 1
         self._warn_once("disk", "%s cannot be logged, training continues: %s.", what, error)
 

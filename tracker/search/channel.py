@@ -1,4 +1,4 @@
-"""What a search and its trials tell each other, in one process or over a pipe."""
+"""Messages between a search and its trials, in one process or over a pipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended."""
+    """The end of a trial: its state, its values and the reason."""
 
     state: Literal["COMPLETE", "PRUNED", "FAIL"]
     values: Sequence[float] | None = None
@@ -51,13 +51,13 @@ class Ended:
 
     @classmethod
     def failed(cls, why: Why, reason: str | None) -> Ended:
-        """A trial that failed; an interruption kills its run."""
+        """Return the end of a trial that failed; an interruption makes its run KILLED."""
         return cls("FAIL", None, why, "KILLED" if why == "interrupted" else "FAILED", reason)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the study makes of an ended trial."""
+    """The study's answer to the end of a trial."""
 
     accepted: bool
     """Whether its end was stored; False if it had been abandoned."""
@@ -68,15 +68,15 @@ class Verdict:
 
 
 class Channel(ABC):
-    """A running trial's connection to its search; each verb is one request.
+    """A running trial's connection to its search; each method sends one request.
 
-    `Search` implements the verbs under the same names. All raise TrialLostError for a trial that
-    was abandoned in the meantime.
+    `Search` has methods of the same names; `number` is the trial's. All raise TrialLostError if the
+    trial was abandoned in the meantime.
     """
 
     @abstractmethod
     def request(self, verb: str, *arguments: Any) -> Any:
-        """Have the search execute `verb`, and return its answer."""
+        """Have the search call its method `verb`, and return the result."""
 
     def suggest(self, number: int, name: str, distribution: BaseDistribution) -> Any:
         """Return the value of a hyperparameter of trial `number`."""

@@ -18,7 +18,7 @@ from tracker.search.leases import GRACE_SECONDS, PREFIX, Leases, active_searches
 from tracker.search.plan import SEARCH
 from tracker.search.reap import reap
 from tracker.search.record import Record, load
-from tracker.search.storage import Storage
+from tracker.search.storage import DEFAULT, Storage
 from tracker.validation import DIRECTORY
 
 if TYPE_CHECKING:
@@ -31,27 +31,41 @@ logger = logging.getLogger(__name__)
 
 def add_commands(subparsers: _SubParsersAction[OneSentenceParser]) -> None:
     """Add the commands for studies to those of `tracker`."""
-    mirror = subparsers.add_parser("mirror", help="add missing trials of a study to MLflow")
+    mirror = subparsers.add_parser(
+        "mirror",
+        help="add missing trials, tags and files of a study to MLflow",
+        description="Add missing trials, tags and files of a study to MLflow.",
+    )
     reap = subparsers.add_parser(
-        "reap", help="fail the trials of dead searches, then add missing trials to MLflow"
+        "reap",
+        help="fail the running trials of dead searches, then mirror the study",
+        description="Fail the running trials of dead searches, then mirror the study.",
     )
     for command in (mirror, reap):
         command.set_defaults(run=_run)
-        command.add_argument("--study", help="by default all studies in the storage")
-        command.add_argument("--storage", help="by default journal:///studies.journal")
-        command.add_argument("--tracking-uri", help="by default the store of the study")
+        command.add_argument(
+            "--study", metavar="NAME", help="the study; default: all studies in the storage"
+        )
+        command.add_argument(
+            "--storage", metavar="URL", help=f"where studies are stored; default: {DEFAULT}"
+        )
+        command.add_argument(
+            "--tracking-uri", metavar="URI", help="the MLflow store; default: the study's"
+        )
         command.add_argument(
             "--directory",
             type=Path,
             default=Path(DIRECTORY),
-            help=f"where journals are kept; by default {DIRECTORY}",
+            metavar="FOLDER",
+            help=f"where journals are kept; default: {DIRECTORY}",
         )
     reap.add_argument(
         "--grace-seconds",
         type=positive_float,
         default=GRACE_SECONDS,
-        help="how long a search on another machine must have been silent, unless its own setting "
-        f"is longer; by default {GRACE_SECONDS:g}",
+        metavar="S",
+        help="silence after which another machine's search counts as dead, unless its own setting "
+        f"is longer; default: {GRACE_SECONDS:g}",
     )
 
 
@@ -61,9 +75,9 @@ def _run(given: argparse.Namespace) -> int:
         for record in _studies(storage, given.study):
             if given.command == "reap":
                 failed = reap_study(storage, record, given.grace_seconds)
-                print(f"{record.name}: {len(failed)} trials were lost")
+                print(f"{record.name}: lost trials failed: {len(failed)}")
             written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
-            print(f"{record.name}: run {run_id}, {written} things were missing")
+            print(f"{record.name}: run {run_id}, missing items added: {written}")
     finally:
         storage.close()
     return 0
@@ -87,8 +101,8 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
     Args:
         storage: Where the study is.
         record: The study.
-        grace: How long a search on another machine must be silent, in seconds, unless its own
-            grace period is longer. A search on this machine is dead if its process is.
+        grace: Seconds after which a silent search on another machine is dead, unless its own grace
+            period is longer. A search on this machine is dead if its process is.
     """
     leases = Leases(grace)
     began = time.monotonic()
@@ -118,7 +132,7 @@ def mirror_study(
         directory: Journals whose leftovers are delivered first.
 
     Returns:
-        How many things were missing, and the id of the study's run.
+        How many items were missing, and the id of the study's run.
 
     Raises:
         StoreError: MLflow does not answer, or its URI has a password that is not stored.
@@ -128,7 +142,9 @@ def mirror_study(
 
     uri = tracking_uri or record.tracking_uri
     if uri is not None and MASK in uri:
-        raise StoreError(f"study={record.name!r} is in {uri}; give --tracking-uri with its secret.")
+        raise StoreError(
+            f"study={record.name!r} is in {uri}; add --tracking-uri URI with the secret."
+        )
     store = MlflowStore(uri)
     deliver_leftovers(directory, store, SETTLE_SECONDS)
     mirror = Mirror(storage, record, store)

@@ -20,7 +20,11 @@ _ALIAS = re.compile(r"(?!(latest|v\d+)$)[\w\-]{1,255}", re.IGNORECASE)  # mlflow
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """The settings of a study that are stored with it; ArgumentError if they are not allowed."""
+    """The settings of a study that are stored with it.
+
+    Raises:
+        ArgumentError: A setting is not allowed.
+    """
 
     name: str
     """Its name in the storage, and of its run."""
@@ -41,7 +45,7 @@ class StudyConfig:
     steps: int | None = None
     """The last step that an unpruned trial reports; None if unknown."""
     spaces: tuple[Space, ...] = ()
-    """The declared space; of a grid that grew all its spaces, in order."""
+    """The declared space; for a grid that has grown, all its spaces in order."""
     experiment: str | None = None
     """The name of the MLflow experiment."""
     experiment_id: str | None = None
@@ -139,7 +143,9 @@ class StudyConfig:
         if len(set(metrics)) < len(metrics):
             raise ArgumentError(f"metric={metrics} contains a name twice.")
         if self.is_multi_objective and self.pruner != "none":
-            raise ArgumentError(f"pruner={self.pruner!r} takes one objective; it must be none.")
+            raise ArgumentError(
+                f"pruner={self.pruner!r} supports one objective only; it must be none."
+            )
 
     def _check_registration(self) -> None:
         if self.register is None:

@@ -130,7 +130,7 @@ class KeeperProcess:
         return process
 
     def finish(self, *, settled: bool) -> str | None:
-        """Let the process add what is missing; wait for it at most `2 * SETTLE_SECONDS`."""
+        """Let the process add what is missing; wait for it, but at most `2 * SETTLE_SECONDS`."""
         problem = self._finish(settled)
         if problem == _DIED:
             self._process = self._start()
@@ -267,7 +267,16 @@ def _has_journals(directory: Path) -> bool:
 
 
 def deliver_leftovers(directory: Path, store: MlflowStore, seconds: float) -> bool:
-    """Deliver the journals of dead processes; return whether none is left after `seconds`."""
+    """Deliver the journals of dead processes.
+
+    Args:
+        directory: The folder of the journals.
+        store: The store to deliver to.
+        seconds: How long to try.
+
+    Returns:
+        Whether none is left.
+    """
     deadline = time.monotonic() + seconds
     while directory.is_dir() and time.monotonic() < deadline:
         deliver_left_behind(directory, store)

@@ -54,7 +54,12 @@ class Leases:
         self._last_beats.clear()
 
     def lives(self, search: str, attrs: Mapping[str, Any]) -> bool:
-        """Whether `search` is alive according to `attrs`, the study's current attributes."""
+        """Return whether a search is alive, and remember its heartbeat.
+
+        Args:
+            search: The id of the search.
+            attrs: The study's current attributes, which hold the heartbeats.
+        """
         info = attrs.get(f"{PREFIX}{search}")
         if info is None or "left" in info:
             return False
@@ -94,5 +99,5 @@ def active_searches(attrs: Mapping[str, Any]) -> set[str]:
 
 
 def was_here(search: str, attrs: Mapping[str, Any]) -> bool:
-    """Whether a search ran on this machine."""
+    """Return whether a search ran on this machine, according to the study's attributes."""
     return (attrs.get(f"{PREFIX}{search}") or {}).get("place") == _place()

@@ -1,4 +1,4 @@
-"""A study in MLflow: its own run, the runs of its trials, and the best model.
+"""Brings a study in MLflow up to date: its run, the runs of its trials, and the best model.
 
 Optuna's storage holds the truth. A trial's run is tracked by the process that runs the trial; the
 mirror adds what is missing afterwards, through a journal like every other run. It writes nothing
@@ -44,16 +44,16 @@ _LISTED = 10
 
 
 class Mirror:
-    """Adds to MLflow what it lacks of one study."""
+    """Adds the missing parts of one study to MLflow."""
 
     def __init__(self, storage: Storage, study: Study, store: MlflowStore) -> None:
         self._storage, self._study, self._store = storage, study, store
         self._leases = Leases(grace=float("inf"))
         self._deleted: set[str] = set()
         self.written = 0
-        """How many things were missing and are written."""
+        """How many missing items have been written."""
         self.problem: str | None = None
-        """What `complete` could not write although MLflow answers."""
+        """Why `complete` could not write some items although MLflow answers."""
         self.run_id: str | None = None
         """The run of the study."""
 

@@ -1,4 +1,4 @@
-"""What MLflow lacks of a study: the records that complete a trial's run, and final statuses."""
+"""What a study in MLflow lacks: records that complete a trial's run, and final statuses."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def status_of_study(
         filter(None, ends), key=lambda end: float(end["time"]), default={}
     )
     if (left := last.get("left")) is None:
-        return "FAILED", "The process that ran the study ended without saying how."
+        return "FAILED", "The process that ran the study ended without reporting why."
     if left["status"] == "FINISHED":
         return "FAILED", "The study ended before its budget was used."
     return str(left["status"]), left["reason"]

@@ -30,15 +30,15 @@ MOST_DEATHS = 5
 Why = Literal["failed", "invalid", "died", "lost", "interrupted", "given up"]
 """Why a trial failed, as stored.
 
-`invalid`, such as a NaN, would be the same again. `died` is stored by a live search whose worker
-died or hung. A lost search, an interruption and an abandoned trial ("given up") are not the slot's
-fault.
+`invalid` (a NaN) would be repeated by another attempt. `died` is stored by a live search whose
+worker died or hung. A lost search, an interruption and an abandoned trial ("given up") are not the
+slot's fault.
 """
 
 
 @dataclass
 class Slot:
-    """What the ended trials of a slot add up to."""
+    """The state of a slot, summed up from its ended trials."""
 
     done: bool = False
     failures: int = 0

@@ -20,7 +20,13 @@ LOST = Ended.failed("lost", "The process of its search ended abruptly, or hung f
 
 
 def store_failure(storage: BaseStorage, trial_id: int, ended: Ended) -> None:
-    """Store that a trial failed and why, unless it has already ended."""
+    """Store that a trial failed, unless it has already ended.
+
+    Args:
+        storage: Optuna's storage.
+        trial_id: The id of the trial in the storage.
+        ended: Why it failed.
+    """
     why = {"why": ended.why, "status": ended.status, "reason": (ended.reason or "")[:2000]}
     try:
         storage.set_trial_user_attr(trial_id, ENDED, why)

@@ -1,4 +1,4 @@
-"""A study as its storage has it: created once, and merged with new settings when resumed."""
+"""A study in its storage: created once, and merged with new settings when resumed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ class Record(StudyConfig):
 
 
 def load(storage: Storage, name: str) -> Record:
-    """Load the study `name`.
+    """Load a study.
+
+    Args:
+        storage: Where it is stored.
+        name: Its name.
 
     Raises:
         StoreError: It does not exist, or was not created by this library.

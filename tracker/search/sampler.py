@@ -42,15 +42,15 @@ def sampler(
     """Return the sampler for one slot of a study.
 
     Args:
-        name: One of `SAMPLERS`. A grid's points are given to the trial, so its sampler is only
-            asked for what the objective suggests besides.
+        name: One of `SAMPLERS`. A grid's points are given to the trial, so its sampler only
+            handles what else the objective suggests.
         seed: The study's seed.
         slot: The slot's number.
         several: Whether the study has several objectives.
         known: Values suggested to earlier trials of the slot, which are suggested again.
 
     Raises:
-        ArgumentError: The sampler is unknown, or takes one objective only.
+        ArgumentError: The sampler is unknown, or supports one objective only.
     """
     own_seed = suggestion_seed(seed, slot)
     factories: dict[str, Callable[[], BaseSampler]] = {
@@ -64,7 +64,7 @@ def sampler(
     if name not in factories:
         raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
     if name == "cmaes" and several:
-        raise ArgumentError("sampler='cmaes' takes one objective; tpe and gp take several.")
+        raise ArgumentError("sampler='cmaes' supports one objective; tpe and gp support several.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         fresh = factories[name]()
@@ -179,16 +179,25 @@ class QuasiRandomSampler(optuna.samplers.RandomSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Return the value at this slot's point of the sequence."""
+        """Return the value at this slot's point of the sequence.
+
+        Raises:
+            ArgumentError: The trial has more hyperparameters than the sequence has dimensions.
+        """
         dimension = len(trial.params)
         if dimension >= _DIMENSIONS:
-            raise ArgumentError(f"sampler='qmc' takes at most {_DIMENSIONS} hyperparameters.")
+            raise ArgumentError(f"sampler='qmc' supports at most {_DIMENSIONS} hyperparameters.")
         share = _sobol(self._seed, self._slot // _CHUNK)[self._slot % _CHUNK, dimension]
         return value_at(param_distribution, float(share))
 
 
 def value_at(distribution: Any, share: float) -> Any:
-    """Return the value at `share` of a distribution's range, with 0 <= share < 1."""
+    """Return the value at a share of a distribution's range.
+
+    Args:
+        distribution: Optuna's distribution.
+        share: 0 <= share < 1; equal steps of it are equally likely values.
+    """
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(share * len(distribution.choices))]
     low, high, step = distribution.low, distribution.high, distribution.step

@@ -1,4 +1,4 @@
-"""One search: takes trials from a study, answers their requests and stores how they ended.
+"""One search: claims trials of a study, answers their requests and stores how they ended.
 
 All access to the storage goes through here, in the one process that runs the search; its workers
 send requests over pipes. Several searches, also on several machines, can share a storage.
@@ -62,7 +62,7 @@ class _Running:
 
 
 class Search:
-    """Takes part in a study until it is done. Only `beat` may be called from another thread."""
+    """Works on a study until it is done. Only `beat` may be called from another thread."""
 
     def __init__(self, storage: Storage, record: Record, *, grace: float) -> None:
         """Prepare a search; `enter` makes it visible to others.
@@ -92,7 +92,7 @@ class Search:
     # -- taking trials -----------------------------------------------------------------------------
 
     def claim(self) -> Task | Answer:
-        """Take the next trial; "wait" while others run the last ones, "done" after that."""
+        """Claim the next trial; "wait" while others run the last ones, "done" after that."""
         try:
             return self._patiently(self._claim)
         except UpdateFinishedTrialError:  # this process was suspended, and another ended the trial
@@ -236,13 +236,26 @@ class Search:
             raise ArgumentError(f"{name}={wanted} cannot be suggested: {error}") from error
 
     def report(self, number: int, value: float, step: int) -> None:
-        """Store an intermediate value, now or as soon as the storage answers."""
+        """Store an intermediate value, now or as soon as the storage answers.
+
+        Args:
+            number: The trial.
+            value: The value.
+            step: Its step.
+
+        Raises:
+            TrialLostError: The trial was abandoned.
+        """
         running = self._trial(number)
         running.reports.append((step, value))
         self._flush_reports(running)
 
     def prune(self, number: int) -> str | None:
-        """Return why a trial should be pruned; None if not, or if the storage does not answer."""
+        """Return why a trial should be pruned; None if not, or if the storage does not answer.
+
+        Raises:
+            TrialLostError: The trial was abandoned.
+        """
         running = self._trial(number)
         if self.record.pruner == "none" or not self._flush_reports(running):
             return None
@@ -304,7 +317,15 @@ class Search:
         return True
 
     def finish(self, number: int, ended: Ended) -> Verdict:
-        """Store how a trial ended, and wait for a storage that does not answer."""
+        """Store how a trial ended, waiting for a storage that does not answer.
+
+        Args:
+            number: The trial.
+            ended: How it ended.
+
+        Returns:
+            Whether that was stored, and what follows from it.
+        """
         running = self._running.get(number)
         if running is None:
             return Verdict(accepted=False, retry=True)
@@ -343,7 +364,7 @@ class Search:
     # -- taking part -------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Show that this search is alive, before it takes a trial."""
+        """Show that this search is alive, before it claims a trial."""
         self._patiently(lambda: self._show({"beat": 0}))
 
     def beat(self, *, force: bool = False) -> None:
@@ -366,7 +387,12 @@ class Search:
             self.finish(number, ended)
 
     def leave(self, status: Status, reason: str | None) -> None:
-        """Store how this search ended."""
+        """Store how this search ended.
+
+        Args:
+            status: The status of the study's run, if no other search is working on it.
+            reason: Why it is not FINISHED.
+        """
         left = {"status": status, "reason": reason}
         self.storage.patiently(lambda: self._show({"left": left}), patience=self.grace)
 

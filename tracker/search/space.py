@@ -1,4 +1,4 @@
-"""Search spaces: the domain of each hyperparameter, the points of a grid, comparison of spaces.
+"""Search spaces: domains of hyperparameters, the points of a grid, and comparisons.
 
     {"lr": [0.01, 0.001], "momentum": FloatDistribution(0.0, 0.9), "layers": IntDistribution(1, 3)}
 
@@ -81,9 +81,12 @@ def _checked_values(name: str, values: list[Any]) -> list[Value]:
 
 
 def distributions(space: Space, *, grid: bool) -> dict[str, BaseDistribution]:
-    """Return Optuna's distributions for `space`.
+    """Return Optuna's distributions for a space.
 
-    The numbers of a `grid` become a range: Optuna lets a range grow later, a list of choices not.
+    Args:
+        space: The space.
+        grid: Whether it is a grid's. Its numbers become a range, which Optuna lets grow later,
+            unlike a list of choices.
     """
     return {name: _distribution(domain, grid) for name, domain in space.items()}
 

@@ -1,4 +1,4 @@
-"""Optuna's storages, with a lock for a whole study and patience with outages.
+"""Optuna's storages, with a lock for a whole study and retries during outages.
 
 | URL | for |
 |---|---|
@@ -84,7 +84,7 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
 
 
 class Storage:
-    """One of Optuna's storages, as `optuna`, with a lock and with patience."""
+    """One of Optuna's storages (`optuna`), with a lock and retries during outages."""
 
     def __init__(self, url: str | None = None, *, make: bool = True) -> None:
         """Open a storage.
@@ -222,12 +222,12 @@ class Storage:
     def patiently(
         self, do: Callable[[], T], stop: Callable[[], bool] = lambda: False, patience: float = 600.0
     ) -> T:
-        """Call `do` until the storage answers, and return its result.
+        """Call `do`, again while the storage does not answer, and return its result.
 
         Args:
             do: May be called several times.
-            stop: Whether to give up early.
-            patience: When to give up, in seconds.
+            stop: Returns whether to stop trying early.
+            patience: How long to try, in seconds.
 
         Raises:
             StoreError: The storage did not answer, or cannot be written.

@@ -72,16 +72,17 @@ class Study:
         offline: bool | None = None,
         **settings: Any,
     ) -> None:
-        """Describe a study; nothing is opened or created before `run`.
+        """Configure a study; nothing is opened or created before `run`.
 
         Args:
             name: Its name, in the storage and of its run.
-            objective: Called with a `Trial`; returns its value, or one for each direction.
+            objective: Called with a `Trial`; returns one value, or one for each direction.
             storage: journal:///FILE, sqlite:///FILE or postgresql://…. The default,
                 journal:///studies.journal, suits any number of workers on one machine.
             tracking_uri: The MLflow store, as for `RunManager`.
             directory: Where journals and checkpoints are kept.
-            grace_seconds: How long a worker or another search may be silent before it is lost.
+            grace_seconds: How long a worker or another search may be silent before it counts as
+                lost.
             inline: Whether this process delivers the runs itself, as for `RunManager`.
             offline: Whether runs stay on disk until `tracker sync`, as for `RunManager`.
             **settings: Fields of `StudyConfig`, which are stored with the study, and:
@@ -96,7 +97,9 @@ class Study:
         if not callable(objective):
             raise ArgumentError(f"objective={objective!r} is not allowed; it must be a function.")
         if not grace_seconds > 0:
-            raise ArgumentError(f"grace_seconds={grace_seconds!r} is not allowed; it must be > 0.")
+            raise ArgumentError(
+                f"grace_seconds={grace_seconds!r} is not allowed; it must be above 0."
+            )
         self._objective = objective
         self._storage_url = storage
         self._tracking_uri = tracking_uri
@@ -133,13 +136,13 @@ class Study:
         """Run trials until the budget is used up.
 
         Args:
-            workers: How many trials run at a time. A single worker is this process; several are
-                processes of their own, which import the objective.
+            workers: How many trials run at a time. A single worker runs in this process; several
+                run in separate processes, which import the objective.
             resume: Continue the study if it exists, with its stored settings. Only the budget and a
                 grid's numeric values may grow.
 
         Returns:
-            The study as Optuna's own.
+            The study as an `optuna.Study`.
 
         Raises:
             ArgumentError: An argument, or the objective, is not allowed.
@@ -243,10 +246,12 @@ class Study:
             shutil.rmtree(spec.checkpoints, ignore_errors=True)
 
     def replay(self, number: int) -> Sequence[float] | None:
-        """Train a trial again, with its hyperparameters and seed, as a run that stands alone.
+        """Train a trial again, with its hyperparameters and seed, as a separate run.
+
+        The study does not change.
 
         Args:
-            number: The trial's number. The study does not change.
+            number: The trial's number.
 
         Returns:
             Its values; None if it failed.

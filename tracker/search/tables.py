@@ -29,7 +29,7 @@ def objectives(names: Sequence[str], values: Sequence[float]) -> dict[str, float
 
 
 def rows(record: Record, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Return a row for each trial: number, state, values, hyperparameters, times and reason."""
+    """Return the rows of `trials.csv`, one for each trial, by their columns."""
     trials = list(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     return [_row(record, trial, names) for trial in trials]
@@ -57,7 +57,7 @@ def _row(record: Record, trial: FrozenTrial, names: Sequence[str]) -> dict[str, 
 
 
 def saved(record: Record, trials: Iterable[FrozenTrial]) -> tuple[int, int] | None:
-    """Return the steps that pruning saved, and those of all trials without it; None if unknown."""
+    """Return how many steps pruning saved, and how many there would be without; None if unknown."""
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     pruned = [t for t in ended if t.state == TrialState.PRUNED]
     complete = [t.last_step or 0 for t in ended if t.state == TrialState.COMPLETE]

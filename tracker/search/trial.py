@@ -1,4 +1,4 @@
-"""One trial: what the objective gets, and how its end is decided."""
+"""One trial: the object that the objective gets, and the decision how the trial ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Objective = Callable[["Trial"], float | Sequence[float]]
 
 
 class Trial:
-    """What an objective gets: hyperparameters to ask for and a run to log to."""
+    """The argument of an objective: it suggests hyperparameters, and has a run to log to."""
 
     def __init__(self, task: Task, run: TrialRun, channel: Channel, folder: Path) -> None:
         self.number = task.number
@@ -80,11 +80,19 @@ class Trial:
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """Suggest an integer; arguments and errors are those of `suggest_float`."""
+        """Suggest an integer; see `suggest_float` for the arguments and errors."""
         return int(self._suggest(name, lambda: IntDistribution(low, high, log=log, step=step)))
 
     def suggest_categorical(self, name: str, choices: Iterable[Any]) -> Any:
-        """Suggest one of `choices`; ArgumentError if there are none."""
+        """Suggest one of several values.
+
+        Args:
+            name: The hyperparameter.
+            choices: The values: numbers, strings, booleans or None.
+
+        Raises:
+            ArgumentError: There are no choices, or they differ from earlier ones.
+        """
         return self._suggest(name, lambda: CategoricalDistribution(list(choices)))
 
     def _suggest(self, name: str, distribution: Callable[[], BaseDistribution]) -> Any:
@@ -121,7 +129,12 @@ class Trial:
         self._channel.report(self.number, number, step)
 
     def restore(self, reported: Mapping[int, float], last: int) -> None:
-        """Repeat the reports of an earlier attempt up to its step `last`."""
+        """Repeat the reports of an earlier attempt.
+
+        Args:
+            reported: Its reports, by step.
+            last: The last step to repeat.
+        """
         for step, value in sorted(reported.items()):
             if step <= last:
                 self.report(value, step)
@@ -140,7 +153,12 @@ class Trial:
         self._channel.set_attr(self.number, name, value)
 
     def set_constraint(self, name: str, value: float) -> None:
-        """Store by how much a constraint is violated; 0 or less satisfies it."""
+        """Store by how much the trial violates a constraint.
+
+        Args:
+            name: The constraint.
+            value: 0 or less satisfies it.
+        """
         self._channel.constrain(self.number, name, float(value))
         self.run.log_metrics({f"constraint.{name}": float(value)})
 
@@ -172,12 +190,12 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
         task: The trial.
         spec: What the trials of the study share.
         channel: The trial's connection to its search.
-        delivery: Takes the run to MLflow.
+        delivery: Delivers the run to MLflow.
 
     Raises:
         KeyboardInterrupt: The trial was interrupted, and has ended.
-        ArgumentError: The user's mistake, which would fail all trials; this one has ended. So for
-            CallOrderError and SystemExit. Other errors of the objective only fail the trial.
+        ArgumentError: The objective made a mistake that would fail every trial; this one has ended.
+            CallOrderError and SystemExit are raised too. Other errors only fail the trial.
     """
     run = TrialRun(delivery, task, spec)
     trial = Trial(task, run, channel, spec.folder(task.slot))
@@ -209,7 +227,7 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
 
 
 def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> Ended:
-    """Decide how a trial ended whose objective raised `error` or returned `values`.
+    """Decide how a trial ended.
 
     | what happened | trial | run |
     |---|---|---|
@@ -218,6 +236,10 @@ def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> 
     | NaN, an exception | FAIL | FAILED |
     | Ctrl-C, SIGTERM | FAIL, and its slot is free again | KILLED |
     | abandoned in the meantime | FAIL | FAILED |
+
+    Args:
+        error: What the objective raised; None if it returned.
+        values: What it returned, if it did.
     """
     if error is None:
         assert values is not None
@@ -257,7 +279,7 @@ def _number(value: Any) -> float | None:
 
 
 class _ReplayChannel(Channel):
-    """Answers like the search did when the trial ran."""
+    """Answers as the search did when the trial ran."""
 
     def __init__(self, frozen: FrozenTrial) -> None:
         self._params = frozen.params
@@ -276,12 +298,12 @@ class _ReplayChannel(Channel):
 
 
 def replay(frozen: FrozenTrial, spec: TrialSpec, delivery: Delivery) -> Ended:
-    """Train a trial again, as a run that stands alone.
+    """Train a trial again, as a separate run.
 
     Args:
         frozen: The trial, which has ended.
-        spec: That of the study.
-        delivery: Takes the run to MLflow.
+        spec: What the trials of the study share.
+        delivery: Delivers the run to MLflow.
 
     Returns:
         How it ended this time.

@@ -23,7 +23,7 @@ from tracker.views.files import json_text, write_atomically
 
 
 class TrialRun(Run):
-    """A run whose checkpoints stay on disk, and whose model waits for the verdict."""
+    """A run whose checkpoints stay on disk, and whose model is logged only after the verdict."""
 
     def __init__(self, delivery: Delivery, task: Task, spec: TrialSpec) -> None:
         record = spec.record

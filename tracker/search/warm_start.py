@@ -40,7 +40,12 @@ class FromStudy:
     storage: str | None
 
     def trials(self, config: StudyConfig) -> list[FrozenTrial]:
-        """Return its complete trials whose hyperparameters lie in the space."""
+        """Return its complete trials whose hyperparameters lie in the space.
+
+        Raises:
+            StoreError: The study does not exist.
+            ArgumentError: It is the study itself, has other directions, or no trial fits.
+        """
         if self.name == config.name and _location(self.storage) == _location(config.storage):
             raise ArgumentError(f"study={self.name!r} cannot start with its own trials.")
         storage = Storage(self.storage, make=False)
@@ -83,12 +88,17 @@ class FromRuns:
     tracking_uri: str | None
 
     def trials(self, config: StudyConfig) -> list[FrozenTrial]:
-        """Return the runs that have the metric, and params in the space."""
+        """Return the runs that have the metric, and params in the space.
+
+        Raises:
+            StoreError: The store or the experiment does not exist.
+            ArgumentError: The study has several objectives, or no run fits.
+        """
         from tracker.store.client import MlflowStore  # importing mlflow takes seconds
         from tracker.store.runs import finished_runs
 
         if config.is_multi_objective:
-            raise ArgumentError("warm_start_from_runs takes one objective.")
+            raise ArgumentError("warm_start_from_runs supports one objective only.")
         check_exists(resolve(self.tracking_uri), f"the experiment {self.experiment!r}")
         filter_ = _Filter(config)
         fitting = []

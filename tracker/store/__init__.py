@@ -1,1 +1,1 @@
-"""Everything that speaks to MLflow."""
+"""Everything that calls MLflow."""

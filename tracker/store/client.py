@@ -64,13 +64,13 @@ class MlflowStore:
             self.client: MlflowClient = MlflowClient(self.tracking_uri)
             """MLflow's own client; wrap its calls in `translated`."""
             self.client.search_experiments(max_results=1)
-        except Exception as error:  # what a third party's store raises on a bad URI
+        except Exception as error:  # a third party's store may raise anything on a bad URI
             raise StoreError(self._cannot_be_opened(first_line(error))) from error
         self.models = ModelStore(self.client, self.tracking_uri)
         if warn:
             logger.warning(
-                "MLflow only maintains its file store (%s), and a run can be damaged in it if a "
-                "process is killed; MLflow recommends sqlite:///mlflow.db.",
+                "MLflow's file store (%s) is in maintenance mode and not crash-safe: killing a "
+                "process can damage a run. MLflow recommends sqlite:///mlflow.db.",
                 self.tracking_uri,
             )
 
@@ -225,7 +225,7 @@ class MlflowStore:
         self.log_batch(run_id, tags=tags)
 
     def set_status(self, run_id: str, status: str) -> None:
-        """Set the status of a run, and leave its end time."""
+        """Set the status of a run without changing its end time."""
         with translated(f"update run {run_id}"):
             self.client.update_run(run_id, status)
 
@@ -297,7 +297,13 @@ class MlflowStore:
         return [m for m in metrics if (m[0], _as_stored(m[1]), *m[2:]) not in logged]
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
-        """Upload a file, or a folder's content, into `folder` of the run's artifacts."""
+        """Upload a file, or a folder's content.
+
+        Args:
+            run_id: The run.
+            path: The file or folder.
+            folder: Folder of the run's artifacts; None is their root.
+        """
         with translated(f"store the artifact {path.name} of run {run_id}"):
             if path.is_dir():
                 self.client.log_artifacts(run_id, str(path), folder)
@@ -315,7 +321,7 @@ class MlflowStore:
         Args:
             run_id: The run.
             dataset: The fields of `mlflow.entities.Dataset`.
-            context: The purpose of the data set, `train` for one.
+            context: The purpose of the data set, such as `training`.
         """
         entity = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", context)])
         with translated(f"record the data set of run {run_id}"):
@@ -329,7 +335,19 @@ class MlflowStore:
             return sorted(item.path for item in self.client.list_artifacts(run_id, folder))
 
     def download(self, run_id: str, path: str, into: Path) -> Path:
-        """Download a file or folder of the run's artifacts; StoreError if it does not exist."""
+        """Download a file or folder of the run's artifacts.
+
+        Args:
+            run_id: The run.
+            path: Its path in the run's artifacts.
+            into: The folder to download to.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            StoreError: It does not exist, or cannot be read.
+        """
         if path not in self.artifacts(run_id, posixpath.dirname(path) or None):
             raise StoreError(f"run_id={run_id!r} has no artifact {path!r}.")
         with translated(f"download {path} of run {run_id}"), quiet():

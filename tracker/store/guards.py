@@ -24,6 +24,10 @@ def translated(action: str) -> Iterator[None]:
 
     Args:
         action: What MLflow is asked to do, for the message: "MLflow could not ACTION: …".
+
+    Raises:
+        RefusedError: The store answered, and will never accept the request.
+        StoreError: The request failed in another way.
     """
     try:
         yield
@@ -50,7 +54,7 @@ def all_pages(search: Callable[..., PagedList[T]], *args: Any, **kwargs: Any) ->
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Keep MLflow from printing a server's URL with its password, and from drawing bars."""
+    """Keep MLflow from printing a server's URL with its password and from drawing progress bars."""
     return _environment(
         MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
@@ -58,7 +62,7 @@ def quiet() -> AbstractContextManager[None]:
 
 
 def without_retries() -> AbstractContextManager[None]:
-    """Keep MLflow from repeating a request that may have been carried out: two runs for one."""
+    """Keep MLflow from repeating a request that may have succeeded, which would create two runs."""
     return _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
 
 

@@ -1,4 +1,4 @@
-"""What resume reads from MLflow: the last checkpoint of a run, and what the run has logged."""
+"""What resuming reads from MLflow: the last checkpoint of a run, and what the run has logged."""
 
 from __future__ import annotations
 
@@ -115,7 +115,11 @@ def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]
 
 
 def load_histogram_records(store: MlflowStore, run_id: str) -> list[Mapping[str, Any]]:
-    """Read the histograms of a run as they were logged, by step; StoreError if it has none."""
+    """Read the histograms of a run as they were logged, by step.
+
+    Raises:
+        StoreError: The run does not exist, or has no histograms.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = store.download(run_id, "histograms", Path(folder))
         return [json.loads(file.read_text("utf-8")) for file in sorted(files.glob("*.json"))]

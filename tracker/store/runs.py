@@ -32,7 +32,11 @@ class RunSnapshot:
 
 
 def read_run(store: MlflowStore, run_id: str) -> RunSnapshot:
-    """Read one run; raise StoreError if it does not exist."""
+    """Read one run.
+
+    Raises:
+        StoreError: The run does not exist, or the store cannot be used.
+    """
     with translated(f"read run {run_id}"):
         return _snapshot(store.client.get_run(run_id))
 

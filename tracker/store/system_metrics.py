@@ -34,7 +34,7 @@ _ABSENT = ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded")
 
 
 class SystemMetrics:
-    """Samples the machine, without the values that cannot be read at the moment.
+    """Samples the machine; values that cannot be read at the moment are left out.
 
     A source that fails is reported by one warning and tried again at every sample. Use it in one
     thread: psutil measures the CPU from the last call in the same thread.

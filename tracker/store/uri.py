@@ -54,9 +54,10 @@ def _mlflow_default() -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Raise StoreError if MLflow cannot open `uri`, as far as this machine knows.
+    """Check that MLflow can open `uri`, as far as this machine knows; no server is asked.
 
-    No server is asked.
+    Raises:
+        StoreError: The scheme is unknown, the URI names no host, or a path cannot be used.
     """
     problem = None
     scheme = uri.partition(":")[0].partition("+")[0]
@@ -79,13 +80,16 @@ def check_uri(uri: str) -> None:
 
 
 def check_exists(uri: str, wanted: str) -> None:
-    """Raise StoreError if the file or folder of a local store does not exist.
+    """Check that the file or folder of a local store exists.
 
     MLflow would create an empty store there and search that.
 
     Args:
         uri: A resolved tracking URI.
         wanted: What the store should hold, for the message.
+
+    Raises:
+        StoreError: It does not exist.
     """
     is_sqlite = uri.startswith("sqlite:") and ":memory:" not in uri
     if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():

@@ -343,7 +343,14 @@ class Retention:
         self._saved = dict(saved or {})
 
     def add(self, step: int, metrics: Mapping[str, float]) -> list[int]:
-        """Record a saved checkpoint and return the steps of those to delete, in order.
+        """Record a saved checkpoint.
+
+        Args:
+            step: The step of the checkpoint.
+            metrics: Its metrics by name.
+
+        Returns:
+            The steps of the checkpoints to delete, in order.
 
         Raises:
             ArgumentError: No checkpoint has the metric `keep.best`.

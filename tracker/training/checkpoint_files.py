@@ -1,4 +1,4 @@
-"""The two files of a checkpoint: written as a whole or not at all, and verified when read."""
+"""The file format of a checkpoint: two files, written as a whole and verified when read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def write_files(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any])
 
     A folder cannot be renamed onto another, so the old one is renamed first. After a crash between
     the two renames, `read_files` reads the old one and the next save puts it back.
+
+    Args:
+        folder: The folder of the checkpoint.
+        tensors: Saved as `tensors.pt`.
+        state: JSON data, saved as `state.json` with the version of the format.
 
     Raises:
         ArgumentError: The folder contains other files.

@@ -16,7 +16,7 @@ def rank() -> int:
     """Return this process's rank: that of the process group, else torchrun's, else 0.
 
     With a launcher other than torchrun, every process is rank 0 outside the lifetime of the
-    process group: ask when a run begins, and keep the answer.
+    process group, so call this when a run begins and keep the result.
     """
     return dist.get_rank() if _has_group() else _torchrun_variable("RANK", 0)
 

@@ -73,7 +73,7 @@ class RandomStates:
             torch.cuda.set_rng_state(state, index)
 
     def check(self, loader: Iterable[Any] | None) -> None:
-        """Raise the error that `restore` would raise for `loader`."""
+        """Raise the ArgumentError that `restore` would raise for `loader`."""
         if missing := [name for name in _generators(loader) if name not in self.loader]:
             raise ArgumentError(
                 f"loader.{missing[0]} is a generator whose state was not captured; "

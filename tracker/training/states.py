@@ -73,7 +73,12 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `encode` was given, with copies of the tensors: training changes them."""
+    """Invert `encode`; the tensors are copied, because training changes them.
+
+    Args:
+        value: What `encode` returned.
+        tensors: The tensors that `encode` collected.
+    """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):

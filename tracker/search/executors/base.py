@@ -1,4 +1,4 @@
-"""The seam between a search and whatever runs its trials."""
+"""The protocol between a search and the executor that runs its trials."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrialSpec:
     environment: Mapping[str, str]
     """Tags that describe the environment."""
     is_replay: bool = False
-    """Whether the trial was run before; its run then stands alone."""
+    """Whether a trial is trained again, as a separate run."""
 
     @property
     def checkpoints(self) -> Path:
@@ -56,7 +56,8 @@ class Executor(Protocol):
 
         Args:
             search: Where trials come from. It is not thread-safe.
-            interrupts: Their count asks to end: 0 no, 1 after interrupting the trials, 2 at once.
+            interrupts: Their count says whether to end: at 1 after interrupting the trials, at 2 at
+                once.
 
         Raises:
             ArgumentError: The objective made a mistake that affects the whole study.

@@ -43,7 +43,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_picklable(objective: Any) -> None:
-    """Raise ArgumentError for an objective that another process cannot import."""
+    """Check that another process can import the objective.
+
+    Raises:
+        ArgumentError: It cannot.
+    """
     try:
         pickle.dumps(objective)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -65,7 +69,7 @@ class _Worker:
     is_ready: bool = False
     """Whether it has ever asked for a trial."""
     is_silent: bool = False
-    """Whether it lost its trial to silence, and has not come back."""
+    """Whether it lost its trial because it was silent, and has sent nothing since."""
     is_leaving: bool = False
     """Whether it was asked to end."""
     was_killed: bool = False
@@ -131,7 +135,7 @@ class ProcessExecutor:
             raise self._error
 
     def settle(self, timeout: float) -> bool:
-        """Return True: the workers have handed over their runs before they ended."""
+        """Return True: the workers delivered their runs before they ended."""
         return True
 
     def _active(self) -> list[_Worker]:
@@ -288,13 +292,13 @@ class PipeChannel(Channel):
         self._interrupted_by: str | None = None
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM, during requests and from the end of a trial with a delay."""
+        """Handle SIGTERM: at once in an objective, later during a request or between trials."""
         self._interrupted_by = signal.Signals(number).name
         if not self._is_shielded:
             raise KeyboardInterrupt(self._interrupted_by)
 
     def unshield(self) -> None:
-        """Let SIGTERM raise from here on, including an earlier one."""
+        """Let SIGTERM raise KeyboardInterrupt from here on, including an earlier one."""
         self._is_shielded = False
         if self._interrupted_by is not None:
             raise KeyboardInterrupt(self._interrupted_by)

@@ -1,4 +1,4 @@
-"""The open run of a manager, and the delivery that all its runs share."""
+"""The runs of a manager, begun and ended one after another, and the delivery that they share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tracker.store.history import ResumeState
 from tracker.training.distributed import is_main
 
 
-class Session:
-    """Begins and ends one run after another.
+class ManagedRuns:
+    """Begins and ends the runs of a manager, one after another.
 
-    Apart from the manager, so that it is closed even if the manager is garbage-collected first.
+    A separate object, which is closed even if the manager is garbage-collected first.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Session:
             joined: The only run, which the caller has begun and will end.
         """
         self.tracking_uri, self.directory = tracking_uri, directory
-        self.run: Run | None = None
+        self.open_run: Run | None = None
         """The open run."""
         self.joined = joined
         self._experiment, self._mode, self._parent = experiment, mode, parent
@@ -62,7 +62,7 @@ class Session:
         tags: Mapping[str, str],
         resume_state: ResumeState | None,
     ) -> Run:
-        """Begin a run, or log to the one that was given.
+        """Begin a run, or log to the run that the caller has begun.
 
         Args:
             params: Hyperparameters to log.
@@ -72,14 +72,14 @@ class Session:
 
         Raises:
             ArgumentError: A param or tag is not allowed; nothing has begun.
-            CallOrderError: A run that was given is joined a second time.
+            CallOrderError: The caller's run has already been used.
             StoreError: The store cannot be opened; nothing has begun.
         """
         if self.joined is not None:
             return self._join(self.joined, params, tags)
         route = self._delivery or self._new_delivery()
         try:
-            self.run = Run(
+            self.open_run = Run(
                 *(route, params, self._experiment, name, tags, self._parent), resume=resume_state
             )
         except BaseException:  # Ctrl-C must not leave a journal open either
@@ -87,7 +87,7 @@ class Session:
                 route.close()
             raise
         self._delivery = route
-        return self.run
+        return self.open_run
 
     def _join(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         if self._has_joined:
@@ -95,7 +95,7 @@ class Session:
         self._has_joined = True
         run.log_params(params)
         run.set_tags(tags)
-        self.run = run
+        self.open_run = run
         return run
 
     def _new_delivery(self) -> Delivery:
@@ -104,23 +104,30 @@ class Session:
         return open_delivery(self.directory, self.tracking_uri, self._mode)
 
     def current(self, verb: str) -> Run:
-        """Return the open run; raise CallOrderError on behalf of the method `verb` if none is."""
-        if self.run is None:
+        """Return the open run.
+
+        Args:
+            verb: The method to name in the error.
+
+        Raises:
+            CallOrderError: No run is open.
+        """
+        if self.open_run is None:
             raise CallOrderError(f"{verb}() was called without a run; call begin_run() first.")
-        return self.run
+        return self.open_run
 
     def end(self, ended: Outcome) -> None:
-        """End the open run, unless the caller will."""
-        if self.run is not None and self.run is not self.joined:
-            self.run.end(ended)
-        self.run = None
+        """End the open run; one that the caller has begun is only left."""
+        if self.open_run is not None and self.open_run is not self.joined:
+            self.open_run.end(ended)
+        self.open_run = None
 
     def close(self, where: str) -> None:
         """End a run that is still open as abandoned `where`, and close the delivery."""
         if self.is_forked:
             return
-        if self.run is not None:
-            self.end(self.run.abandoned_outcome(where))
+        if self.open_run is not None:
+            self.end(self.open_run.abandoned_outcome(where))
         if self._delivery is not None:
             self._delivery.close()
             self._delivery = None
