@@ -143,6 +143,9 @@ def measure(
         server: The server, which is up.
         folder: An empty folder for the process.
         given: The parsed command line.
+
+    Raises:
+        RuntimeError: The process did not start.
     """
     calls, stop = folder / "calls", folder / "stop"
     experiment = f"{fault}, {contestant}".replace("=", " ")

@@ -180,7 +180,15 @@ def _cpu(usage: resource.struct_rusage) -> float:
 
 
 def run(name: str, trials: int) -> Cost:
-    """Run one study in a separate process."""
+    """Run one study in a separate process.
+
+    Args:
+        name: A key of `CONTESTANTS`.
+        trials: Trials in the study.
+
+    Raises:
+        RuntimeError: The process failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = str(Path(__file__).parents[1])
         command = [sys.executable, "-m", "bench.trials", "--alone", name, "--trials", str(trials)]

@@ -231,7 +231,15 @@ def draw(logits: Tensor, *, temperature: float, top_k: int, generator: torch.Gen
 
 
 def check_prime(prime: str, vocabulary: Vocabulary) -> None:
-    """Raise ModelsError if `vocabulary` lacks a character of `prime`."""
+    """Check that a vocabulary has every character of a prime.
+
+    Args:
+        prime: The text that samples continue.
+        vocabulary: The characters that the network knows.
+
+    Raises:
+        ModelsError: A character is missing.
+    """
     if missing := vocabulary.missing(prime):
         raise ModelsError(
             f"prime={prime!r} contains {', '.join(map(repr, missing))}; "

@@ -170,7 +170,13 @@ def given_parameters(given: argparse.Namespace, recipe: Recipe) -> dict[str, Any
 def refuse_unused(
     parser: argparse.ArgumentParser, given: Iterable[str], unused: Collection[str]
 ) -> None:
-    """Exit with a message if the command line sets a hyperparameter that is ignored."""
+    """Exit with a message if the command line sets a hyperparameter that is ignored.
+
+    Args:
+        parser: The command's parser, which prints the message.
+        given: The hyperparameters that the command line sets.
+        unused: The hyperparameters that are ignored.
+    """
     for name in given:
         if name in unused:
             parser.error(f"argument {option(name)}: it has no effect with the other arguments")

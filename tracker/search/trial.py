@@ -1,4 +1,4 @@
-"""One trial: the object that the objective gets, and the decision how the trial ended."""
+"""One trial: the object passed to the objective, and the decision on how the trial ended."""
 
 from __future__ import annotations
 
