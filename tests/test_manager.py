@@ -29,6 +29,7 @@ from tracker import (
     StoreError,
     evaluate,
     fit,
+    start_run,
 )
 
 
@@ -509,6 +510,19 @@ def test_a_hyperparameter_that_is_refused_leaves_no_run_and_no_journal(
         manager.begin_run(run, network, loader)
     assert store.runs() == []
     assert not Path(".tracker").exists() or list(Path(".tracker").iterdir()) == []
+
+
+def test_a_given_run_can_be_joined_after_a_hyperparameter_was_refused(
+    store: Store, network: FashionCNN, loader: Any
+) -> None:
+    with start_run(params={"lr": 1}) as run:
+        manager = RunManager(run=run, model=False)
+        with pytest.raises(ArgumentError, match="param 'lr' is '1' and cannot become '2'"):
+            manager.begin_run({"lr": 2}, network, loader)
+        manager.begin_run({"lr": 1}, network, loader)
+        with pytest.raises(CallOrderError, match="this manager logs to one run"):
+            manager.begin_run({"lr": 1}, network, loader)
+    assert store.run().data.params["batch_size"] == "100"
 
 
 def test_the_error_about_a_deleted_experiment_says_how_to_restore_it(

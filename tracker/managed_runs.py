@@ -92,9 +92,9 @@ class ManagedRuns:
     def _join(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         if self._has_joined:
             raise CallOrderError("begin_run() was called twice; this manager logs to one run.")
-        self._has_joined = True
         run.log_params(params)
         run.set_tags(tags)
+        self._has_joined = True
         self.open_run = run
         return run
 

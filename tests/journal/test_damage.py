@@ -17,9 +17,12 @@ import pytest
 from tests.helpers import Store
 from tests.journal.helpers import BEGIN, Output, Recorder, one_sentence, said, snapshot, steps_of
 from tracker.cli import main
+from tracker.delivery.leftovers import deliver_left_behind, settle_run
 from tracker.journal.damage import DAMAGED
+from tracker.journal.reader import Journal
 from tracker.journal.records import Point
 from tracker.journal.writer import JournalWriter
+from tracker.store.client import MlflowStore
 
 
 def damaged(small: Path, into: Path, change: Callable[[bytearray], None]) -> Path:
@@ -144,6 +147,39 @@ def test_damaged_letters_cost_no_other_record(
     assert steps_of(recorder.calls) == list(range(40))
     assert recorder.calls[-1] == ("end", "FINISHED")
     assert DAMAGED in said(capsys)[-1]
+
+
+def damaged_letters(small: Path, into: Path, uri: str = "recorder:") -> tuple[Path, bytes]:
+    """A journal for a store with a record that is not JSON, and its database."""
+    folder = shutil.copytree(small, into)
+    with closing(Journal(folder)) as journal:
+        journal.tracking_uri = uri
+    with closing(sqlite3.connect(folder / "journal.sqlite")) as db, db:
+        db.execute("UPDATE records SET body = CAST(x'7b22ff' AS TEXT) WHERE seq = 40")
+    return folder, (folder / "journal.sqlite").read_bytes()
+
+
+def test_a_sync_that_is_repeated_keeps_the_damaged_file(
+    small: Path, recorder: type[Recorder], neighbours: Path
+) -> None:
+    folder, content = damaged_letters(small, neighbours / "letters")
+    recorder.fails_at = 10
+    assert [main(["sync", str(folder)]) for _ in range(2)] == [2, 0]
+    assert (folder / DAMAGED).read_bytes() == content
+
+
+def test_a_damaged_journal_is_left_to_sync_and_then_kept(
+    store: Store, small: Path, neighbours: Path
+) -> None:
+    folder, content = damaged_letters(small, neighbours / "letters", store.uri)
+    mlflow_store = MlflowStore(store.uri)
+    assert deliver_left_behind(neighbours, mlflow_store)
+    assert (folder / "journal.sqlite").read_bytes() == content
+
+    assert main(["sync", str(folder)]) == 0
+    assert deliver_left_behind(neighbours, mlflow_store)
+    assert (folder / DAMAGED).read_bytes() == content
+    settle_run(store.run().info.run_id, store.uri, neighbours)  # raises if it waits for the journal
 
 
 def test_a_journal_without_its_progress_asks_for_the_store_and_sends_nothing_twice(

@@ -232,11 +232,26 @@ def test_points_may_be_tensors_of_any_dtype_which_the_writing_thread_reads(
     assert all(isinstance(number, float) for number in numbers)
 
 
+class Unstackable(torch.Tensor):
+    """A tensor of a library that does not support all operations."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.stack:
+            raise TypeError("stack is not supported")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    "unreadable", [torch.empty((), device="meta"), torch.zeros(()).as_subclass(Unstackable)]
+)
 def test_a_tensor_that_cannot_be_read_costs_no_other_value_and_is_counted(
-    journal: Journal, writer: JournalWriter, caplog: pytest.LogCaptureFixture
+    unreadable: torch.Tensor,
+    journal: Journal,
+    writer: JournalWriter,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """After a CUDA error no tensor on the device can be read."""
-    unreadable = torch.empty((), device="meta")
     for step in range(2):
         writer.append_points("a", [Point("loss", 0.5, step, 1), Point("loss", unreadable, 9, 1)])
         writer.append("a", Epoch({"step": step}))

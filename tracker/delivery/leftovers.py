@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tracker.delivery.uploader import Uploader, close_unended, never
 from tracker.errors import StoreError, TrackerError
-from tracker.journal.damage import set_damage_aside
+from tracker.journal.damage import DAMAGED, damage_of, set_damage_aside
 from tracker.journal.ownership import Writer, delivery_lock, writer_lives
 from tracker.journal.reader import DONE, OFFLINE, Journal
 from tracker.redaction import MASK, public_uri
@@ -146,7 +146,7 @@ def sync(
 def deliver_left_behind(
     directory: Path, store: MlflowStore, stop: Callable[[], bool] = never
 ) -> bool:
-    """Deliver the journals of dead processes for one store, except offline ones.
+    """Deliver the journals of dead processes for one store, except offline and damaged ones.
 
     Args:
         directory: The folder of the journals.
@@ -165,7 +165,8 @@ def deliver_left_behind(
             if (folder / OFFLINE).exists() or writer_lives(folder):
                 continue
             with _delivering(folder), closing(Journal(folder)) as journal:
-                if journal.tracking_uri == our_uri:
+                is_ours = journal.tracking_uri == our_uri and not (folder / DAMAGED).exists()
+                if is_ours and damage_of(folder) is None:
                     close_unended(journal)
                     Uploader(journal, store).drain(stop)
                     for _, notice in journal.notices():
@@ -217,7 +218,8 @@ def _holds_rest_of(folder: Path, run_id: str) -> bool:
             return False  # two hosts must not open it; MLflow knows whether the run is RUNNING
         with closing(Journal(folder)) as journal:
             if not is_alive:
-                return journal.holds(run_id)
+                is_kept = (folder / DAMAGED).exists() and not journal.pending()
+                return journal.holds(run_id) and not is_kept
             is_tracked = journal.holds(run_id, unended=True)
     except StoreError as error:  # removed meanwhile, or unreadable, which `tracker sync` reports
         logger.debug("%s", error)

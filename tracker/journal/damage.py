@@ -36,7 +36,8 @@ def set_damage_aside(folder: Path) -> str | None:
         StoreError: The journal is damaged and cannot be replaced.
     """
     path, damaged = database.path_of(folder), folder / DAMAGED
-    if database.format_of(folder) == database.FORMAT and (problem := _problem(folder)):
+    # Once only: the copy may hold records that are not JSON, and must not replace the original.
+    if not damaged.exists() and (problem := damage_of(folder)):
         readable = folder / "readable.sqlite"
         try:
             readable.unlink(missing_ok=True)
@@ -54,7 +55,10 @@ def set_damage_aside(folder: Path) -> str | None:
     return None
 
 
-def _problem(folder: Path) -> str | None:
+def damage_of(folder: Path) -> str | None:
+    """Return what is damaged in the journal in `folder`; None if it can be read, or is not one."""
+    if database.format_of(folder) != database.FORMAT:
+        return None
     try:
         with closing(database.connect(folder)) as db:
             (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
@@ -79,9 +83,10 @@ def _copy_readable(folder: Path, readable: Path) -> None:
         closing(sqlite3.connect(readable)) as new,
     ):
         new.execute("DELETE FROM progress")
-        for table in ("records", "runs", "notices", "progress"):
+        records = "records", "seq, run, time, kind, CAST(body AS BLOB)"  # damaged letters too
+        for table, columns in (records, ("runs", "*"), ("notices", "*"), ("progress", "*")):
             try:
-                for row in old.execute(f"SELECT * FROM {table} ORDER BY rowid"):
+                for row in old.execute(f"SELECT {columns} FROM {table} ORDER BY rowid"):
                     marks = ", ".join("?" * len(row))
                     new.execute(f"INSERT INTO {table} VALUES ({marks})", row)
             except sqlite3.DatabaseError as error:

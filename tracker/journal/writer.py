@@ -251,6 +251,6 @@ def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
             stacked = torch.stack([values[place].reshape(()) for place in places])
             for place, value in zip(places, stacked.tolist(), strict=True):
                 floats[place] = float(value)
-        except RuntimeError as error:  # after a CUDA error, nothing on the device can be read
-            problem = str(error).partition("\n")[0]
+        except Exception as error:  # noqa: BLE001 - after a CUDA error nothing can be read, and
+            problem = str(error).partition("\n")[0]  # without this thread, training would hang
     return floats, problem
