@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import Store
 from tracker.delivery.uploader import Uploader
 from tracker.journal.reader import Journal
-from tracker.journal.records import Begin, End, Metrics, Params, Tags
+from tracker.journal.records import Begin, End, Metrics, Params, Tags, now
 from tracker.journal.writer import JournalWriter
 from tracker.store.client import MlflowStore
 
@@ -150,3 +150,17 @@ def test_a_second_run_that_a_killed_process_left_is_deleted(
     store.client.create_run("0", tags={"tracker.run": KEY})
     real.deliver()
     check(store, real, placeholder)
+
+
+def test_a_placeholder_changes_neither_the_metrics_nor_the_end_of_the_run_it_joins(
+    store: Store, real_and_placeholder: tuple[Deliverer, Deliverer]
+) -> None:
+    for each, status in zip(real_and_placeholder, ("KILLED", "FAILED"), strict=True):
+        each.writer.append(KEY, Metrics([("loss", 0.5, 1, now())]))
+        each.writer.append(KEY, Tags({status: "true"}))
+        each.writer.append(KEY, End(status))
+        each.deliver()
+    run = store.run()
+    assert run.info.status == "KILLED"
+    assert store.history(run, "loss") == [(1, 0.5)]
+    assert run.data.tags["FAILED"] == "true"

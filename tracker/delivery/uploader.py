@@ -59,6 +59,7 @@ class Uploader:
         self._on_progress = on_progress
         self._page_due: dict[str, float] = {}
         self._runs_without_begin: set[str] = set()
+        self._placeholders: set[str] = set()
         self._parents: dict[str, str] = {}  # ids by key
         self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
@@ -124,6 +125,8 @@ class Uploader:
         if isinstance(record, Invalid):
             raise RefusedError(f"{record.problem}.")
         if isinstance(record, records.Begin):
+            if record.placeholder:
+                self._placeholders.add(first.run)
             self._journal.bind(first.run, self._begin(record, first.time, in_doubt))
             return
         run_id = self._journal.run_id(first.run)
@@ -132,6 +135,12 @@ class Uploader:
                 self._runs_without_begin.add(first.run)
                 self._journal.notice("A run is lost: the journal does not hold its beginning.")
             return
+        if first.run in self._placeholders and not store.is_placeholder(run_id):
+            # It gave way to a run whose own process logs its metrics and its end.
+            theirs = records.Metrics | records.End
+            group = [entry for entry in group if not isinstance(entry.record, theirs)]
+            if not group:
+                return
         match record:
             case records.Metrics() | records.Params() | records.Tags():
                 self._log_batch(run_id, group, in_doubt)

@@ -134,7 +134,8 @@ class Mirror:
                 waiting.append(key)
         ids = self._deliver(entries)
         for key in waiting:
-            self._store.set_status(ids[key], "SCHEDULED")
+            if self._store.is_placeholder(ids[key]):  # else the trial was claimed meanwhile
+                self._store.set_status(ids[key], "SCHEDULED")
 
     def _deliver(self, entries: Sequence[Entry]) -> dict[str, str]:
         """Write records to a journal and deliver it; return MLflow's ids of the runs by key.

@@ -57,8 +57,9 @@ def missing_records(
         experiment_id=(run or parent).experiment_id,
         name=f"trial={trial.number}",
         tags={**tags, RUN_TAG: key},
+        adopt=run.run_id if run else None,
         keyed=True,
-        placeholder=True,
+        placeholder=run is None,
     )
     started, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
     entries: list[Entry] = [(key, started, begin)]

@@ -235,6 +235,11 @@ class MlflowStore:
             self.client.set_terminated(run_id, status, end_time)
         self._created.discard(run_id)
 
+    def is_placeholder(self, run_id: str) -> bool:
+        """Return whether a run gives way to another one with the same key."""
+        with translated(f"read run {run_id}"):
+            return PLACEHOLDER_TAG in self.client.get_run(run_id).data.tags
+
     def run_name(self, run_id: str) -> str:
         """Return the name of a run, which MLflow chose if none was given."""
         with translated(f"read run {run_id}"):
