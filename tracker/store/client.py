@@ -274,19 +274,27 @@ class MlflowStore:
         """
         params, tags = params or {}, tags or {}
         with translated(f"log to run {run_id}"), without_retries():
+            points = metrics
             if in_doubt and not self._is_sqlite():
-                metrics = self._without_logged(run_id, metrics)
+                points = self._without_logged(run_id, metrics)
+            new_params = params
             if params and (in_doubt or run_id not in self._created):
                 old = self.client.get_run(run_id).data.params
                 changed = {k: v for k, v in params.items() if not _is_same(old.get(k, v), v)}
                 tags = {**tags, **{f"{LATER_PARAM}{k}": v for k, v in changed.items()}}
-                params = {k: v for k, v in params.items() if k not in old}
-            self.client.log_batch(  # in as many requests as MLflow's limits ask for
-                run_id,
-                [Metric(name, value, time, step) for name, value, step, time in metrics],
-                [Param(k, v) for k, v in params.items()],
-                [RunTag(k, v) for k, v in tags.items()],
-            )
+                new_params = {k: v for k, v in params.items() if k not in old}
+            try:
+                self.client.log_batch(  # in as many requests as MLflow's limits ask for
+                    run_id,
+                    [Metric(name, value, time, step) for name, value, step, time in points],
+                    [Param(k, v) for k, v in new_params.items()],
+                    [RunTag(k, v) for k, v in tags.items()],
+                )
+            except MlflowException:
+                if in_doubt or not new_params.keys() & self.client.get_run(run_id).data.params:
+                    raise
+                # Another process has logged a param since we looked, which MLflow refuses.
+                self.log_batch(run_id, metrics, params, tags, in_doubt=True)
 
     def _without_logged(self, run_id: str, metrics: Sequence[MetricPoint]) -> list[MetricPoint]:
         logged = {
