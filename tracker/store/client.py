@@ -162,11 +162,14 @@ class MlflowStore:
             if adopted.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
                 return adopt
-        only = self._only_run(key, experiment_id, placeholder=placeholder) if keyed else None
-        if only is not None:
-            return self._join(only, tags, placeholder=placeholder)
-        if in_doubt and (run_id := self.find_run(key, experiment_id)) is not None:
-            return run_id
+        if keyed:
+            # A process knows whether it has created a run, but not what a mirror did meanwhile.
+            look = in_doubt or placeholder
+            found = self._only_run(key, experiment_id, placeholder=placeholder) if look else None
+        else:
+            found = self.find_run(key, experiment_id) if in_doubt else None
+        if found is not None:
+            return self._join(found, tags, placeholder=placeholder) if keyed else found
         marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
         with translated("create a run"), without_retries():
             run = self.client.create_run(experiment_id, start_time, marked, name)
@@ -194,7 +197,7 @@ class MlflowStore:
             query = f"tags.`{RUN_TAG}` = '{key}'"
             runs = sorted(
                 self.client.search_runs([experiment_id], query),
-                key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.run_id),
+                key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.start_time, r.info.run_id),
             )
             if runs and not placeholder and PLACEHOLDER_TAG in runs[0].data.tags:
                 return None
