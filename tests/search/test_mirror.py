@@ -228,6 +228,19 @@ def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
     assert mirrored() == 0
 
 
+def test_a_resumed_study_keeps_its_run_and_adopts_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(plain).run()
+    before, _ = family(store)
+    monkeypatch.setenv("MLFLOW_RUN_ID", store.client.create_run("0").info.run_id)
+    make(plain, space={"x": [3, 1, 2, 4]}).run(resume=True)
+    key = before.data.tags["tracker.run"]
+    (after,) = (run for run in store.runs() if run.data.tags.get("tracker.run") == key)
+    assert after.info.run_id == before.info.run_id
+    assert after.data.tags["best.trial"] == "1"
+
+
 def test_a_mirror_and_a_delivery_at_the_same_time_leave_one_run_a_trial(store: Store) -> None:
     run_offline(plain)
     begun()

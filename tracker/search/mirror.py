@@ -64,22 +64,24 @@ class Mirror:
 
         Args:
             environment: More tags of the run.
-            adopt: The id of a run that `mlflow run` created for the study.
+            adopt: The id of a run that `mlflow run` created, for a study without a run.
             started: Start time in milliseconds since 1970; None is now.
 
         Raises:
             StoreError: MLflow does not answer.
         """
         study, at = self._study, started or now()
-        begin = Begin(
-            experiment=study.experiment or "Default",
-            experiment_id=study.experiment_id,
-            name=study.name,
-            tags={**environment, "tracker.study": study.name, RUN_TAG: study.key},
-            adopt=adopt,
-            keyed=True,
-        )
         with self._lock():
+            existing = self._parent()
+            begin = Begin(
+                experiment=study.experiment or "Default",
+                experiment_id=study.experiment_id,
+                name=study.name,
+                tags={**environment, "tracker.study": study.name, RUN_TAG: study.key},
+                adopt=adopt,
+                resume=None if existing is None else existing.run_id,
+                keyed=True,
+            )
             ids = self._deliver([(study.key, at, begin), (study.key, at, Params(self._params()))])
         self.run_id = ids[study.key]
         self.written += 1
