@@ -270,6 +270,18 @@ def test_a_resumed_study_keeps_its_run_and_adopts_no_other(
     assert after.data.tags["best.trial"] == "1"
 
 
+def test_a_missing_run_is_restored_beside_the_others_of_a_study_that_adopts_a_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", store.client.create_run("0").info.run_id)
+    make(plain, experiment="other").run()
+    before = store.runs("other")
+    store.client.delete_run(before[1].info.run_id)
+    mirrored()
+    assert len(store.runs("other")) == len(before)
+    assert len(store.runs()) == 1
+
+
 def test_a_mirror_and_a_delivery_at_the_same_time_leave_one_run_a_trial(store: Store) -> None:
     run_offline(plain)
     begun()

@@ -57,8 +57,8 @@ def missing_records(
     if has_status and not (tags or params or points):
         return []
     begin = Begin(
-        experiment="",
-        experiment_id=(run or parent).experiment_id,
+        experiment=study.experiment or "Default",
+        experiment_id=run.experiment_id if run else study.experiment_id,
         name=f"trial={trial.number}",
         tags={**tags, RUN_TAG: key},
         keyed=True,
