@@ -294,7 +294,9 @@ class MlflowStore:
                     [RunTag(k, v) for k, v in tags.items()],
                 )
             except MlflowException:
-                if in_doubt or not new_params.keys() & self.client.get_run(run_id).data.params:
+                if in_doubt or not new_params:
+                    raise
+                if not new_params.keys() & self.client.get_run(run_id).data.params:
                     raise
                 # Another process has logged a param since we looked, which MLflow refuses.
                 self.log_batch(run_id, metrics, params, tags, in_doubt=True)
