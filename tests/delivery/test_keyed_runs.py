@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from tests.helpers import Store
+from tracker import StoreError
 from tracker.delivery.uploader import Uploader
 from tracker.journal.reader import Journal
 from tracker.journal.records import Begin, End, Metrics, Params, Tags, now
@@ -117,6 +120,19 @@ def test_one_run_is_left_if_another_is_delivered_between_look_up_and_creation(
 
     outer.around_creation(create_late)
     outer.deliver()
+    check(store, real, placeholder)
+
+
+def test_a_run_whose_creation_is_in_doubt_is_not_taken_for_its_placeholder(
+    store: Store, real_and_placeholder: tuple[Deliverer, Deliverer]
+) -> None:
+    real, placeholder = real_and_placeholder
+    no_answer = patch.object(real.store.client, "create_run", side_effect=MlflowException("gone"))
+    with no_answer, pytest.raises(StoreError, match="gone"):
+        real.deliver()
+    placeholder.deliver()
+    real.deliver()
+    assert "tracker.placeholder" not in store.run().data.tags
     check(store, real, placeholder)
 
 

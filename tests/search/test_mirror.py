@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from tests.helpers import Store
 from tracker import StoreError, Study, Trial
 from tracker.cli import main
 from tracker.delivery.base import leave_all
+from tracker.delivery.leftovers import journals
+from tracker.delivery.uploader import Uploader
+from tracker.journal.reader import Journal
 from tracker.search.cli import mirror_study
 from tracker.search.keeper import KeeperConfig, KeeperProcess, MirrorService
 from tracker.search.mirror import Mirror
@@ -201,10 +204,23 @@ def delivered() -> None:
     assert main(["sync"]) == 0
 
 
+def first_run_delivered_in_part() -> None:
+    """Deliver the beginning of the first trial's run and no more."""
+    (folder,) = journals(Path(".tracker"))
+    answers = iter([False, True])
+    with closing(Journal(folder)) as journal:
+        assert Uploader(journal, MlflowStore()).drain(lambda: next(answers)) > 0
+
+
 @pytest.mark.parametrize(
     "steps",
-    [(mirrored, delivered), (begun, delivered, mirrored), (mirrored, mirrored, delivered)],
-    ids=["mirror first", "delivery first", "two mirrors first"],
+    [
+        (mirrored, delivered),
+        (begun, delivered, mirrored),
+        (mirrored, mirrored, delivered),
+        (begun, first_run_delivered_in_part, mirrored, delivered),
+    ],
+    ids=["mirror first", "delivery first", "two mirrors first", "mirror during a delivery"],
 )
 def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
     steps: Sequence[Callable[[], object]], store: Store
@@ -226,6 +242,44 @@ def test_a_trial_that_is_mirrored_and_delivered_has_one_run_and_each_point_once(
         assert store.history(child, "objective") == [(0, float(x))]
         assert store.history(child, "intermediate_value") == [(3, 7.0)]
     assert mirrored() == 0
+
+
+def test_a_waiting_trial_that_is_claimed_while_the_study_is_mirrored_keeps_its_run(
+    store: Store,
+) -> None:
+    optuna_study = make(plain, sampler="random", trials=1).run()
+    optuna_study.enqueue_trial({"x": 2})
+    key = store.runs()[0].data.tags["tracker.run"]
+    claimed = store.client.create_run("0", tags={"tracker.run": f"{key}-1"})
+    mirrored()
+    run = store.client.get_run(claimed.info.run_id)
+    assert run.info.status == "RUNNING"
+    assert "optuna.state" not in run.data.tags
+
+
+def test_a_resumed_study_keeps_its_run_and_adopts_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(plain).run()
+    before, _ = family(store)
+    monkeypatch.setenv("MLFLOW_RUN_ID", store.client.create_run("0").info.run_id)
+    make(plain, space={"x": [3, 1, 2, 4]}).run(resume=True)
+    key = before.data.tags["tracker.run"]
+    (after,) = (run for run in store.runs() if run.data.tags.get("tracker.run") == key)
+    assert after.info.run_id == before.info.run_id
+    assert after.data.tags["best.trial"] == "1"
+
+
+def test_a_missing_run_is_restored_beside_the_others_of_a_study_that_adopts_a_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", store.client.create_run("0").info.run_id)
+    make(plain, experiment="other").run()
+    before = store.runs("other")
+    store.client.delete_run(before[1].info.run_id)
+    mirrored()
+    assert len(store.runs("other")) == len(before)
+    assert len(store.runs()) == 1
 
 
 def test_a_mirror_and_a_delivery_at_the_same_time_leave_one_run_a_trial(store: Store) -> None:

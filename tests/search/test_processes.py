@@ -149,7 +149,7 @@ def test_an_idle_worker_does_not_claim_a_trial_at_each_message_of_another(
     workdir: Path, tracking_uri: str
 ) -> None:
     storage = Storage()
-    config = StudyConfig.from_arguments("study", space={"x": [1, 2]}, sampler="grid", models="none")
+    config = StudyConfig(name="study", spaces=({"x": [1, 2]},), sampler="grid", models="none")
     record = open_study(storage, config, resume=False)
     search = CountingSearch(storage, record, grace=60.0)
     search.enter()

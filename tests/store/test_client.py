@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from tests.helpers import Store
 from tracker import StoreError, start_run
@@ -252,3 +253,23 @@ def test_sync_of_a_folder_that_is_not_a_journal_is_an_error(
     assert main(["sync", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"tracker: {tmp_path} is not a tracker journal.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_param_that_another_process_logs_meanwhile_does_not_fail_the_request(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = MlflowStore(store.uri), MlflowStore(store.uri)
+    run_id = store.client.create_run("0").info.run_id
+    log_batch = here.client.log_batch
+
+    def collide(*given: object) -> None:
+        monkeypatch.setattr(here.client, "log_batch", log_batch)
+        there.log_batch(run_id, params={"lr": "0.1", "width": "8"})
+        raise MlflowException("UNIQUE constraint failed: params.key, params.run_uuid")
+
+    monkeypatch.setattr(here.client, "log_batch", collide)
+    here.log_batch(run_id, [("loss", 0.5, 1, 2)], {"lr": "0.1", "width": "16"}, {"a": "b"})
+    run = read_run(here, run_id)
+    assert run.params == {"lr": "0.1", "width": "16"}
+    assert run.metrics == {"loss": 0.5}
+    assert run.tags["a"] == "b"

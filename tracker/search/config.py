@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.errors import ArgumentError
-from tracker.redaction import public_uri
 from tracker.search.sampler import pruner, sampler
-from tracker.search.space import Space, checked_space, grid
-from tracker.search.storage import parse
+from tracker.search.space import Space, grid
 from tracker.validation import checked_name
 
 _ALIAS = re.compile(r"(?!(latest|v\d+)$)[\w\-]{1,255}", re.IGNORECASE)  # mlflow.utils.validation
@@ -64,35 +61,6 @@ class StudyConfig:
     """The command that trains trial {number} again, shown in the report."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings shared by all trials, as JSON; a resumed study must have the same."""
-
-    @classmethod
-    def from_arguments(
-        cls,
-        name: str,
-        *,
-        space: Mapping[str, Any] | None = None,
-        direction: str | Sequence[str] = "minimize",
-        metric: str | Sequence[str] = "objective",
-        storage: str | None = None,
-        experiment: str | None = None,
-        fixed: Mapping[str, Any] | None = None,
-        **settings: Any,
-    ) -> StudyConfig:
-        """Create a configuration from the arguments of `Study`.
-
-        MLflow's environment variables name the experiment if the argument does not.
-        """
-        return cls(
-            name=name,
-            spaces=() if space is None else (checked_space(space),),
-            directions=(direction,) if isinstance(direction, str) else tuple(direction),
-            metrics=(metric,) if isinstance(metric, str) else tuple(metric),
-            storage=public_uri(parse(storage)[0]),
-            experiment=experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME"),
-            experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
-            fixed=dict(fixed or {}),
-            **settings,
-        )
 
     def __post_init__(self) -> None:
         if not self.name:

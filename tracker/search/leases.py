@@ -96,8 +96,3 @@ def active_searches(attrs: Mapping[str, Any]) -> set[str]:
     """Return the searches that have not left."""
     infos = {search: attrs[f"{PREFIX}{search}"] for search in searches(attrs)}
     return {search for search, info in infos.items() if info is not None and "left" not in info}
-
-
-def was_here(search: str, attrs: Mapping[str, Any]) -> bool:
-    """Return whether a search ran on this machine, according to the study's attributes."""
-    return (attrs.get(f"{PREFIX}{search}") or {}).get("place") == _place()

@@ -27,6 +27,7 @@ from tracker.redaction import public_uri
 from tracker.search.best import best_trials
 from tracker.search.leases import Leases, searches
 from tracker.search.missing import Entry, milliseconds, missing_records, status_of_study
+from tracker.search.plan import SEARCH
 from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
@@ -64,22 +65,24 @@ class Mirror:
 
         Args:
             environment: More tags of the run.
-            adopt: The id of a run that `mlflow run` created for the study.
+            adopt: The id of a run that `mlflow run` created, for a study without a run.
             started: Start time in milliseconds since 1970; None is now.
 
         Raises:
             StoreError: MLflow does not answer.
         """
         study, at = self._study, started or now()
-        begin = Begin(
-            experiment=study.experiment or "Default",
-            experiment_id=study.experiment_id,
-            name=study.name,
-            tags={**environment, "tracker.study": study.name, RUN_TAG: study.key},
-            adopt=adopt,
-            keyed=True,
-        )
         with self._lock():
+            existing = self._parent()
+            begin = Begin(
+                experiment=study.experiment or "Default",
+                experiment_id=study.experiment_id,
+                name=study.name,
+                tags={**environment, "tracker.study": study.name, RUN_TAG: study.key},
+                adopt=adopt,
+                resume=None if existing is None else existing.run_id,
+                keyed=True,
+            )
             ids = self._deliver([(study.key, at, begin), (study.key, at, Params(self._params()))])
         self.run_id = ids[study.key]
         self.written += 1
@@ -122,12 +125,19 @@ class Mirror:
     # -- trials ----------------------------------------------------------------------------
 
     def _complete_trials(self, parent: RunSnapshot, trials: Sequence[FrozenTrial]) -> None:
+        attrs = self._attrs()
+        is_active = self._is_active(attrs)
         runs, entries, waiting = self._runs(), list[Entry](), list[str]()
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 continue
+            if trial.state == TrialState.WAITING and is_active:
+                continue  # a search may be claiming it
             key = self._key(trial)
-            missing = missing_records(self._study, trial, key, parent, runs.get(key))
+            run, search = runs.get(key), str(trial.user_attrs.get(SEARCH))
+            if run is not None and run.is_open and self._leases.lives(search, attrs):
+                continue  # its search will complete it
+            missing = missing_records(self._study, trial, key, parent, run)
             entries += missing
             self.written += bool(missing)
             if missing and trial.state == TrialState.WAITING:
@@ -261,9 +271,8 @@ class Mirror:
 
     def _log_status(self, parent: RunSnapshot) -> None:
         """Set the status of the study's run, unless a search is working on the study."""
-        trials = self._trials()
-        attrs = self._storage.optuna.get_study_user_attrs(self._study.study_id)
-        if any(self._leases.lives(search, attrs) for search in searches(attrs)):
+        trials, attrs = self._trials(), self._attrs()
+        if self._is_active(attrs):
             return
         status, reason = status_of_study(self._study, trials, attrs)
         if parent.status != status:
@@ -272,6 +281,13 @@ class Mirror:
         if (reason or "") != parent.tags.get("tracker.failure", ""):
             self._store.log_batch(parent.run_id, tags={"tracker.failure": reason or ""})
             self.written += 1
+
+    def _attrs(self) -> dict[str, Any]:
+        return self._storage.optuna.get_study_user_attrs(self._study.study_id)
+
+    def _is_active(self, attrs: Mapping[str, Any]) -> bool:
+        """Whether a search is working on the study."""
+        return any(self._leases.lives(search, attrs) for search in searches(attrs))
 
     def _params(self) -> dict[str, str]:
         study = self._study

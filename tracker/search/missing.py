@@ -40,11 +40,15 @@ def missing_records(
         parent: The run of the study.
         run: The trial's run, if it exists.
     """
+    if trial.state == TrialState.WAITING and run is not None and not run.is_placeholder:
+        return []  # it has been claimed meanwhile
     tags = _missing_tags(study, trial, parent, run.tags if run else {})
     params = {k: str(v) for k, v in trial.params.items() if run is None or k not in run.params}
     points = [
         point for point in _points(study, trial) if run is None or point[0] not in run.metrics
     ]
+    if run is not None and run.is_open:
+        points = []  # its journal may be in delivery, and would log them again
     status = _status(trial)
     # The run's own process may know better than the study that it was interrupted.
     has_status = run is not None and (
@@ -53,8 +57,8 @@ def missing_records(
     if has_status and not (tags or params or points):
         return []
     begin = Begin(
-        experiment="",
-        experiment_id=(run or parent).experiment_id,
+        experiment=study.experiment or "Default",
+        experiment_id=run.experiment_id if run else study.experiment_id,
         name=f"trial={trial.number}",
         tags={**tags, RUN_TAG: key},
         adopt=run.run_id if run else None,

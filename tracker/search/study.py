@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +48,8 @@ from tracker.search.progress import Progress
 from tracker.search.reap import reap
 from tracker.search.record import Record, load, open_study
 from tracker.search.session import Search
-from tracker.search.storage import Storage
+from tracker.search.space import checked_space
+from tracker.search.storage import Storage, parse
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
 from tracker.store.uri import check_uri, resolve
@@ -64,19 +66,40 @@ class Study:
         name: str,
         objective: Objective,
         *,
+        space: Mapping[str, Any] | None = None,
+        sampler: str = "tpe",
+        pruner: str = "none",
+        trials: int | None = None,
+        direction: str | Sequence[str] = "minimize",
+        metric: str | Sequence[str] = "objective",
+        seed: int = 0,
+        retries: int = 0,
+        steps: int | None = None,
+        experiment: str | None = None,
+        models: str = "best",
+        register: str | None = None,
+        alias: str | None = None,
+        replay: str | None = None,
+        fixed: Mapping[str, Any] | None = None,
         storage: str | None = None,
         tracking_uri: str | None = None,
         directory: str | Path = DIRECTORY,
         grace_seconds: float = GRACE_SECONDS,
         inline: bool | None = None,
         offline: bool | None = None,
-        **settings: Any,
     ) -> None:
         """Configure a study; nothing is opened or created before `run`.
+
+        `StudyConfig` describes the arguments that are not listed here.
 
         Args:
             name: Its name, in the storage and of its run.
             objective: Called with a `Trial`; returns one value, or one for each direction.
+            space: A list of values or one of optuna.distributions for each hyperparameter in
+                `trial.params`. The objective may suggest more.
+            direction: "minimize", "maximize", or a list of them for several objectives.
+            metric: The name of the objective, or a list.
+            experiment: The MLflow experiment, by default that of MLflow's environment variables.
             storage: journal:///FILE, sqlite:///FILE or postgresql://…. The default,
                 journal:///studies.journal, suits any number of workers on one machine.
             tracking_uri: The MLflow store, as for `RunManager`.
@@ -85,11 +108,6 @@ class Study:
                 lost.
             inline: Whether this process delivers the runs itself, as for `RunManager`.
             offline: Whether runs stay on disk until `tracker sync`, as for `RunManager`.
-            **settings: Fields of `StudyConfig`, which are stored with the study, and:
-                space: A list of values or one of optuna.distributions for each hyperparameter in
-                `trial.params`. The objective may suggest more.
-                direction: "minimize" (the default), "maximize", or a list for several objectives.
-                metric: The name of the objective, or a list.
 
         Raises:
             ArgumentError: An argument is not allowed.
@@ -106,7 +124,26 @@ class Study:
         self._directory = Path(directory)
         self._grace = float(grace_seconds)
         self._mode = mode_of(inline=inline, offline=offline)
-        self._config = StudyConfig.from_arguments(name, storage=storage, **settings)
+        self._config = StudyConfig(
+            name=name,
+            sampler=sampler,
+            pruner=pruner,
+            trials=trials,
+            directions=(direction,) if isinstance(direction, str) else tuple(direction),
+            metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+            seed=seed,
+            retries=retries,
+            steps=steps,
+            spaces=() if space is None else (checked_space(space),),
+            experiment=experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME"),
+            experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
+            storage=public_uri(parse(storage)[0]),
+            models=models,
+            register=register,
+            alias=alias,
+            replay=replay,
+            fixed=dict(fixed or {}),
+        )
         self._sources: list[warm_start.Source] = []
 
     def warm_start_from_study(self, name: str, storage: str | None = None) -> None:

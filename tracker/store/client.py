@@ -162,11 +162,14 @@ class MlflowStore:
             if adopted.get(RUN_TAG, key) == key:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
                 return adopt
-        only = self._only_run(key, experiment_id, placeholder=placeholder) if keyed else None
-        if only is not None:
-            return self._join(only, tags, placeholder=placeholder)
-        if in_doubt and (run_id := self.find_run(key, experiment_id)) is not None:
-            return run_id
+        if keyed:
+            # A process knows whether it has created a run, but not what a mirror did meanwhile.
+            look = in_doubt or placeholder
+            found = self._only_run(key, experiment_id, placeholder=placeholder) if look else None
+        else:
+            found = self.find_run(key, experiment_id) if in_doubt else None
+        if found is not None:
+            return self._join(found, tags, placeholder=placeholder) if keyed else found
         marked = {**tags, PLACEHOLDER_TAG: "true"} if placeholder else dict(tags)
         with translated("create a run"), without_retries():
             run = self.client.create_run(experiment_id, start_time, marked, name)
@@ -194,7 +197,7 @@ class MlflowStore:
             query = f"tags.`{RUN_TAG}` = '{key}'"
             runs = sorted(
                 self.client.search_runs([experiment_id], query),
-                key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.run_id),
+                key=lambda r: (PLACEHOLDER_TAG in r.data.tags, r.info.start_time, r.info.run_id),
             )
             if runs and not placeholder and PLACEHOLDER_TAG in runs[0].data.tags:
                 return None
@@ -279,19 +282,29 @@ class MlflowStore:
         """
         params, tags = params or {}, tags or {}
         with translated(f"log to run {run_id}"), without_retries():
+            points = metrics
             if in_doubt and not self._is_sqlite():
-                metrics = self._without_logged(run_id, metrics)
+                points = self._without_logged(run_id, metrics)
+            new_params = params
             if params and (in_doubt or run_id not in self._created):
                 old = self.client.get_run(run_id).data.params
                 changed = {k: v for k, v in params.items() if not _is_same(old.get(k, v), v)}
                 tags = {**tags, **{f"{LATER_PARAM}{k}": v for k, v in changed.items()}}
-                params = {k: v for k, v in params.items() if k not in old}
-            self.client.log_batch(  # in as many requests as MLflow's limits ask for
-                run_id,
-                [Metric(name, value, time, step) for name, value, step, time in metrics],
-                [Param(k, v) for k, v in params.items()],
-                [RunTag(k, v) for k, v in tags.items()],
-            )
+                new_params = {k: v for k, v in params.items() if k not in old}
+            try:
+                self.client.log_batch(  # in as many requests as MLflow's limits ask for
+                    run_id,
+                    [Metric(name, value, time, step) for name, value, step, time in points],
+                    [Param(k, v) for k, v in new_params.items()],
+                    [RunTag(k, v) for k, v in tags.items()],
+                )
+            except MlflowException:
+                if in_doubt or not new_params:
+                    raise
+                if not new_params.keys() & self.client.get_run(run_id).data.params:
+                    raise
+                # Another process has logged a param since we looked, which MLflow refuses.
+                self.log_batch(run_id, metrics, params, tags, in_doubt=True)
 
     def _without_logged(self, run_id: str, metrics: Sequence[MetricPoint]) -> list[MetricPoint]:
         logged = {

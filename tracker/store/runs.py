@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlflow.entities import Run
 
 from tracker.errors import StoreError
-from tracker.store.client import LATER_PARAM, MlflowStore
+from tracker.store.client import LATER_PARAM, PLACEHOLDER_TAG, MlflowStore
 from tracker.store.guards import all_pages, translated
 
 _PAGE = 1_000  # runs in an answer
@@ -29,6 +29,16 @@ class RunSnapshot:
     """The last value of each, which may be NaN."""
     models: Sequence[str]
     """The ids of the models that the run logged."""
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether a mirror created the run, and its own process may replace it."""
+        return PLACEHOLDER_TAG in self.tags
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the process that tracks the run may still deliver records."""
+        return self.status == "RUNNING" and not self.is_placeholder
 
 
 def read_run(store: MlflowStore, run_id: str) -> RunSnapshot:
