@@ -201,7 +201,6 @@ class RunManager:
         return tracked
 
     def _continue(self, state: ResumeState) -> None:
-        """Continue counting from the checkpoint of the run that is resumed."""
         if state.checkpoint is not None:
             self.epoch_count, self._steps = state.checkpoint.epoch, state.checkpoint.step
             self._metrics = dict(state.checkpoint.metrics)
@@ -212,7 +211,6 @@ class RunManager:
             self._run_started = time.perf_counter() - metrics.get("run_duration", 0.0)
 
     def _describe(self, run: Run, network: nn.Module, loader: Any, *, is_new: bool) -> None:
-        """Log the data set and, for a new run, the sample pictures and the network."""
         if (dataset := getattr(loader, "dataset", None)) is not None:
             run.log_dataset(dataset)
         if not is_new:
@@ -265,11 +263,7 @@ class RunManager:
         self.close()
 
     def begin_epoch(self) -> None:
-        """Begin an epoch.
-
-        Raises:
-            CallOrderError: No run is open, or the previous epoch has not ended.
-        """
+        """Begin an epoch."""
         self._runs.current("begin_epoch")
         if self._epoch is not None:
             raise CallOrderError(
@@ -333,11 +327,7 @@ class RunManager:
         self._log_metrics(epoch_metrics)
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Log an epoch of `fit`, as `begin_epoch` … `end_epoch` do for your own loop.
-
-        Raises:
-            NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
-        """
+        """Log an epoch of `fit`; raises NonFiniteLossError as `end_epoch` does."""
         run = self._runs.current("log_epoch")
         if self._epoch is not None:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
@@ -452,11 +442,7 @@ class RunManager:
         return self._meter.correct
 
     def save(self, name: str | Path) -> None:
-        """Write `run_data` to `name.csv` and `name.json`.
-
-        Raises:
-            ArgumentError: The folder does not exist or cannot be written to.
-        """
+        """Write `run_data` to `name.csv` and `name.json`; raises ArgumentError if it cannot."""
         try:
             if is_main():
                 self._results.save(name)

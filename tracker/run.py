@@ -202,12 +202,11 @@ class Run(Recorder):
     def log_image(
         self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
     ) -> None:
-        """Log a picture; `log_image(key, image)`, the order in version 0.1.0, is accepted too.
+        """Log a picture; the order `log_image(key, image)` is accepted too.
 
         Args:
             image: PIL image, or floats in [0, 1] or bytes: (H, W), (C, H, W) or (H, W, C).
             key: With a step the name in MLflow's UI, else the path of the file.
-            step: Step of the picture.
 
         Raises:
             ArgumentError: The shape or the key is not allowed.
@@ -239,7 +238,6 @@ class Run(Recorder):
         """Record a torch data set as an input of the run, with a digest of its content.
 
         Args:
-            dataset: The data set.
             context: Its use: training, validation or test.
             name: Its name; default from the data set.
         """
@@ -254,12 +252,9 @@ class Run(Recorder):
         self._append(records.Dataset(fields, context))
 
     def log_network(self, network: nn.Module, example: Tensor | None) -> None:
-        """Log `network/layers.csv`, with shapes and counts, and `network/graph.svg`.
-
-        The network, its buffers and all random generators do not change.
+        """Log `network/layers.csv` and `network/graph.svg`; the network does not change.
 
         Args:
-            network: The network.
             example: A batch of inputs; without one there are no shapes and no graph.
         """
         from tracker.capture.files import network_files
@@ -279,7 +274,6 @@ class Run(Recorder):
         """Log a classifier's confusion matrix and worst mistakes to the folder `mistakes`.
 
         Args:
-            network: The classifier.
             loader: Yields batches (inputs, labels).
             classes: Names of the classes.
             scores: Converts outputs to scores (N, classes), if they are something else.

@@ -145,7 +145,7 @@ class Recorder:
         """
         self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
 
-    log_tags = set_tags  # the name in version 0.1.0
+    log_tags = set_tags  # the former name
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a file, or a folder with its content, to be logged as an artifact.

@@ -299,7 +299,7 @@ class _AdvisoryLock:
 class _JournalLock(BaseJournalFileLock):
     """Locks a journal by the kernel; Optuna's own locks outlive their holder by 30 s.
 
-    The file itself is locked, since version 0.1.0 does that; `Lock` would truncate it.
+    The file itself is locked, as earlier versions do; `Lock` would truncate it.
     """
 
     def __init__(self, file: str) -> None:
