@@ -122,18 +122,28 @@ from tracker.cli import main
 from tracker.journal.reader import Journal
 
 left = MOMENT
+inside = False  # a call of MLflow's that makes another one
+
+
+def die_at_the_moment():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(method):
     def call(*arguments, **options):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = method(*arguments, **options)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        global inside
+        if inside:
+            return method(*arguments, **options)
+        die_at_the_moment()
+        inside = True
+        try:
+            result = method(*arguments, **options)
+        finally:
+            inside = False
+        die_at_the_moment()
         return result
 
     return call
