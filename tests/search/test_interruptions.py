@@ -267,7 +267,7 @@ def test_reap_fails_the_trials_of_a_lost_machine(
                 storage.optuna.set_study_user_attr(record.study_id, name, elsewhere)
     assert states(trials()) == {"RUNNING": 2}
     assert main(["reap", "--study", "study", "--grace-seconds", "2"]) == 0
-    assert "2 trials" in capsys.readouterr().out
+    assert "failed 2 lost trials" in capsys.readouterr().out
     assert states(trials()) == {"FAIL": 2}
     assert statuses(store) == ("FAILED", Counter(FAILED=2))
     finish(search, store)

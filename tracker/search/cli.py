@@ -75,7 +75,7 @@ def _run(given: argparse.Namespace) -> int:
         for record in _studies(storage, given.study):
             if given.command == "reap":
                 failed = reap_study(storage, record, given.grace_seconds)
-                print(f"{record.name}: lost trials failed: {len(failed)}")
+                print(f"{record.name}: failed {len(failed)} lost trials")
             written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
             print(f"{record.name}: run {run_id}, missing items added: {written}")
     finally:
