@@ -23,8 +23,6 @@ from tests.postgres import database, postgres  # noqa: F401 - fixtures
 from tests.programs import ForkServer
 from tracker import RunManager
 
-logging.root.setLevel(logging.WARNING)  # importing mlflow.pytorch sets it to ERROR
-
 pytest_plugins = ["tracker.testing"]
 
 
@@ -42,6 +40,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKER_INLINE", "1")
     monkeypatch.delenv("TRACKER_OFFLINE", raising=False)
+    logging.root.setLevel(logging.WARNING)  # importing mlflow.pytorch sets it to ERROR
     return tmp_path
 
 
