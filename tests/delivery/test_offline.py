@@ -54,6 +54,7 @@ with start_run(params={"search": "grid"}, experiment="offline", name="parent") a
             manager.run.log_tags({"mood": "fine"})
             manager.end_run()
     parent.log_metrics({"best": 0.5})
+    parent.flush(240)  # on a busy machine the end of the program does not wait long enough
 """
 VOLATILE = {"epoch_duration", "run_duration"}
 
