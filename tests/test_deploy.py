@@ -371,7 +371,7 @@ def test_the_c_plus_plus_example_prints_the_same_logits(trained: Trained, tmp_pa
         (("m.pt", "text.pgm"), "predict: the image text.pgm must be a binary .pgm (P5) of 28"),
         (("a.pgm", "a.pgm"), "predict: "),
         (("graph.pt2", "a.pgm"), "predict: Failed to find a generated cpp file or so file"),
-        ((), "usage: predict MODEL PICTURE"),
+        ((), "usage: predict MODEL IMAGE"),
     ):
         done = predict(*arguments)
         assert done.returncode != 0

@@ -12,7 +12,6 @@ from contextlib import closing, suppress
 
 import psutil
 import pytest
-from mlflow.entities import Run as MlflowRun
 from optuna.trial import TrialState
 
 from tests.helpers import Store
@@ -65,13 +64,14 @@ def check(url: str, store: Store) -> None:
         same = [t.params for t in trials if t.user_attrs[SLOT] == trial.user_attrs[SLOT]]
         assert all(params in ({}, same[-1]) for params in same)
 
-    def parent_run() -> MlflowRun:
-        (parent,) = [r for r in store.runs() if r.data.tags.get("tracker.run") == record.key]
-        return parent
+    def parent_has_ended() -> bool:
+        parents = [r for r in store.runs() if r.data.tags.get("tracker.run") == record.key]
+        return [r.info.status for r in parents] not in ([], ["RUNNING"])
 
     # The keeper may outlive the search, which waits for it for a minute.
-    wait_for(lambda: parent_run().info.status != "RUNNING", "the end of the study's run")
-    parent, runs = parent_run(), store.runs()
+    wait_for(parent_has_ended, "the end of the study's run")
+    runs = store.runs()
+    (parent,) = [r for r in runs if r.data.tags.get("tracker.run") == record.key]
     assert parent.info.status == "FINISHED"
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1
