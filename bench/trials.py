@@ -207,7 +207,7 @@ def run(name: str, trials: int) -> Cost:
             process.returncode = os.waitstatus_to_exitcode(status)
             errors.seek(0)
             messages = errors.read()
-    if process.returncode != 0 or "not all in MLflow" in messages:
+    if process.returncode != 0 or "not yet complete in MLflow" in messages:
         raise RuntimeError(f"{name} failed: {messages}")
     measured = json.loads(printed.splitlines()[-1])
     waits = list(np.diff(measured["begins"]) * 1e3)

@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from models.download import DownloadError, download_file
@@ -57,6 +56,8 @@ def backbone(params: Params, facts: Facts) -> nn.Module:
             f"weights={weights!r} is unknown; allowed: imagenet, none, runs:/RUN_ID/model or "
             "models:/NAME@ALIAS."
         )
+    import torchvision  # takes seconds
+
     known = torchvision.models.list_models(module=torchvision.models, exclude=_AUXILIARY)
     if name not in known:
         raise ModelsError(f"backbone={name!r} is unknown; allowed: {', '.join(known)}.")
@@ -79,6 +80,8 @@ def first_weights(params: Params, state: Mapping[str, Tensor] | None) -> Mapping
         return state
     if params["weights"] == "none":
         return {}
+    import torchvision
+
     name = params["backbone"]
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(urlsplit(url).path).name

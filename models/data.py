@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from torchvision.datasets import MNIST, FashionMNIST
 
 from models import idx
 from models.download import Archives, DownloadError, download
@@ -22,7 +21,7 @@ from models.recipe import Data, Parameter, Params, Source
 DATASETS = ("fashion-mnist", "mnist", "digits", "auto")
 
 _LOGGER = logging.getLogger(__name__)
-_TORCHVISION = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
+_CLASSES = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST"}  # of torchvision
 _LIMIT_S = 300.0  # for a data set asked for by name
 _AUTO_LIMIT_S = 30.0  # for `auto`, which can fall back to the digits
 
@@ -220,7 +219,7 @@ def _published(name: str, root: Path, archives: Archives | None) -> tuple[Images
             f"dataset={name!r} is not in data_dir='{root}' and cannot be downloaded ({error}); "
             f"use dataset='digits', or put {', '.join(idx.FILES)} into {_folder(name, root)}."
         ) from error
-    classes = tuple(_TORCHVISION[name].classes)
+    classes = tuple(_torchvision_class(name).classes)
     train, test = (
         Images(name, classes, pixels[:, None].float() / 255, labels)
         for pixels, labels in (idx.read_part(folder, part) for part in ("train", "t10k"))
@@ -233,7 +232,7 @@ def _provide(name: str, root: Path, archives: Archives | None, *, limit_s: float
     folder = _folder(name, root)
     missing = [file for file in idx.FILES if not os.path.isfile(folder / file)]
     if missing == list(idx.FILES):
-        published = _TORCHVISION[name]
+        published = _torchvision_class(name)
         download(
             archives or Archives(mirrors=(*published.mirrors,), files=(*published.resources,)),
             folder,
@@ -248,7 +247,13 @@ def _provide(name: str, root: Path, archives: Archives | None, *, limit_s: float
 
 
 def _folder(name: str, root: Path) -> Path:
-    return Path(root, _TORCHVISION[name].__name__, "raw")
+    return Path(root, _CLASSES[name], "raw")
+
+
+def _torchvision_class(name: str) -> Any:
+    from torchvision import datasets  # takes seconds
+
+    return getattr(datasets, _CLASSES[name])
 
 
 def _digits() -> tuple[Images, Images, str]:

@@ -16,11 +16,6 @@ from tempfile import TemporaryDirectory
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from torchvision.datasets.utils import (
-    check_integrity,
-    extract_archive,
-)
-
 PROBE_S = 2.0
 """Seconds within which a mirror must first answer."""
 STALL_S = 10.0
@@ -125,6 +120,8 @@ def _check_answers(archives: Archives) -> list[str]:
 
 def _fetch_all(archives: Archives, mirrors: list[str], into: Path, deadline: float) -> None:
     """Download and unpack every file from the first mirror that has them all."""
+    from torchvision.datasets.utils import check_integrity, extract_archive  # takes seconds
+
     failures = []
     for mirror in mirrors:
         try:

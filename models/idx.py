@@ -4,10 +4,6 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
-from torchvision.datasets.mnist import (
-    read_image_file,
-    read_label_file,
-)
 
 from models.errors import ModelsError
 
@@ -57,6 +53,8 @@ def read_part(folder: Path, part: Literal["train", "t10k"]) -> tuple[Tensor, Ten
 
 
 def _read(path: Path) -> Tensor:
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # takes seconds
+
     read = read_image_file if "images" in path.name else read_label_file
     try:
         values: Tensor = read(path)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from models.errors import ModelsError
 
@@ -30,6 +29,8 @@ def read_image(path: str | Path, size: int | tuple[int, int]) -> Tensor:
     Raises:
         ModelsError: The file is absent, not an image, or too large.
     """
+    from torchvision.transforms.functional import pil_to_tensor  # takes seconds
+
     too_large = ModelsError(f"{path} is too large; allowed are {MAX_PIXELS:,} pixels in all.")
     try:
         with warnings.catch_warnings():

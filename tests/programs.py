@@ -26,9 +26,11 @@ PATIENCE = 240.0
 """Seconds after which something that must happen counts as never happening."""
 
 FORK_SERVER = """
-import json, os, signal, sys, tempfile
+import gc, json, os, signal, sys, tempfile
 for module in sys.argv[1:]:
     __import__(module)
+gc.collect()
+gc.freeze()  # or each program would walk through all of this again, seconds long, when it ends
 for line in sys.stdin:
     request = json.loads(line)
     if "poll" in request:
@@ -216,10 +218,11 @@ def wait_for(
     condition: Callable[[], object], what: str, details: Callable[[], str] = lambda: ""
 ) -> None:
     """Wait until `condition` holds; fail with `what` and `details` if it never does."""
-    until = time.monotonic() + PATIENCE
+    until, pause = time.monotonic() + PATIENCE, 0.002
     while not condition():
         assert time.monotonic() < until, f"waited {PATIENCE:g} s for {what}: {details()[-3000:]}"
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(1.1 * pause, 0.1)
 
 
 def kill(pid: int | None, number: int = signal.SIGKILL) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from tracker.errors import ArgumentError
 
@@ -70,6 +69,8 @@ def image_grid(batch: Tensor) -> Image.Image | None:
     """
     if batch.dim() != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape:
         return None
+    from torchvision.utils import make_grid  # imports torch's compiler, which takes seconds
+
     grid = make_grid(
         batch.detach().cpu().float(),
         nrow=math.ceil(math.sqrt(len(batch))),

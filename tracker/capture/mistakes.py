@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from tracker.capture.images import to_pil
 from tracker.errors import ArgumentError
@@ -131,6 +130,8 @@ def worst_picture(mistakes: Mistakes) -> bytes | None:
     """Draw the worst misclassified pictures with both labels as a PNG; None without pictures."""
     if not mistakes.pictures:
         return None
+    from torchvision.utils import make_grid  # takes seconds
+
     rows = -(-len(mistakes.pictures) // _COLUMNS)
     figure = _figure(1.5 * _COLUMNS, 1.8 * rows)
     pairs = zip(mistakes.pictures, mistakes.worst.itertuples(), strict=True)
