@@ -6,6 +6,7 @@ import os
 # Before torch is imported, and for the programs that tests start: many of them share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import io
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -24,6 +25,12 @@ from tests.programs import ForkServer
 from tracker import RunManager
 
 pytest_plugins = ["tracker.testing"]
+
+
+def pytest_sessionstart() -> None:
+    """Spare the collector all that torch and MLflow have created: half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
