@@ -161,16 +161,7 @@ class Program:
 
     def children(self, command: str = "") -> list[psutil.Process]:
         """The living children of the program whose command line contains `command`."""
-        alive = []
-        try:
-            for child in psutil.Process(self.pid).children():
-                with suppress(psutil.NoSuchProcess):
-                    zombie = child.status() == psutil.STATUS_ZOMBIE
-                    if not zombie and command in " ".join(child.cmdline()):
-                        alive.append(child)
-        except psutil.NoSuchProcess:
-            pass
-        return alive
+        return children_of(self.pid, command)
 
     def uploader(self) -> int | None:
         """The pid of a training's uploader, None while it has none."""
@@ -195,6 +186,18 @@ class Program:
     def output(self) -> str:
         """What the program wrote to both streams."""
         return self.stdout + self.stderr
+
+
+def children_of(pid: int, command: str = "") -> list[psutil.Process]:
+    """The living children of a process whose command line contains `command`."""
+    alive = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children():
+            with suppress(psutil.NoSuchProcess):
+                zombie = child.status() == psutil.STATUS_ZOMBIE
+                if not zombie and command in " ".join(child.cmdline()):
+                    alive.append(child)
+    return alive
 
 
 def process_group(leader: int) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from tracker.errors import TrackerError
+from tracker.errors import TrackerError, first_line
 from tracker.logs import muted
 
 Model = Callable[[Tensor], Tensor]
@@ -162,7 +162,9 @@ def deploy(program: ExportedProgram, path: Path, to: str) -> float:
             target.write(program, file)
             loaded = target.load(file)
         except Exception as error:  # exporters and runtimes raise errors of any kind
-            raise DeployError(f"The model cannot be written as {to}: {_line(error)}.") from error
+            raise DeployError(
+                f"The model cannot be written as {to}: {first_line(error)}."
+            ) from error
         worst = _compare(program.module(), loaded, batches, to)
         file.replace(path)
     return worst
@@ -207,12 +209,12 @@ def _compare(live: Model, loaded: Model, batches: Iterator[Tensor], to: str) -> 
         except Exception as error:  # torch.export may have required a batch of at least 2
             if len(batch) == 1:
                 continue
-            raise DeployError(f"The model does not accept {size}: {_line(error)}.") from error
+            raise DeployError(f"The model does not accept {size}: {first_line(error)}.") from error
         try:
             output = loaded(batch)
         except Exception as error:  # each runtime has its own errors
             raise DeployError(
-                f"The model as {to} does not accept {size}: {_line(error)}."
+                f"The model as {to} does not accept {size}: {first_line(error)}."
             ) from error
         if output.shape != expected.shape or output.dtype != expected.dtype:
             raise DeployError(
@@ -254,9 +256,3 @@ def _scriptable(program: ExportedProgram) -> torch.fx.GraphModule:
         if isinstance(device, torch.device):  # TorchScript does not know its repr
             node.kwargs = {**node.kwargs, "device": str(device)}
     return torch.fx.GraphModule(module, graph)
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's message, without its full stop."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:200].rstrip(".:")

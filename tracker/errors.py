@@ -17,12 +17,13 @@ from tracker.redaction import public_uri
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without passwords and without a final full stop.
+    """Return the first line of an error's text, to embed in a sentence.
 
-    An error without a text is named by its type.
+    It is without passwords, without a final full stop, and cut after 200 characters. An error
+    without a text is named by its type.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return public_uri(lines[0]).rstrip(". ")
+    return public_uri(lines[0])[:200].rstrip(".: ")
 
 
 class TrackerError(Exception):

@@ -3,11 +3,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.programs import ForkServer, Program
+from tests.programs import ForkServer, Program, children_of
 
 Start = Callable[..., Program]
+
+
+def workers_of(search: Program) -> list[psutil.Process]:
+    """The worker processes of a search, which a process of its own forks."""
+    servers = search.children("forkserver")
+    return [worker for server in servers for worker in children_of(server.pid)]
 
 
 @pytest.fixture

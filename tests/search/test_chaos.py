@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from tests.helpers import Store
 from tests.postgres import PostgresServer
 from tests.programs import wait_for
-from tests.search.conftest import Start
+from tests.search.conftest import Start, workers_of
 from tracker.search.plan import SLOT
 from tracker.search.record import load
 from tracker.search.storage import Storage
@@ -103,10 +103,7 @@ def test_no_trial_is_lost_or_repeated_whatever_happens_to_the_workers(
     chance = random.Random(kind)
     search = start(PROGRAM, url, TRIALS)
 
-    def workers() -> list[psutil.Process]:
-        return search.children("spawn_main")
-
-    wait_for(lambda: len(workers()) == 4, "four workers", search.output)
+    wait_for(lambda: len(workers_of(search)) == 4, "four workers", search.output)
     suspended: list[tuple[float, psutil.Process]] = []
     blows = chance.sample(BLOWS, len(BLOWS))
     restarts = 0
@@ -117,7 +114,7 @@ def test_no_trial_is_lost_or_repeated_whatever_happens_to_the_workers(
                     worker.resume()
                 suspended.remove((until, worker))
         idle = {worker.pid for _, worker in suspended}
-        running = [worker for worker in workers() if worker.pid not in idle]
+        running = [worker for worker in workers_of(search) if worker.pid not in idle]
         if blows and len(running) > 1:
             blow, victim = blows.pop(), chance.choice(running)
             with suppress(psutil.NoSuchProcess):

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tests.helpers import Store
 from tests.postgres import PostgresServer
 from tests.programs import Program, wait_for
-from tests.search.conftest import Start
+from tests.search.conftest import Start, workers_of
 from tracker.cli import main
 from tracker.search.cli import reap_study
 from tracker.search.leases import PREFIX
@@ -66,11 +66,6 @@ def search(start: Start) -> Search:
         return start(SEARCH, storage, workers, grace, points)
 
     return search
-
-
-def workers_of(program: Program) -> list[psutil.Process]:
-    """The worker processes of a search."""
-    return program.children("spawn_main")
 
 
 def trials(url: str = JOURNAL) -> list[FrozenTrial]:

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from tracker.errors import first_line
 from tracker.logs import muted
 from tracker.training.device import device_of, evaluation_mode, unwrap
 from tracker.training.rng import preserve_rng
@@ -105,7 +106,7 @@ def save_model(
             with torch.no_grad():
                 output = model(inputs)
         except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
-            return f"a copy of the network fails on a batch of {EXAMPLE_SIZE}: {_first_line(error)}"
+            return f"a copy of the network fails on a batch of {EXAMPLE_SIZE}: {first_line(error)}"
         if not isinstance(output, Tensor):
             return f"the network returns {type(output).__name__}, but MLflow needs one tensor"
 
@@ -126,7 +127,7 @@ def save_model(
             )
             saved = mlflow.pytorch.load_model(str(folder))
         except Exception as error:  # noqa: BLE001 - torch.export may raise anything
-            return f"torch.export fails: {_first_line(error)}"
+            return f"torch.export fails: {first_line(error)}"
         for name, content in (files or {}).items():
             (folder / FILES).mkdir(exist_ok=True)
             (folder / FILES / name).write_text(content, encoding="utf-8")
@@ -135,7 +136,7 @@ def save_model(
             try:
                 reason = _add_predictor(folder, predictor, _tolerance(device_of(network)))
             except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
-                reason = _first_line(error)
+                reason = first_line(error)
             if reason is not None:
                 logger.warning("The model is logged without its predictor: %s.", reason)
         return problem
@@ -220,7 +221,7 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
                 live = network(inputs.to(device)).cpu()
             loaded = saved(inputs)
         except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
-            return f"it fails on a batch of {size}: {_first_line(error)}"
+            return f"it fails on a batch of {size}: {first_line(error)}"
         tolerance = _tolerance(device)
         if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
             worst = (live - loaded).abs().max().item()
@@ -257,7 +258,3 @@ def _batch(example: Tensor, size: int) -> Tensor:
 def _requirements() -> list[str]:
     packages = ("torch", "mlflow", "numpy")
     return [f"{package}=={version(package).partition('+')[0]}" for package in packages]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

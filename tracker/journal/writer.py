@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tracker.errors import StoreError
+from tracker.errors import StoreError, first_line
 from tracker.journal import database
 from tracker.journal.ownership import BEAT_SECONDS, Writer, writer_lock
 from tracker.journal.records import Metrics, Point, Record, encode, now
@@ -252,5 +252,5 @@ def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
             for place, value in zip(places, stacked.tolist(), strict=True):
                 floats[place] = float(value)
         except Exception as error:  # noqa: BLE001 - after a CUDA error nothing can be read, and
-            problem = str(error).partition("\n")[0]  # without this thread, training would hang
+            problem = first_line(error)  # without this thread, training would hang
     return floats, problem

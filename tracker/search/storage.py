@@ -30,7 +30,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from tracker.errors import ArgumentError, StoreError
+from tracker.errors import ArgumentError, StoreError, first_line
 from tracker.locks import Lock
 from tracker.redaction import public_uri
 
@@ -134,8 +134,7 @@ class Storage:
 
     def _error(self, what: str, error: BaseException) -> StoreError:
         cause = error.__cause__ or error
-        first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        return StoreError(f"storage={public_uri(self.url)!r} {what}: {public_uri(first_line)}")
+        return StoreError(f"storage={public_uri(self.url)!r} {what}: {first_line(cause)}.")
 
     def own(self) -> None:
         """Reserve an SQLite file for this process until `disown`; a no-op for other storages.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.errors import ArgumentError, StoreError
+from tracker.errors import ArgumentError, StoreError, first_line
 
 _VERSION = 1
 _FILES = {"tensors.pt", "state.json"}
@@ -69,7 +69,9 @@ def write_files(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any])
             shutil.rmtree(replaced)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
-        raise StoreError(f"folder={str(folder)!r} cannot be written: {_reason(error)}.") from error
+        raise StoreError(
+            f"folder={str(folder)!r} cannot be written: {first_line(error)}."
+        ) from error
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,7 +98,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise StoreError(
-            f"folder={str(folder)!r} cannot be read as a checkpoint: {_reason(error)}."
+            f"folder={str(folder)!r} cannot be read as a checkpoint: {first_line(error)}."
         ) from error
 
 
@@ -109,7 +111,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _read_state(path)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as a checkpoint: {_reason(error)}.") from error
+        raise StoreError(f"{path} cannot be read as a checkpoint: {first_line(error)}.") from error
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -142,8 +144,3 @@ def _sync_folder(folder: Path) -> None:
 
 def _checksum(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state).encode())
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's text, without a full stop."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

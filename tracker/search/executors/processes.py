@@ -14,8 +14,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
@@ -36,7 +37,10 @@ _EXIT_SECONDS = 30.0  # for a worker to end, including the delivery of its runs
 _MAX_FAILED_STARTS = 3  # in a row
 _MAX_KILLED_STARTS = 20  # by the user, or for lack of memory
 
-_CONTEXT = multiprocessing.get_context("spawn")
+# Workers are forked from a process that has imported torch once for all of them, and holds neither
+# threads nor CUDA.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_PRELOADED = ["tracker.search.trial"]
 _STOPPED = Ended.failed("interrupted", "It was still running when its search ended.")
 
 logger = logging.getLogger(__name__)
@@ -142,13 +146,18 @@ class ProcessExecutor:
         return [worker for worker in self._workers if not worker.is_silent]
 
     def _start_workers(self) -> None:
-        resource_tracker.ensure_running()  # started with a worker, it would unblock the signals
+        missing = 0 if self._is_done else self._count - len(self._active())
+        if missing > 0:
+            resource_tracker.ensure_running()  # started below, it would unblock the signals
+            _CONTEXT.set_forkserver_preload(_PRELOADED)
+            with block_signals(signal.SIGINT):  # its workers inherit that, and unblock it
+                forkserver.ensure_running()
         threads = max(1, (os.cpu_count() or 1) // self._count)
-        for _ in range(0 if self._is_done else self._count - len(self._active())):
+        for _ in range(missing):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=work, args=(theirs, self._spec, threads), name=WORKER)
-            with block_signals(signal.SIGINT):
-                process.start()
+            arguments = theirs, self._spec, threads, dict(os.environ)
+            process = _CONTEXT.Process(target=work, args=arguments, name=WORKER)
+            process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, time.monotonic()))
 
@@ -343,14 +352,19 @@ class PipeChannel(Channel):
         raise TrialLostError(answer[0] if answer else "The search of the trial has ended.")
 
 
-def work(connection: Connection, spec: TrialSpec, threads: int) -> None:
+def work(
+    connection: Connection, spec: TrialSpec, threads: int, environment: Mapping[str, str]
+) -> None:
     """Run trials until told to stop: the main function of a worker.
 
     Args:
         connection: This worker's end of the pipe.
         spec: What the trials share.
         threads: How many threads torch may use.
+        environment: The environment variables of the search's process.
     """
+    os.environ.clear()  # those of the server that forked this process may be older
+    os.environ.update(environment)
     import torch
 
     from tracker.delivery.base import leave_all, open_delivery
