@@ -16,6 +16,7 @@ from torch import nn
 
 from models import FashionCNN
 from tests.helpers import Store
+from tests.programs import ForkServer
 from tracker import start_run
 from tracker.capture.model import save_model
 
@@ -162,12 +163,31 @@ def test_a_network_on_cuda_is_saved_for_the_cpu(tmp_path: Path) -> None:
     assert next(network.parameters()).device.type == "cuda"
 
 
-def test_saving_does_not_change_the_program_s_logging(tmp_path: Path) -> None:
-    program = (
-        "import logging, torch\nfrom pathlib import Path\n"
-        "from tracker.capture.model import save_model\n"
-        "assert save_model(torch.nn.Linear(2, 1), torch.ones(2, 2), Path('m')) is None\n"
-        "assert logging.root.handlers == []\n"
-        "assert logging.root.level == logging.WARNING"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+LOGS_MEANWHILE = """
+import logging, threading, time, torch
+from pathlib import Path
+from tracker.capture.model import save_model
+
+def warn():
+    global count
+    while not saved:
+        count += 1
+        logging.getLogger("meanwhile").warning("here")
+        time.sleep(0.01)
+
+count, saved = 0, False
+thread = threading.Thread(target=warn)
+thread.start()
+assert save_model(torch.nn.Linear(2, 1), torch.ones(2, 2), Path("m")) is None
+saved = True
+thread.join()
+assert logging.root.handlers == []
+assert logging.root.level == logging.WARNING
+print(count)
+"""
+
+
+def test_saving_does_not_change_the_program_s_logging(trainers: ForkServer) -> None:
+    program = trainers.run(LOGS_MEANWHILE)
+    assert program.code == 0, program.output()
+    assert program.stderr.splitlines().count("here") == int(program.stdout) > 5

@@ -202,13 +202,19 @@ def _preserve_imports() -> Iterator[None]:
 
 @contextmanager
 def _preserve_logging() -> Iterator[None]:
-    """Undo that importing mlflow.pytorch 3.17 sets the root logger to ERROR."""
-    level, handlers = logging.root.level, list(logging.root.handlers)
+    """Keep mlflow.pytorch 3.17 from setting the root logger to ERROR when it is imported.
+
+    That does nothing if there is a handler. Other threads, whose warnings must not be lost, get the
+    one that Python uses where there is none.
+    """
+    stand_in = None if logging.root.handlers else logging.lastResort
+    if stand_in is not None:
+        logging.root.addHandler(stand_in)
     try:
         yield
     finally:
-        logging.root.setLevel(level)
-        logging.root.handlers[:] = handlers
+        if stand_in is not None:
+            logging.root.removeHandler(stand_in)
 
 
 def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
     from tracker.store.system_metrics import SystemMetrics
 
+NICENESS = 5
+"""Training comes first, but on busy cores niceness 19 would get no time at all."""
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.25
 """Between two checks whether the training process lives."""
@@ -66,6 +68,7 @@ class UploaderProcess:
         self._stop_at: float | None = None
         self._gone_at: float | None = None  # when the training process was seen to be gone
         self._look_at = 0.0
+        self._is_nice = False
         self._user_timeout = "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
         self._raise_timeout()
 
@@ -127,6 +130,7 @@ class UploaderProcess:
                 raise StoreError(f"the server does not answer: {reason}.")
             return self._open().drain(self._stopped)
         except StoreError as error:
+            self._be_nice()
             self._journal.problem = str(error)
             self._failures += 1
             pause = min(0.5 * 2 ** (self._failures - 1), RETRY_SECONDS)
@@ -136,12 +140,19 @@ class UploaderProcess:
 
     def _progressed(self, records: int) -> None:
         """Clear the problem: a store that makes progress has none, however slow it is."""
+        self._be_nice()
         if self._failures:
             self._failures = 0
             self._journal.problem = None
             self._raise_timeout()
         self._look()
         self._sample()
+
+    def _be_nice(self) -> None:
+        """Give way to training, but only once mlflow is imported and the run is in the store."""
+        if not self._is_nice:
+            self._is_nice = True
+            os.nice(NICENESS)
 
     def _busy(self) -> bool:
         return self._stopped() or self._journal.pending()
@@ -207,7 +218,6 @@ def _main() -> int:
     # Ctrl-C and a closed terminal are meant for the training, whose end is still to be delivered.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(19)  # training comes first
     # The client's own retries block a call for minutes, and may send twice what must arrive once.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     logging.basicConfig(level=logging.WARNING)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from tracker.delivery.leftovers import deliver_left_behind, journals
+from tracker.delivery.process import NICENESS
 from tracker.errors import StoreError, TrackerError
 from tracker.journal.ownership import writer_lives
 from tracker.journal.reader import OFFLINE
@@ -303,7 +304,7 @@ def main() -> NoReturn:
 def _serve() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the search; its end is noticed below
-    os.nice(19)
+    os.nice(NICENESS)
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
