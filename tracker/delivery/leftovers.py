@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tracker.delivery.uploader import Uploader, close_unended, never
+from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
 from tracker.journal.damage import DAMAGED, damage_of, set_damage_aside
 from tracker.journal.ownership import Writer, delivery_lock, writer_lives
@@ -144,7 +144,7 @@ def sync(
 
 
 def deliver_left_behind(
-    directory: Path, store: MlflowStore, stop: Callable[[], bool] = never
+    directory: Path, store: MlflowStore, stop: Callable[[], bool] = lambda: False
 ) -> bool:
     """Deliver the journals of dead processes for one store, except offline and damaged ones.
 

@@ -193,8 +193,8 @@ class UploaderProcess:
         at, sample = now(), self._metrics.sample()
         for run in runs:
             if run not in self._first_sample:
-                (begin,) = self._journal.records(run, Begin)
-                earlier = int(begin.samples * SAMPLE_SECONDS * 1_000)
+                begins = self._journal.records(run, Begin)  # none if it is damaged
+                earlier = int(sum(b.samples for b in begins) * SAMPLE_SECONDS * 1_000)
                 self._first_sample[run] = self._journal.begin_time(run) - earlier
             # From the clock, not from a count, so that a restarted uploader continues the steps.
             step = round((at - self._first_sample[run]) / (SAMPLE_SECONDS * 1_000))

@@ -33,11 +33,6 @@ _BATCHED = records.Metrics | records.Params | records.Tags
 _UPLOADED = records.File | records.Model
 
 
-def never() -> bool:
-    """Return False: a `stop` that lets everything be delivered."""
-    return False
-
-
 class Uploader:
     """Delivers one journal to one store."""
 
@@ -64,7 +59,7 @@ class Uploader:
         self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
 
-    def drain(self, stop: Callable[[], bool] = never) -> int:
+    def drain(self, stop: Callable[[], bool] = lambda: False) -> int:
         """Deliver every record on disk.
 
         A record that the store will never accept is dropped, and a notice is left in the journal.

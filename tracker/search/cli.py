@@ -116,7 +116,7 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
         active |= {trial.user_attrs[SEARCH] for trial in running if SEARCH in trial.user_attrs}
         dead = {search for search in active if not leases.lives(search, attrs)}
         if dead == active or time.monotonic() > began + longest + 2 * _LOOK_SECONDS:
-            return reap(storage, record, dead.__contains__) if dead else []
+            return reap(storage, record, dead) if dead else []
         time.sleep(_LOOK_SECONDS)
 
 

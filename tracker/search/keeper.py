@@ -85,14 +85,6 @@ class Keeper(Protocol):
         """
 
 
-class NoKeeper:
-    """For offline studies, which `tracker mirror` completes later."""
-
-    def finish(self, *, settled: bool) -> str | None:
-        """Do nothing."""
-        return None
-
-
 class InlineKeeper:
     """Creates the study's run at once, and completes it at the end."""
 
@@ -159,11 +151,6 @@ def _send(process: subprocess.Popen[bytes], message: Any) -> None:
     process.stdin.write(json.dumps(message).encode() + b"\n")
 
 
-def adopted() -> str | None:
-    """Return the id of the run that `mlflow run` created for this process."""
-    return os.environ.get("MLFLOW_RUN_ID")
-
-
 class MirrorService:
     """Mirrors one study on behalf of one search."""
 
@@ -219,7 +206,7 @@ class MirrorService:
         others = active_searches(attrs) - {self._config.search}
         dead = {search for search in others if not self._leases.lives(search, attrs)}
         if dead:
-            reap(storage, record, dead.__contains__)
+            reap(storage, record, dead)
         return self._config.grace / BEATS
 
     def forget(self) -> None:
@@ -254,7 +241,7 @@ class MirrorService:
 
         def fail() -> None:
             storage = self._open()
-            reap(storage, load(storage, self._config.study), self._config.search.__eq__)
+            reap(storage, load(storage, self._config.study), {self._config.search})
 
         self._open().patiently(fail, patience=SETTLE_SECONDS)
         deadline = time.monotonic() + SETTLE_SECONDS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Set
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -35,13 +35,13 @@ def store_failure(storage: BaseStorage, trial_id: int, ended: Ended) -> None:
         return
 
 
-def reap(storage: Storage, record: Record, is_dead: Callable[[str], bool]) -> list[FrozenTrial]:
+def reap(storage: Storage, record: Record, dead: Set[str]) -> list[FrozenTrial]:
     """Fail the running trials of dead searches, and store that these searches have left.
 
     Args:
         storage: The storage of the study.
         record: The study.
-        is_dead: Whether the search with an id is dead.
+        dead: The ids of these searches.
 
     Returns:
         The trials, as they were before.
@@ -51,13 +51,12 @@ def reap(storage: Storage, record: Record, is_dead: Callable[[str], bool]) -> li
             trial
             for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
             if trial.state == TrialState.RUNNING
-            and (search := trial.user_attrs.get(SEARCH)) is not None
-            and is_dead(search)
+            and trial.user_attrs.get(SEARCH) in dead
         ]
         for trial in orphans:
             store_failure(storage.optuna, trial._trial_id, LOST)
         attrs = storage.optuna.get_study_user_attrs(record.study_id)
-        for search in filter(is_dead, active_searches(attrs)):
+        for search in active_searches(attrs) & dead:
             left = {"status": "FAILED", "reason": "The process that ran the study was lost."}
             info = {**attrs[f"{PREFIX}{search}"], "time": time.time(), "left": left}
             storage.optuna.set_study_user_attr(record.study_id, f"{PREFIX}{search}", info)

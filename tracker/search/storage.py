@@ -32,6 +32,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackErro
 
 from tracker.errors import ArgumentError, StoreError, first_line
 from tracker.locks import Lock
+from tracker.logs import muted
 from tracker.redaction import public_uri
 
 DEFAULT = "journal:///studies.journal"
@@ -174,7 +175,8 @@ class Storage:
         try:
             yield is_held
         finally:
-            lock.release()
+            if is_held:
+                lock.release()
 
     def _lock(self, name: str) -> _FileLock | _AdvisoryLock:
         if name not in self._locks:
@@ -370,12 +372,6 @@ def _cut_half_line(descriptor: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Optuna's messages about new studies and experimental features."""
-    logs = logging.getLogger("optuna")
-    level = logs.level
-    logs.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        logs.setLevel(level)
+    with muted("optuna", logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield

@@ -40,8 +40,6 @@ from tracker.search.keeper import (
     Keeper,
     KeeperConfig,
     KeeperProcess,
-    NoKeeper,
-    adopted,
 )
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
@@ -220,7 +218,7 @@ class Study:
         search.on_end = progress.trial_ended
         spec = self._spec(search.record, environment_tags())
         ended = Outcome("FAILED", "The study was abandoned.")
-        keeper: Keeper = NoKeeper()
+        keeper: Keeper | None = None
         executor: Executor | None = None
         try:
             with Interrupts(progress.say) as interrupts:
@@ -240,7 +238,8 @@ class Study:
             progress.close()
             self._end(search, spec, ended)
             settled = executor is None or executor.settle(SETTLE_SECONDS)
-            if (problem := keeper.finish(settled=settled)) is not None:
+            problem = keeper.finish(settled=settled) if keeper is not None else None
+            if problem is not None:
                 logger.warning(
                     "The study is not yet complete in MLflow: %s. Complete it with: "
                     "tracker mirror --study %s --storage %s",
@@ -257,9 +256,9 @@ class Study:
             environment=environment,
         )
 
-    def _start_keeper(self, search: Search, environment: Mapping[str, str]) -> Keeper:
+    def _start_keeper(self, search: Search, environment: Mapping[str, str]) -> Keeper | None:
         if self._mode == "offline":
-            return NoKeeper()
+            return None  # `tracker mirror` completes it later
         config = KeeperConfig(
             storage=search.storage.url,
             study=search.record.name,
@@ -267,7 +266,7 @@ class Study:
             tracking_uri=self._tracking_uri,
             directory=str(self._directory.absolute()),
             environment=environment,
-            adopt=adopted(),
+            adopt=os.environ.get("MLFLOW_RUN_ID"),
             started=now(),
             grace=self._grace,
         )
@@ -277,7 +276,7 @@ class Study:
         """End trials that still run, and leave the study."""
         search.abandon(Ended.failed("interrupted", "The study ended before the trial did."))
         storage, record = search.storage, search.record
-        storage.patiently(lambda: reap(storage, record, search.id.__eq__))  # of lost answers
+        storage.patiently(lambda: reap(storage, record, {search.id}))  # of lost answers
         search.leave(ended.status, ended.reason)
         if search.plan.is_finished:
             shutil.rmtree(spec.checkpoints, ignore_errors=True)
