@@ -61,8 +61,6 @@ class Verdict:
 
     accepted: bool
     """Whether its end was stored; False if it had been abandoned."""
-    best: bool = False
-    """Whether it is the best trial so far, or one of a Pareto front."""
     retry: bool = False
     """Whether its slot will be tried again."""
 
@@ -97,6 +95,10 @@ class Channel(ABC):
     def constrain(self, number: int, name: str, value: float) -> None:
         """Store a constraint; the trial is feasible if no constraint is above 0."""
         self.request("constrain", number, name, value)
+
+    def is_best(self, number: int, ended: Ended) -> bool:
+        """Return whether a trial that ends like this is the best so far, or on a Pareto front."""
+        return bool(self.request("is_best", number, ended))
 
     def finish(self, number: int, ended: Ended) -> Verdict:
         """Store how the trial ended."""

@@ -291,7 +291,6 @@ def main() -> NoReturn:
 def _serve() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the search; its end is noticed below
-    os.nice(NICENESS)
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -299,6 +298,7 @@ def _serve() -> int:
     service = MirrorService(KeeperConfig(**json.loads(source.readline())))
     due = {service.refresh: 0.0, service.watch: 0.0}
     pauses = dict.fromkeys(due, _RETRY_SECONDS)
+    is_nice = False
     while True:
         pause = max(min(due.values()) - time.monotonic(), 0.0)
         if select.select([source], [], [], pause)[0]:
@@ -318,3 +318,6 @@ def _serve() -> int:
             service.forget()
             due[task] = time.monotonic() + pauses[task]
             pauses[task] = min(2 * pauses[task], _LONGEST_RETRY_SECONDS)
+        if not is_nice:  # not before the study's run is in MLflow
+            is_nice = True
+            os.nice(NICENESS)

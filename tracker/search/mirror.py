@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
 from tracker.search.tables import rows, saved
+from tracker.search.trial_run import MODEL
 from tracker.store.client import MlflowStore
 from tracker.store.runs import RunSnapshot, read_run, runs_by_tag_prefix
 from tracker.validation import RUN_TAG
@@ -40,6 +41,7 @@ from tracker.views.files import csv_text, json_text
 _DIGEST = "tracker.mirrored"
 """The tag with a digest of the trials that the tables show."""
 _FILES = ("study.html", "trials.csv", "trials.json", "best.json")
+_LONGEST_TAG = 5000
 _LISTED = 10
 """Trials of a Pareto front in the tags; `best.json` lists all."""
 
@@ -95,9 +97,7 @@ class Mirror:
         unchanged = parent.tags.get(_DIGEST) == _digest(rows(self._study, trials))
         if unchanged and parent.tags.get("best.run") != "":
             return
-        runs = self._runs()
-        self._delete_models(trials, runs)
-        self._log_study(parent, trials, runs, existing=_FILES)
+        self._log_study(existing=_FILES)
 
     def complete(self) -> None:
         """Write everything that is missing; running trials are left to their own processes.
@@ -116,11 +116,9 @@ class Mirror:
             self._store.log_batch(parent.run_id, params=params)
             self.written += 1
         self._complete_trials(parent, trials)
-        runs = self._runs()
-        self._delete_models(trials, runs)
-        self._log_study(parent, trials, runs, existing=self._store.artifacts(parent.run_id))
+        self._log_study(existing=self._store.artifacts(parent.run_id))
         self._log_status(parent)
-        self._register(trials, runs)
+        self._register(self._trials(), self._runs())
 
     # -- trials ----------------------------------------------------------------------------
 
@@ -180,14 +178,19 @@ class Mirror:
             if not models or run.status == "RUNNING":  # its model may be in upload
                 continue
             if not self._store.models.is_registered(run.run_id):
-                self.written += sum(map(self._store.models.delete, models))
+                self.written += sum(self._store.models.delete(each, MODEL) for each in models)
                 self._deleted |= models
 
     def _register(self, trials: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]) -> None:
         """Register the model of the best trial; a refusal leaves everything else in place."""
         study, good = self._study, self._best(trials)
+        if study.register is None:
+            return
         run = runs.get(self._key(good[0])) if len(good) == 1 else None
-        if study.register is None or run is None or not run.models:
+        if run is None or not run.models:
+            if trials and not self._is_active(self._attrs()):
+                why = "the best trial logged no model" if good else "no trial is complete"
+                self.problem = f"register={study.register!r} has registered nothing: {why}"
             return
         tags = {
             "tracker.study": study.name,
@@ -204,15 +207,23 @@ class Mirror:
 
     # -- the study's run -------------------------------------------------------------------
 
-    def _log_study(
+    def _log_study(self, *, existing: Collection[str]) -> None:
+        """Log the files that do not exist or are outdated, and the tags of the best trials."""
+        with self._lock():  # or an older page could replace a newer one
+            parent = self._parent()
+            if parent is None:
+                raise StoreError("the study's run was deleted meanwhile")
+            trials, runs = self._trials(), self._runs()
+            self._delete_models(trials, runs)
+            self._log_files_and_tags(parent, trials, runs, existing)
+
+    def _log_files_and_tags(
         self,
         parent: RunSnapshot,
         trials: Sequence[FrozenTrial],
         runs: Mapping[str, RunSnapshot],
-        *,
-        existing: Sequence[str],
+        existing: Collection[str],
     ) -> None:
-        """Log the files that do not exist or are outdated, and the tags of the best trials."""
         study, good = self._study, self._best(trials)
         table = rows(study, trials)
         tags = {"tracker.study": study.name, _DIGEST: _digest(table), **self._best_tags(good, runs)}
@@ -262,10 +273,11 @@ class Mirror:
         more = f" and {len(good) - _LISTED} more" if len(good) > _LISTED else ""
         params = [trial.params for trial in listed]
         ids = [runs[key].run_id for key in map(self._key, listed) if key in runs]
+        text = json.dumps(params[0] if len(good) == 1 else params)
         return {
             "best.trial": ", ".join(str(trial.number) for trial in listed) + more,
             "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in listed),
-            "best.params": json.dumps(params[0] if len(good) == 1 else params)[:5000],
+            "best.params": text if len(text) <= _LONGEST_TAG else json.dumps("see best.json"),
             "best.run": ", ".join(ids) if len(ids) == len(listed) else "",
         }
 
@@ -321,9 +333,7 @@ class Mirror:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Exclude other mirrors; trials are claimed under another lock and never wait for it."""
-        with self._storage.lock("mirror") as held:
-            if not held:
-                raise StoreError("another process is mirroring a study of this storage.")
+        with self._storage.lock("mirror"):
             yield
 
 

@@ -46,12 +46,11 @@ def reap(storage: Storage, record: Record, dead: Set[str]) -> list[FrozenTrial]:
     Returns:
         The trials, as they were before.
     """
-    with storage.lock():
+    with storage.study_lock(record.key):
         orphans = [
             trial
             for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)
-            if trial.state == TrialState.RUNNING
-            and trial.user_attrs.get(SEARCH) in dead
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(SEARCH) in dead
         ]
         for trial in orphans:
             store_failure(storage.optuna, trial._trial_id, LOST)

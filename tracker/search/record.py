@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,7 +37,15 @@ class Record(StudyConfig):
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], study_id: int) -> Record:
-        """Invert `to_json`."""
+        """Invert `to_json`.
+
+        Raises:
+            StoreError: A newer version stored the study.
+        """
+        if unknown := sorted(stored.keys() - cls.__dataclass_fields__.keys()):
+            raise StoreError(
+                f"study={stored['name']!r} has settings of a newer version: {', '.join(unknown)}."
+            )
         tuples = {name: tuple(stored[name]) for name in ("directions", "metrics")}
         spaces = tuple(map(from_json, stored["spaces"]))
         return cls(**{**stored, **tuples, "spaces": spaces, "study_id": study_id})
@@ -81,6 +89,7 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record
     Raises:
         ArgumentError: It exists and `resume` is False, or its stored settings differ. Nothing has
             changed then.
+        StoreError: Another process holds the storage's lock, or a newer version stored the study.
     """
     with storage.lock():
         try:
@@ -95,6 +104,7 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record
             with quiet():
                 study = optuna.Study(config.name, storage.optuna)
                 study.set_metric_names(list(config.metrics))
+            _check_directions(config, storage.optuna.get_study_directions(study_id))
             record = Record(**_fields(config), key=uuid.uuid4().hex, study_id=study_id)
         elif resume:
             record = _merged(load(storage, config.name), config)
@@ -105,6 +115,15 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record
             )
         storage.optuna.set_study_user_attr(study_id, STUDY, record.to_json())
         return record
+
+
+def _check_directions(config: StudyConfig, directions: Sequence[StudyDirection]) -> None:
+    """Raise ArgumentError if Optuna created an empty study with other directions."""
+    stored = tuple(direction.name.lower() for direction in directions)
+    if stored != config.directions:
+        raise ArgumentError(
+            f"study={config.name!r} has direction={list(stored)}, not {list(config.directions)}."
+        )
 
 
 def _fields(config: StudyConfig) -> dict[str, Any]:

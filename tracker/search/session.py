@@ -6,11 +6,15 @@ send requests over pipes. Several searches, also on several machines, can share 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
+import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -29,11 +33,11 @@ from tracker.search import sampler as samplers
 from tracker.search.best import best_trials
 from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import BEATS, PREFIX, Leases, this_process
-from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, Plan
+from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, Plan, Why
 from tracker.search.reap import LOST, store_failure
 from tracker.search.record import Record
 from tracker.search.space import distributions
-from tracker.search.storage import LOCK_SECONDS, Storage
+from tracker.search.storage import Storage
 from tracker.statuses import Status
 
 QUEUED = 1_000_000
@@ -62,7 +66,7 @@ class _Running:
 
 
 class Search:
-    """Works on a study until it is done. Only `beat` may be called from another thread."""
+    """Works on a study until it is done. It is not thread-safe."""
 
     def __init__(self, storage: Storage, record: Record, *, grace: float) -> None:
         """Prepare a search; `enter` makes it visible to others.
@@ -85,8 +89,6 @@ class Search:
         self._leases = Leases(grace)
         self._running: dict[int, _Running] = {}
         self._hold_until = 0.0
-        self._beats = 0
-        self._next_beat = 0.0
         self._process = this_process()
 
     # -- taking trials -----------------------------------------------------------------------------
@@ -99,27 +101,26 @@ class Search:
             return "wait"
 
     def _claim(self) -> Task | Answer:
-        began = time.monotonic()
-        with self.storage.lock():
+        with self.storage.study_lock(self.record.key):
             trials = self._fail_lost_trials(self.trials())
             slot = self.plan.next_retry(QUEUED)
             if slot is None and (queued := self._queued_trial(trials)) is not None:
                 slot = max([QUEUED - 1, *self.plan.slots]) + 1
                 self._optuna.set_trial_user_attr(queued._trial_id, SLOT, slot)
                 self._optuna.set_trial_user_attr(queued._trial_id, SEARCH, self.id)
-                if not self._optuna.set_trial_state_values(queued._trial_id, TrialState.RUNNING):
+                trial_id = queued._trial_id
+                if not self._optuna.set_trial_state_values(trial_id, TrialState.RUNNING):
                     return "wait"
-                return self._start(queued._trial_id, slot)
-            if slot is None and (slot := self.plan.next_slot()) is None:
-                return "done" if self.plan.is_finished else "wait"
-            trial_id = self._optuna.create_new_trial(self.record.study_id, self._new_trial(slot))
-            # PostgreSQL drops a lock with its connection; elsewhere the holder may be suspended.
-            unsure = (
-                self.storage.kind == "postgresql" or time.monotonic() > began + LOCK_SECONDS / 2
-            )
-            if unsure and self._yields_to_another(trial_id, slot):
-                return "wait"
-            return self._start(trial_id, slot)
+            else:
+                if slot is None and (slot := self.plan.next_slot()) is None:
+                    return "done" if self.plan.is_finished else "wait"
+                new = self._new_trial(slot)
+                trial_id = self._optuna.create_new_trial(self.record.study_id, new)
+                # PostgreSQL drops a lock with its connection.
+                is_unsure = self.storage.kind == "postgresql"
+                if is_unsure and self._yields_to_another(trial_id, slot):
+                    return "wait"
+        return self._start(trial_id, slot)  # a slow sampler does not hold up other searches
 
     def _yields_to_another(self, trial_id: int, slot: int) -> bool:
         """Fail this trial if another search claimed its slot first."""
@@ -173,9 +174,13 @@ class Search:
             if name not in params:
                 try:
                     params[name] = _suggest(trial, name, distribution)
-                except ValueError as error:  # it was enqueued with a value outside the space
-                    ended = Ended.failed("invalid", f"{name} cannot be suggested: {error}")
+                except ValueError as error:
+                    fixed = self._optuna.get_trial(trial_id).system_attrs.get("fixed_params", {})
+                    why: Why = "invalid" if name in fixed else "given up"  # enqueued, or a bug
+                    ended = Ended.failed(why, f"{name} cannot be suggested: {error}")
                     store_failure(self._optuna, trial_id, ended)
+                    if name not in fixed:
+                        raise
                     return "wait"
         task = Task(
             number=trial.number,
@@ -316,6 +321,13 @@ class Search:
             return False
         return True
 
+    def is_best(self, number: int, ended: Ended) -> bool:
+        """Return whether a trial will be the best so far, or on a Pareto front; see `Channel`."""
+        trials = list(self._patiently(self.trials))
+        trials[number] = copy.copy(trials[number])
+        trials[number].state, trials[number].values = TrialState.COMPLETE, ended.values
+        return trials[number] in best_trials(trials, self.record.directions)
+
     def finish(self, number: int, ended: Ended) -> Verdict:
         """Store how a trial ended, waiting for a storage that does not answer.
 
@@ -344,7 +356,7 @@ class Search:
         self.plan.observe(trials)
         best = accepted and trials[number] in best_trials(trials, self.record.directions)
         self.on_end(trials[number], best)
-        return Verdict(accepted=accepted, best=best, retry=not self.plan.resolved(slot))
+        return Verdict(accepted=accepted, retry=not self.plan.resolved(slot))
 
     def _store_end(self, running: _Running, ended: Ended) -> bool:
         """Return whether the trial ended like this, and not because another search failed it."""
@@ -367,19 +379,28 @@ class Search:
         """Show that this search is alive, before it claims a trial."""
         self._patiently(lambda: self._show({"beat": 0}))
 
-    def beat(self, *, force: bool = False) -> None:
-        """Show that this search is alive, if it is time to or `force` is set."""
-        if time.monotonic() < self._next_beat and not force:
-            return
-        self._next_beat = time.monotonic() + self.grace / BEATS
-        self._beats += 1
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show in a block that this search is alive, from a thread: samplers may take minutes."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            for number in itertools.count(1):
+                if ended.wait(self.grace / BEATS):
+                    return
+                try:
+                    self._show({"beat": number})
+                except Exception as error:  # noqa: BLE001 - the trials' requests report it
+                    logger.debug("A beat is missing: %s", error)
+                    self._leases.forget()
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
         try:
-            self._show({"beat": self._beats})
-        except Exception as error:
-            if not self.storage.unreachable(error):
-                raise
-            logger.debug("A beat is missing: %s", error)
-            self._leases.forget()
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def abandon(self, ended: Ended) -> None:
         """End all running trials of this search."""

@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from tracker.redaction import public_uri
 DEFAULT = "journal:///studies.journal"
 LOCK_SECONDS = 10.0
 """How long to wait for a lock. It is held for milliseconds, or by a process that was suspended."""
+_OPTUNA_LOCK_SECONDS = 30.0  # after which Optuna takes a lock file for a dead process's
 
 T = TypeVar("T")
 
@@ -82,6 +83,10 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
             f"{kind}:////PATH for an absolute path."
         )
     return url, kind, Path(name).absolute()
+
+
+class LockedError(StoreError):
+    """Another process has held a lock of the storage for LOCK_SECONDS; it may be suspended."""
 
 
 class Storage:
@@ -161,30 +166,34 @@ class Storage:
             self._lock("search").release()
 
     @contextmanager
-    def lock(self, name: str = "") -> Iterator[bool]:
+    def lock(self, name: str = "tracker") -> Iterator[None]:
         """Hold a lock of this storage. It is released if its holder dies.
-
-        If the holder is suspended for LOCK_SECONDS, acquisition times out: check the yielded value,
-        or afterwards how long it took, as `Search.claim` does.
 
         Args:
             name: Locks of different names are independent.
+
+        Raises:
+            LockedError: Another process does not release it; `patiently` tries again.
         """
         lock = self._lock(name)
-        is_held = lock.take(timeout=LOCK_SECONDS)
+        if not lock.take(timeout=LOCK_SECONDS):
+            raise LockedError(f"storage={public_uri(self.url)!r} is locked by another process.")
         try:
-            yield is_held
+            yield
         finally:
-            if is_held:
-                lock.release()
+            lock.release()
+
+    def study_lock(self, key: str) -> AbstractContextManager[None]:
+        """Hold the lock under which trials of a study are claimed; a file has one for all."""
+        return self.lock("tracker" if self._file is not None else f"study {key}")
 
     def _lock(self, name: str) -> _FileLock | _AdvisoryLock:
         if name not in self._locks:
             if self._file is None:
                 self._locks[name] = _AdvisoryLock(self._connect, name)
             else:
-                suffix = f".{name}.lock" if name else ".lock"
-                self._locks[name] = _FileLock(Path(f"{self._file}{suffix}"))
+                # Not FILE.lock, which is Optuna's.
+                self._locks[name] = _FileLock(Path(f"{self._file}.{name}.lock"))
         return self._locks[name]
 
     def _connect(self) -> Any:
@@ -212,7 +221,9 @@ class Storage:
             backend.engine.dispose()
 
     def unreachable(self, error: BaseException) -> bool:
-        """Whether `error` means that the storage does not answer now, but may later."""
+        """Whether `error` means that the storage cannot be used now, but may be later."""
+        if isinstance(error, LockedError):
+            return True
         if _is_permanent(error):
             return False
         if isinstance(error, StorageInternalError):
@@ -298,14 +309,19 @@ class _AdvisoryLock:
 
 
 class _JournalLock(BaseJournalFileLock):
-    """Locks a journal by the kernel; Optuna's own locks outlive their holder by 30 s.
+    """Locks a journal by the kernel, and by Optuna's lock file against plain Optuna.
 
-    The file itself is locked, as earlier versions do; `Lock` would truncate it.
+    Optuna's lock file outlives a killed process by half a minute. One of ours is recognised by its
+    target, and removed by the next process that has the kernel's lock. That is on the journal
+    itself, as in earlier versions; `Lock` would truncate it.
     """
 
     def __init__(self, file: str) -> None:
         self._file = file
+        folder, name = os.path.split(file)
+        self._link, self._target = f"{file}.lock", os.path.join(folder, ".", name)
         self._descriptor: int | None = None
+        self._is_linked = False
 
     def acquire(self) -> bool:
         """Take the lock, and cut off what a dead process has half written.
@@ -315,15 +331,41 @@ class _JournalLock(BaseJournalFileLock):
         descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if _polled(lambda: _flock(descriptor), LOCK_SECONDS):
+                self._take_link()
                 _cut_half_line(descriptor)
         except BaseException:
+            self._release_link()
             os.close(descriptor)
             raise
         self._descriptor = descriptor
         return True
 
+    def _take_link(self) -> None:
+        with suppress(OSError):
+            if os.readlink(self._link) == self._target:
+                os.unlink(self._link)
+        if not _polled(self._has_linked, _OPTUNA_LOCK_SECONDS):
+            with suppress(FileNotFoundError):  # it has just been released
+                os.unlink(self._link)
+            self._has_linked()
+
+    def _has_linked(self) -> bool:
+        try:
+            os.symlink(self._target, self._link)
+        except FileExistsError:
+            return False
+        self._is_linked = True
+        return True
+
+    def _release_link(self) -> None:
+        if self._is_linked:
+            self._is_linked = False
+            with suppress(FileNotFoundError):
+                os.unlink(self._link)
+
     def release(self) -> None:
         """Release the lock."""
+        self._release_link()
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)

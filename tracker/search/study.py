@@ -227,7 +227,8 @@ class Study:
                 executor = (
                     InProcessExecutor(spec) if workers == 1 else ProcessExecutor(spec, workers)
                 )
-                executor.run(search, interrupts)
+                with search.beating():
+                    executor.run(search, interrupts)
                 if interrupts.count:
                     raise KeyboardInterrupt(interrupts.name)
             ended = Outcome("FINISHED")

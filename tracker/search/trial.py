@@ -211,13 +211,14 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
         error = raised
     ended = trial_ended(error, values)
     trial.log_params()
+    is_complete = ended.state == "COMPLETE"
+    if is_complete and (models == "all" or (models == "best" and _is_best(task, ended, channel))):
+        run.log_pending_model()  # first: this process may die when the study knows the trial
     verdict = channel.finish(task.number, ended)
     if not verdict.accepted:
         ended = Ended.failed("given up", "The trial was abandoned.")
-    if verdict.accepted and ended.state == "COMPLETE":
+    elif is_complete:
         run.log_metrics(objectives(metrics, ended.values or ()))
-        if models == "all" or (models == "best" and verdict.best):
-            run.log_pending_model()
     run.set_tags({"optuna.state": ended.state})
     run.end(Outcome(ended.status, ended.reason), wait=False)
     if not verdict.retry:
@@ -254,6 +255,13 @@ def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> 
         return Ended.failed("interrupted", run.reason)
     is_slots_fault = not isinstance(error, (TrialLostError, ArgumentError, CallOrderError))
     return Ended.failed("failed" if is_slots_fault else "given up", run.reason)
+
+
+def _is_best(task: Task, ended: Ended, channel: Channel) -> bool:
+    try:
+        return channel.is_best(task.number, ended)
+    except TrialLostError:  # `finish` will be told so
+        return False
 
 
 def _stops_the_study(error: BaseException) -> bool:
@@ -293,7 +301,7 @@ class _ReplayChannel(Channel):
             return self._params[name]
         if verb == "finish":
             _, self.ended = arguments
-            return Verdict(accepted=True, best=True)
+            return Verdict(accepted=True)
         return None  # nothing is stored, and no trial pruned
 
 

@@ -21,6 +21,9 @@ from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tracker.views.files import json_text, write_atomically
 
+MODEL = "model"
+"""The name of the model that the study keeps or deletes."""
+
 
 class TrialRun(Run):
     """A run whose checkpoints stay on disk, and whose model is logged only after the verdict."""
@@ -60,20 +63,22 @@ class TrialRun(Run):
         self,
         network: nn.Module,
         example: Tensor | None,
-        name: str = "model",
+        name: str = MODEL,
         step: int = 0,
         **more: Any,
     ) -> bool:
         """Log `network` when the objective has returned, if the study keeps the trial's model."""
-        if name != "model":
+        if name != MODEL:
             return super().log_model(network, example, name, step, **more)
         self._log_pending_model = partial(super().log_model, network, example, name, step, **more)
         return True
 
     def log_pending_model(self) -> None:
-        """Log the model of the last `log_model`, if there was one."""
-        if self._log_pending_model is not None:
-            self._log_pending_model()
+        """Log the model of the last `log_model`, if there was one; return when it is on disk."""
+        pending, self._log_pending_model = self._log_pending_model, None
+        if pending is not None:
+            pending()
+            self._journal.flush(_DISK_SECONDS)
 
     def log_checkpoint(self, step: int, **states: Any) -> bool:
         """Save a checkpoint for the next attempt at the trial."""
@@ -90,6 +95,9 @@ class TrialRun(Run):
     def delete_checkpoint(self, step: int) -> None:
         """Delete the checkpoint of a step."""
         shutil.rmtree(self._folder / f"{step:08d}", ignore_errors=True)
+
+
+_DISK_SECONDS = 10.0
 
 
 def _load_resume_state(folder: Path) -> ResumeState | None:

@@ -126,7 +126,7 @@ def add(storage: Storage, record: Record, trials: Iterable[FrozenTrial]) -> None
         record: The study.
         trials: The result of `Source.trials`.
     """
-    with storage.lock():
+    with storage.study_lock(record.key):
         present = {
             trial.user_attrs.get(SOURCE)
             for trial in storage.optuna.get_all_trials(record.study_id, deepcopy=False)

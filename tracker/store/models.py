@@ -141,14 +141,20 @@ class ModelStore:
             f"MLflow could not find the model 'runs:/{run_id}/{name}': the run has no such model."
         )
 
-    def delete(self, model_id: str) -> bool:
-        """Delete a logged model and its files; return whether it still existed."""
+    def delete(self, model_id: str, name: str) -> bool:
+        """Delete a logged model and its files, if this library logged it under `name`.
+
+        Returns:
+            Whether there was such a model.
+        """
         with translated(f"delete the model {model_id}"):
             try:
                 model = self._client.get_logged_model(model_id)
             except MlflowException as error:  # a run keeps naming its deleted models
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+                return False
+            if model.name != name or RECORD_TAG not in model.tags:
                 return False
             location = model.artifact_location
             get_artifact_repository(location, self._tracking_uri).delete_artifacts()

@@ -50,9 +50,9 @@ class Executor(Protocol):
     def run(self, search: Search, interrupts: Interrupts) -> None:
         """Run trials until the study is done, or interrupted.
 
-        An implementation takes trials with `search.claim()`, calls `run_trial` for each with a
-        `Channel` to the search, and calls `search.beat()` at least six times per grace period.
-        `search.finish()` must be called for a trial that ends without doing so itself.
+        An implementation takes trials with `search.claim()` and calls `run_trial` for each with a
+        `Channel` to the search. It must call `search.finish()` for a trial that ends without doing
+        so itself.
 
         Args:
             search: Where trials come from. It is not thread-safe.

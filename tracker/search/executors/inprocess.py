@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +10,6 @@ from tracker.delivery.base import open_delivery
 from tracker.search.channel import Channel
 from tracker.search.executors.base import TrialSpec
 from tracker.search.interrupts import Interrupts
-from tracker.search.leases import BEATS
 from tracker.search.session import Search
 from tracker.search.trial import Trial, run_trial
 
@@ -36,12 +32,11 @@ class InProcessExecutor:
 
         spec = replace(self._spec, objective=objective)
         channel = _DirectChannel(search, interrupts)
-        with _beating(search):
-            while not interrupts.count and (task := search.claim()) != "done":
-                if task == "wait":
-                    time.sleep(_WAIT_SECONDS)
-                else:
-                    run_trial(task, spec, channel, self._delivery)
+        while not interrupts.count and (task := search.claim()) != "done":
+            if task == "wait":
+                time.sleep(_WAIT_SECONDS)
+            else:
+                run_trial(task, spec, channel, self._delivery)
 
     def settle(self, timeout: float) -> bool:
         """Wait until the runs are delivered; return whether they all are."""
@@ -60,21 +55,3 @@ class _DirectChannel(Channel):
     def request(self, verb: str, *arguments: Any) -> Any:
         with self._interrupts.shield():
             return getattr(self._search, verb)(*arguments)
-
-
-@contextmanager
-def _beating(search: Search) -> Iterator[None]:
-    """Send heartbeats from a thread, because an objective may take hours."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(search.grace / BEATS):
-            search.beat(force=True)
-
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -54,11 +56,17 @@ def check_picklable(objective: Any) -> None:
     """
     try:
         pickle.dumps(objective)
+        if getattr(objective, "__module__", "") == "__main__" and not _has_file("__main__"):
+            raise TypeError("it is defined in a notebook or at a prompt")
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ArgumentError(
             f"objective={objective!r} cannot run in another process ({error}); with more than one "
             "worker it must be a function at the top level of a module."
         ) from error
+
+
+def _has_file(module: str) -> bool:
+    return getattr(sys.modules[module], "__file__", None) is not None
 
 
 # -- the side of the search ------------------------------------------------------------------------
@@ -152,7 +160,7 @@ class ProcessExecutor:
             _CONTEXT.set_forkserver_preload(_PRELOADED)
             with block_signals(signal.SIGINT):  # its workers inherit that, and unblock it
                 forkserver.ensure_running()
-        threads = max(1, (os.cpu_count() or 1) // self._count)
+        threads = max(1, _cores() // self._count)
         for _ in range(missing):
             ours, theirs = _CONTEXT.Pipe()
             arguments = theirs, self._spec, threads, dict(os.environ)
@@ -166,7 +174,6 @@ class ProcessExecutor:
         ready = wait([worker.connection for worker in self._workers], _POLL_SECONDS)
         for worker in [worker for worker in self._workers if worker.connection in ready]:
             self._handle_message(worker, search)
-        search.beat()
 
     def _handle_message(self, worker: _Worker, search: Search) -> None:
         try:
@@ -255,6 +262,17 @@ class ProcessExecutor:
             self._handle_messages(search)
             while self._idle:
                 self._idle.pop().stop()
+
+
+def _cores() -> int:
+    """How many cores this process may use, by its affinity and its container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no control groups, or no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def _answer(worker: _Worker, search: Search, verb: str, *arguments: Any) -> None:
