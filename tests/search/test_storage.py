@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,12 +25,14 @@ import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 
 import tracker
 from tests.postgres import PostgresServer, free_port
 from tracker.errors import ArgumentError, StoreError
-from tracker.search.storage import DEFAULT, Storage, parse, quiet
+from tracker.search.storage import DEFAULT, LockedError, Storage, parse, quiet
 
 PROJECT = Path(tracker.__file__).parents[1]
 KINDS = ["journal", "sqlite", "postgresql"]
@@ -380,14 +383,29 @@ def test_an_error_releases_the_lock(url: str) -> None:
             pass
 
 
-def test_waiting_for_a_suspended_holder_times_out(
+def test_the_lock_of_a_suspended_holder_is_waited_for_and_never_ignored(
     url: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with elsewhere(url, HOLDS) as other, opened_while_locked(url, other) as storage:
         other.send_signal(signal.SIGSTOP)
         monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 0.1)
-        with storage.lock():
-            assert not (workdir / "released").exists()
+
+        def take() -> bool:
+            with storage.lock():
+                return (workdir / "released").exists()
+
+        def resume() -> None:
+            other.send_signal(signal.SIGCONT)
+            assert other.stdin
+            other.stdin.write("\n")
+            other.stdin.flush()
+            monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 100.0)
+
+        with pytest.raises(LockedError, match="is locked by another process"):
+            take()
+        outage = Outage(take, resume)
+        assert storage.patiently(outage)
+        assert outage.failures == 1
 
 
 # -- SQLite allows one search ----------------------------------------------------------------------
@@ -526,6 +544,45 @@ def test_a_killed_writer_does_not_delay_the_next_one(workdir: Path) -> None:
         with opened("journal:///journal") as storage:
             storage.optuna.create_new_study(MINIMIZE, "ours")
             assert names(storage) == ["ours", "theirs"]
+
+
+# -- beside plain Optuna ---------------------------------------------------------------------------
+
+
+def test_appends_exclude_those_of_plain_optuna(workdir: Path) -> None:
+    theirs = JournalFileSymlinkLock(str(workdir / "journal"))
+    with opened("journal:///journal") as storage:
+        theirs.acquire()
+        ours = threading.Thread(target=storage.optuna.create_new_study, args=(MINIMIZE, "ours"))
+        ours.start()
+        ours.join(0.3)
+        assert ours.is_alive()
+        theirs.release()
+        ours.join()
+        assert names(storage) == ["ours"]
+        theirs.acquire()  # it is free again
+        theirs.release()
+
+
+def test_the_lock_of_a_study_does_not_hold_up_plain_optuna(workdir: Path) -> None:
+    with opened("journal:///journal") as storage, storage.lock():
+        theirs = JournalStorage(JournalFileBackend(str(workdir / "journal")))
+        theirs.create_new_study(MINIMIZE, "theirs")
+        assert names(storage) == ["theirs"]
+
+
+def test_a_lock_file_that_a_killed_process_left_is_removed(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("journal:///journal") as storage:
+        lock = workdir / "journal.lock"
+        lock.symlink_to(f"{workdir}/./journal")  # as this library makes it
+        storage.optuna.create_new_study(MINIMIZE, "ours")
+        monkeypatch.setattr("tracker.search.storage._OPTUNA_LOCK_SECONDS", 0.1)
+        lock.symlink_to(workdir / "journal")  # as Optuna makes it
+        storage.optuna.create_new_study(MINIMIZE, "later")
+        assert names(storage) == ["later", "ours"]
+        assert not os.path.lexists(lock)
 
 
 # -- patience --------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlflow.pytorch
@@ -19,14 +22,17 @@ import pytest
 import torch
 from mlflow.entities import Run as MlflowRun
 from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from torch import nn
 
 from tests.helpers import Store
 from tracker import ArgumentError, RunBuilder, StoreError, Study, Trial, start_run
 from tracker.cli import main
+from tracker.search.channel import Ended, Verdict
 from tracker.search.cli import mirror_study
-from tracker.search.record import load
+from tracker.search.record import STUDY, load
+from tracker.search.session import Search
 from tracker.search.storage import Storage
 
 SPACE = {"lr": [0.1, 0.01], "size": [16, 32], "shuffle": [True, False]}
@@ -483,6 +489,54 @@ def test_only_the_best_model_is_kept_and_registered_with_its_origin(store: Store
     assert loaded(torch.ones(2, 4)).shape == (2, 1)
 
 
+def test_models_that_the_objective_logs_itself_are_kept(store: Store) -> None:
+    def objective(trial: Trial) -> float:
+        network = nn.Linear(2, 1)
+        for name in ("model", "mine"):
+            assert trial.run.log_model(network, torch.ones(2, 2), name)
+        return float(trial.params["x"])
+
+    make(objective, space={"x": [2, 1, 3]}, sampler="grid").run()
+    parent, children = family(store)
+    models = store.client.search_logged_models([parent.info.experiment_id])
+    logged = Counter(model.name for model in models)
+    assert logged == {"mine": 3, "model": 1}
+    (best,) = [model for model in models if model.name == "model"]
+    assert best.source_run_id == children[1].info.run_id
+
+
+def test_the_best_model_is_on_disk_before_the_study_knows_the_trial(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = []
+    finish = Search.finish
+
+    def watched(search: Search, number: int, ended: Ended) -> Verdict:
+        (file,) = Path(".tracker").glob("*/journal.sqlite")
+        with closing(sqlite3.connect(file)) as db:
+            (count,) = db.execute("SELECT count(*) FROM records WHERE kind = 'model'").fetchone()
+        logged.append(count)
+        return finish(search, number, ended)
+
+    monkeypatch.setattr(Search, "finish", watched)
+    make(training, space={"lr": [0.1, 0.0001]}, sampler="grid").run()
+    assert logged == [1, 0]  # the second is worse
+
+
+def test_a_study_that_registers_nothing_says_why(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(register="tiny").run()
+    assert "register='tiny' has registered nothing: the best trial logged no model" in caplog.text
+
+
+def test_many_hyperparameters_leave_a_tag_that_is_json(store: Store) -> None:
+    space = {f"name_{number}": ["x" * 100] for number in range(60)}
+    make(lambda trial: 1.0, space=space, sampler="grid").run()
+    parent, _ = family(store)
+    assert json.loads(parent.data.tags["best.params"]) == "see best.json"
+
+
 def test_a_registered_model_is_kept_when_a_better_one_follows(store: Store) -> None:
     for rates in ([0.00001], [0.00001, 0.1]):
         make(training, space={"lr": rates}, sampler="grid", register="tiny").run(resume=True)
@@ -789,6 +843,62 @@ def test_a_value_of_the_space_must_lie_in_the_suggested_range(tracking_uri: str)
     study = Study("study", narrower, space={"x": [0.1]}, sampler="grid")
     with pytest.raises(ArgumentError, match=r"'x' is already 0\.1, which is not in Float"):
         study.run()
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_an_empty_study_of_plain_optuna_keeps_its_direction(
+    direction: str, tracking_uri: str
+) -> None:
+    with closing(Storage()) as storage:
+        storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "study")
+    if direction == "maximize":
+        assert make(direction=direction).run().best_value == 3.2
+    else:
+        with pytest.raises(
+            ArgumentError, match=r"has direction=.*, not .*minimize"
+        ):
+            make(direction=direction).run()
+
+
+def test_a_study_with_settings_of_a_newer_version_is_refused(tracking_uri: str) -> None:
+    make().run()
+    with closing(Storage()) as storage:
+        study_id = load(storage, "study").study_id
+        stored = storage.optuna.get_study_user_attrs(study_id)[STUDY]
+        storage.optuna.set_study_user_attr(study_id, STUDY, {**stored, "novelty": 1})
+    with pytest.raises(StoreError, match="'study' has settings of a newer version: novelty"):
+        make().run(resume=True)
+
+
+class Broken(optuna.samplers.RandomSampler):
+    def sample_independent(self, *arguments: Any) -> Any:
+        raise ValueError("this sampler is broken")
+
+
+def test_an_error_of_the_sampler_ends_the_study_and_costs_no_slot(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"x": FloatDistribution(0.0, 1.0)}
+    study = Study("study", lambda t: float(t.params["x"]), space=space, sampler="random", trials=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("tracker.search.sampler.sampler", lambda *_, **__: Broken())
+        with pytest.raises(ValueError, match="this sampler is broken"):
+            study.run()
+    assert family(store)[0].info.status == "FAILED"
+    states = Counter(trial.state for trial in study.run(resume=True).trials)
+    assert states == {TrialState.FAIL: 1, TrialState.COMPLETE: 3}
+    assert family(store)[0].info.status == "FINISHED"
+
+
+def test_an_objective_of_a_notebook_is_refused_for_several_workers_at_once(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = ModuleType("__main__")
+    exec("def objective(trial): return 1.0", notebook.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    with pytest.raises(ArgumentError, match="it is defined in a notebook or at a prompt"):
+        make(notebook.objective).run(workers=2)
+    assert not Path("studies.journal").exists()
 
 
 def test_an_unusable_store_creates_no_study(workdir: Path) -> None:
