@@ -31,6 +31,7 @@ from optuna.study import StudyDirection
 
 import tracker
 from tests.postgres import PostgresServer, free_port
+from tests.programs import ForkServer
 from tracker.errors import ArgumentError, StoreError
 from tracker.search.storage import DEFAULT, LockedError, Storage, parse, quiet
 
@@ -257,7 +258,7 @@ except TrackerError as error:
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "resumed"])
 def test_a_read_only_storage_is_reported_in_one_line(
-    kind: str, exists: bool, workdir: Path
+    kind: str, exists: bool, workdir: Path, deliverers: ForkServer
 ) -> None:
     with TemporaryDirectory() as folder:
         url = f"{kind}:///{folder}/studies"
@@ -268,17 +269,10 @@ def test_a_read_only_storage_is_reported_in_one_line(
             )
             study.run()
         os.chmod(folder, 0o555)
-        done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, url],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=600,
-            env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:////tmp/{uuid.uuid4().hex}.db"},
-        )
+        uri = f"sqlite:////tmp/{uuid.uuid4().hex}.db"
+        done = deliverers.run(READ_ONLY, url, folder=PROJECT, MLFLOW_TRACKING_URI=uri)
         os.chmod(folder, 0o755)
-    assert done.stderr == ""
+    assert (done.code, done.stderr) == (0, "")
     assert done.stdout.startswith(f"storage={url!r} cannot be ")
     assert done.stdout.count("\n") == 1
 

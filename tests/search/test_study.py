@@ -854,9 +854,7 @@ def test_an_empty_study_of_plain_optuna_keeps_its_direction(
     if direction == "maximize":
         assert make(direction=direction).run().best_value == 3.2
     else:
-        with pytest.raises(
-            ArgumentError, match=r"has direction=.*, not .*minimize"
-        ):
+        with pytest.raises(ArgumentError, match=r"has direction=.*, not .*minimize"):
             make(direction=direction).run()
 
 

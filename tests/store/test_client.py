@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import http.server
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +13,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from tests.helpers import Store
+from tests.programs import ForkServer
 from tracker import StoreError, start_run
 from tracker.cli import main
 from tracker.store.client import MlflowStore
@@ -140,17 +138,13 @@ def test_a_relative_uri_keeps_its_place_when_the_program_changes_its_directory(
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_processes_can_create_one_sqlite_store_at_the_same_time(tmp_path: Path) -> None:
+def test_processes_can_create_one_sqlite_store_at_the_same_time(
+    tmp_path: Path, deliverers: ForkServer
+) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     program = f"from tracker import start_run\nwith start_run(tracking_uri={uri!r}): pass"
-    # Torch is not tested here: with one thread each, three processes are quick on two cores.
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        for _ in range(3)
-    ]
-    assert [process.wait(timeout=250) for process in started] == [0, 0, 0]
+    started = [deliverers.start(program) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
     assert [run.info.status for run in Store(uri).runs()] == ["FINISHED"] * 3
 
 
@@ -207,17 +201,14 @@ def test_a_store_that_fails_during_training_stops_nothing_and_sync_delivers_the_
 
     (tmp_path / "away.db").replace(database)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the journal names its store
-    code = subprocess.run(
-        [sys.executable, "-m", "tracker.cli", "sync", str(journal)], check=False
-    ).returncode
-    assert code == 0
+    assert main(["sync", str(journal)]) == 0
     assert store.history(store.run(), "loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert store.run().info.status == "FINISHED"
     assert not journal.exists()
 
 
 def test_sync_gives_the_run_of_a_killed_process_its_correct_status(
-    store: Store, tmp_path: Path
+    store: Store, tmp_path: Path, deliverers: ForkServer
 ) -> None:
     program = (
         "import os, signal\nfrom tracker import start_run\nrun = start_run()\n"
@@ -225,7 +216,7 @@ def test_sync_gives_the_run_of_a_killed_process_its_correct_status(
         "import threading; from tracker.journal.writer import FLUSH_SECONDS\n"
         "threading.Event().wait(5 * FLUSH_SECONDS); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", program], check=False, timeout=120)
+    deliverers.run(program)
     assert store.run().info.status == "RUNNING"
     (journal,) = (tmp_path / ".tracker").iterdir()
     wrong = f"sqlite:///{tmp_path / 'wrong.db'}"

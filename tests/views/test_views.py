@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from models import FashionCNN
 from tests.helpers import Store, train_epoch
+from tests.programs import ForkServer
 from tracker import ArgumentError, RunBuilder, RunManager, load_histograms
 from tracker.views.base import View, Views
 
@@ -51,10 +52,11 @@ manager.end_run()
 """
 
 
-def test_nothing_is_printed_without_a_terminal_or_a_notebook(store: Store) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
-    assert done.stdout == b""
-    assert done.stderr == b""
+def test_nothing_is_printed_without_a_terminal_or_a_notebook(
+    store: Store, deliverers: ForkServer
+) -> None:
+    done = deliverers.run(PROGRAM)
+    assert (done.code, done.output()) == (0, "")
     assert store.run().info.status == "FINISHED"
 
 
@@ -155,21 +157,12 @@ def test_two_runs_with_the_same_params_have_separate_tensorboard_folders(
     }
 
 
-def test_the_error_without_tensorboard_says_what_to_install() -> None:
-    program = (
-        "import sys; sys.modules['tensorboard'] = None\n"
-        "from tracker import RunManager, ArgumentError\n"
-        "try:\n    RunManager(tensorboard='runs')\n"
-        "except ArgumentError as error:\n    print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == (
-        "tensorboard='runs' needs the package tensorboard: "
-        "pip install mlflow-runmanager[tensorboard].\n"
-    )
-    assert issubclass(ArgumentError, ValueError)
+def test_the_error_without_tensorboard_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ArgumentError, match="needs the package tensorboard: pip install "):
+        RunManager(tensorboard="runs")
 
 
 # -- a view that fails -------------------------------------------------------------------------
