@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -24,22 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from tests.programs import wait_for
+
 Behaviour = Literal["pass", "refuse", "hang", "error", "slow", "lose"]
 
 HOST = "127.0.0.1"
 SLOW_SECONDS = 0.5
-_START_SECONDS = 120.0
-_POLL_SECONDS = 0.02
 _HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    """Wait until `condition` holds; raise TimeoutError, naming `what`, if it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(_POLL_SECONDS)
 
 
 def free_port() -> int:
@@ -84,7 +74,7 @@ class TrackingServer:
                 start_new_session=True,  # so that its worker ends with it
             )
         try:
-            wait_until(self._answers, "the server answers", _START_SECONDS)
+            wait_for(self._answers, "the server's first answer")
         except BaseException:
             self.kill()
             raise

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import Store
-from tests.programs import ForkServer
+from tests.programs import ForkServer, wait_for
 
 BEGIN = """
 import os, signal, sys, threading
@@ -90,14 +89,16 @@ def test_sigterm_ends_a_training_as_killed(store: Store, tmp_path: Path) -> None
         env=os.environ | {"PYTHONPATH": str(root), "TRACKER_INLINE": "0"},
         stderr=subprocess.PIPE,
     )
-    while not any(run.data.metrics for run in store.runs()):
+
+    def has_logged() -> bool:
         assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.1)
+        return any(run.data.metrics for run in store.runs())
+
+    wait_for(has_logged, "the first metrics")
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=240)
     assert process.returncode == -signal.SIGTERM
-    while list((tmp_path / ".tracker").iterdir()):  # the uploader continues until all is delivered
-        time.sleep(0.1)
+    wait_for(lambda: not list((tmp_path / ".tracker").iterdir()), "the delivery of everything")
     assert store.run().info.status == "KILLED"
     assert "was stopped by SIGTERM" in store.run().data.tags["tracker.failure"]
     assert b"Traceback" not in error

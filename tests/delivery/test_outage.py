@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 from mlflow.entities import Run as MlflowRun
 
-from tests.faults import SLOW_SECONDS, FaultyProxy, TrackingServer, wait_until
+from tests.faults import FaultyProxy, TrackingServer
 from tests.helpers import Store
+from tests.programs import wait_for
 from tracker.cli import main
 from tracker.delivery.background import WARN_SECONDS
 from tracker.journal.reader import Journal
@@ -168,7 +169,7 @@ class Trainer:
                 problem = journal.problem
                 return problem is not None and time.time() > problem.since + lasting
 
-            wait_until(has_lasted, "the uploader has met the fault")
+            wait_for(has_lasted, "the uploader to meet the fault")
             problem = journal.problem
             assert problem is not None
             return problem.text
@@ -295,7 +296,7 @@ def test_the_proxy_misbehaves_as_requested(proxy: FaultyProxy) -> None:
             answered = proxy.answered
             change = threading.Thread(
                 target=lambda: (
-                    wait_until(lambda: proxy.met["hang"], "the request is taken"),
+                    wait_for(lambda: proxy.met["hang"], "the request to be taken"),
                     proxy.behave("pass"),
                 )
             )
@@ -370,7 +371,7 @@ def test_training_continues_through_every_fault(
             lasting = {"refuse": 0, "hang": WARN_SECONDS + 2}.get(fault, 0)
             assert trainer.wait_for_problem(lasting)
             if fault == "refuse":
-                wait_until(lambda: trainer.warnings, "the user is warned")
+                wait_for(lambda: trainer.warnings, "the warning")
             trainer.steps(50)
             assert proxy.answered == answered
             if fault == "killed":
@@ -452,7 +453,7 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     proxy.behind = tracking_server.port
     proxy.behave("slow")  # so that it can be stopped in the middle
     sync = tracker("sync", journal)
-    wait_until(lambda: proxy.met["slow"] > 20, "it has begun to deliver", 60 + 20 * SLOW_SECONDS)
+    wait_for(lambda: proxy.met["slow"] > 20, "20 slow requests")
     sync.send_signal(signal.SIGINT)
     _, err = sync.communicate()
     assert sync.returncode == 130

@@ -76,21 +76,14 @@ def trials(url: str = JOURNAL) -> list[FrozenTrial]:
     return []
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until `condition` holds, looking ten times a second."""
+def wait_for_reports(count: int, url: str = JOURNAL) -> None:
+    """Wait until `count` trials are running and have reported."""
 
-    def patient() -> object:
-        time.sleep(0.1)
-        return condition()
+    def are_reporting() -> bool:
+        running = [trial for trial in trials(url) if trial.state == TrialState.RUNNING]
+        return sum(trial.last_step is not None for trial in running) == count
 
-    wait_for(patient, "a condition of the test")
-
-
-def reporting(count: int, url: str = JOURNAL) -> Callable[[], bool]:
-    """Whether `count` trials are running and have reported."""
-    return lambda: (
-        sum(t.state == TrialState.RUNNING and t.last_step is not None for t in trials(url)) == count
-    )
+    wait_for(are_reporting, f"reports of {count} trials")
 
 
 def states(found: Sequence[FrozenTrial]) -> Counter[str]:
@@ -130,12 +123,12 @@ def finish(search: Search, store: Store, url: str = JOURNAL) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_study_leaves_nothing_running(workers: int, search: Search, store: Store) -> None:
     program = search(workers=workers)
-    wait_until(reporting(workers))
-    wait_until(lambda: bool(store.runs()))
+    wait_for_reports(workers)
+    wait_for(lambda: bool(store.runs()), "the study's run")
     os.kill(program.pid, signal.SIGKILL)
     program.wait()
-    wait_until(lambda: states(trials()) == Counter(FAIL=workers))
-    wait_until(lambda: statuses(store) == ("FAILED", Counter(FAILED=workers)))
+    wait_for(lambda: states(trials()) == Counter(FAIL=workers), "the trials' failure")
+    wait_for(lambda: statuses(store) == ("FAILED", Counter(FAILED=workers)), "the runs' failure")
     finish(search, store)
 
 
@@ -146,7 +139,7 @@ def test_ctrl_c_or_sigterm_ends_the_running_trials_as_interrupted(
     workers: int, number: signal.Signals, search: Search, store: Store
 ) -> None:
     program = search(workers=workers)
-    wait_until(reporting(workers))
+    wait_for_reports(workers)
     os.kill(program.pid, number)
     assert program.wait() != 0
     reasons = [trial.user_attrs["tracker:ended"]["why"] for trial in trials()]
@@ -157,7 +150,7 @@ def test_ctrl_c_or_sigterm_ends_the_running_trials_as_interrupted(
 
 def test_a_second_ctrl_c_ends_trials_that_do_not_react(search: Search, store: Store) -> None:
     program = search(workers=2)
-    wait_until(reporting(2))
+    wait_for_reports(2)
     for worker in workers_of(program):
         worker.suspend()
     os.kill(program.pid, signal.SIGINT)
@@ -176,7 +169,9 @@ def test_a_signal_to_the_terminal_is_handled_by_the_search_while_its_processes_s
     number: signal.Signals, search: Search, store: Store
 ) -> None:
     program = search(workers=2)
-    wait_until(lambda: program.children("keeper") and workers_of(program))
+    wait_for(
+        lambda: program.children("keeper") and workers_of(program), "the keeper and the workers"
+    )
     os.killpg(program.pid, number)
     assert program.wait() != 0
     assert program.output().count("Traceback") == 1  # the search's own
@@ -188,11 +183,11 @@ def test_a_worker_that_was_suspended_too_long_loses_its_trial_and_continues(
     search: Search, store: Store
 ) -> None:
     program = search(workers=2, grace=3.0)
-    wait_until(reporting(2))
+    wait_for_reports(2)
     late = workers_of(program)[0]
     late.suspend()
-    wait_until(lambda: states(trials())["FAIL"])
-    wait_until(reporting(2))  # a new worker has taken its place
+    wait_for(lambda: states(trials())["FAIL"], "a failed trial")
+    wait_for_reports(2)  # a new worker has taken its place
     late.resume()
     Path("go").touch()
     assert program.wait() == 0
@@ -202,10 +197,10 @@ def test_a_worker_that_was_suspended_too_long_loses_its_trial_and_continues(
 
 def test_a_search_that_was_suspended_too_long_loses_its_trial(search: Search, store: Store) -> None:
     late = search(grace=3.0)
-    wait_until(reporting(1))
+    wait_for_reports(1)
     psutil.Process(late.pid).suspend()
     other = search(grace=3.0)
-    wait_until(lambda: states(trials())["FAIL"])
+    wait_for(lambda: states(trials())["FAIL"], "a failed trial")
     psutil.Process(late.pid).resume()
     Path("go").touch()
     assert [other.wait(), late.wait()] == [0, 0]
@@ -234,7 +229,7 @@ def test_a_database_outage_costs_no_trial(
     search: Search, store: Store, database: str, postgres: PostgresServer
 ) -> None:
     program = search(database, workers=2)
-    wait_until(reporting(2, database))
+    wait_for_reports(2, database)
     postgres.stop("immediate")
     Path("go0").touch()  # one trial ends during the outage
     time.sleep(10.0)
@@ -250,8 +245,8 @@ def test_reap_fails_the_trials_of_a_lost_machine(
     search: Search, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = search(workers=2, grace=3.0)
-    wait_until(reporting(2))
-    wait_until(lambda: statuses(store)[1] == Counter(RUNNING=2))
+    wait_for_reports(2)
+    wait_for(lambda: statuses(store)[1] == Counter(RUNNING=2), "two RUNNING runs")
     program.kill_all()
     with closing(Storage(JOURNAL)) as storage:
         record = load(storage, "study")
@@ -270,7 +265,7 @@ def test_reap_fails_the_trials_of_a_lost_machine(
 
 def test_reap_leaves_a_living_search_alone(search: Search, store: Store) -> None:
     program = search(grace=6.0)
-    wait_until(reporting(1))
+    wait_for_reports(1)
     with closing(Storage(JOURNAL)) as storage:
         assert reap_study(storage, load(storage, "study"), grace=0.5) == []
     Path("go").touch()

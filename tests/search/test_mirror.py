@@ -24,6 +24,7 @@ from mlflow.entities import Run as MlflowRun
 from torch import nn
 
 from tests.helpers import Store
+from tests.programs import wait_for
 from tracker import StoreError, Study, Trial
 from tracker.cli import main
 from tracker.delivery.base import leave_all
@@ -431,10 +432,7 @@ def test_a_keeper_that_died_is_replaced_at_the_end(store: Store) -> None:
     others = psutil.Process().children()
     keeper = KeeperProcess(config(store.uri))
     (process,) = [child for child in psutil.Process().children() if child not in others]
-    deadline = time.monotonic() + 60.0
-    while family(store)[0].info.status != "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: family(store)[0].info.status == "RUNNING", "the study's run to be RUNNING")
     process.kill()
     process.wait()
     assert keeper.finish(settled=True) is None
