@@ -179,7 +179,9 @@ def refuse_unused(
     """
     for name in given:
         if name in unused:
-            parser.error(f"argument {option(name)}: it has no effect with the other arguments")
+            parser.error(
+                f"argument {option(name)}: it has no effect together with the other options"
+            )
 
 
 def default_value(parameter: Parameter) -> str:

@@ -111,7 +111,7 @@ def _check_same(task: training.Task, seed: int, logged: Mapping[str, str]) -> No
         if before != str(current):
             raise ArgumentError(
                 f"{name}={current!r} differs from the run to resume, which has {before!r}; "
-                "repeat its options."
+                "repeat the options of that run."
             )
 
 

@@ -92,7 +92,7 @@ class Onnx:
 
     def missing(self) -> str | None:  # noqa: D102
         names = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-        install = "pip install 'mlflow-runmanager[onnx]'"
+        install = 'pip install ".[onnx]" in the clone'
         return f"{' and '.join(names)}: {install}" if names else None
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102

@@ -354,7 +354,8 @@ def test_a_schedule_needs_a_length_and_two_steps(
         (["--model", "fashion-mlp"], "model='fashion-mlp' differs from the run to resume"),
         (
             ["--lr", "0.01"],
-            "lr=0.01 differs from the run to resume, which has '0.005'; repeat its options.",
+            "lr=0.01 differs from the run to resume, which has '0.005'; repeat the options of that "
+            "run.",
         ),
         (["--seed", "1"], "seed=1 differs from the run to resume, which has '3'"),
     ],
@@ -413,7 +414,10 @@ def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
             "layer 'a' is not a convolution of the network",
         ),
         (["--model", "style-transfer", "--register", "x"], "style-transfer does not make a model."),
-        (["--model", "transfer", "--thaw", "0,1"], "argument --thaw: it has no effect with"),
+        (
+            ["--model", "transfer", "--thaw", "0,1"],
+            "argument --thaw: it has no effect together with",
+        ),
         (
             ["--model", "sentiment-lstm", "--dropout", "0:0.5:log"],
             "'0:0.5:log' is not allowed; LOW must be above 0 for log",

@@ -354,7 +354,8 @@ def test_cmaes_rejects_several_objectives() -> None:
     with pytest.raises(ArgumentError) as caught:
         sampler("cmaes", 0, 0, several=True)
     assert (
-        str(caught.value) == "sampler='cmaes' supports one objective; tpe and gp support several."
+        str(caught.value)
+        == "sampler='cmaes' supports one objective only; all other samplers support several."
     )
 
 

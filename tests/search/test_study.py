@@ -778,7 +778,7 @@ def test_a_password_appears_in_no_message_and_no_store(database: str, store: Sto
         ({"register": "a", "models": "none"}, "register='a' needs one best model; models='none'"),
         (
             {"register": "a", "direction": ["minimize"] * 2, "metric": ["a", "b"]},
-            "register='a' needs one best model; it has several",
+            "register='a' needs one best model; with several objectives there is none",
         ),
         ({"grace_seconds": 0}, "grace_seconds=0 is not allowed; it must be above 0"),
     ],

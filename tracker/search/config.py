@@ -125,7 +125,9 @@ class StudyConfig:
                 f"register={self.register!r} is not allowed; it must be a name without / : and '."
             )
         if self.models == "none" or self.is_multi_objective:
-            why = "it has several" if self.is_multi_objective else "models='none' keeps none"
+            why = "models='none' keeps none"
+            if self.is_multi_objective:
+                why = "with several objectives there is none"
             raise ArgumentError(f"register={self.register!r} needs one best model; {why}.")
         if self.alias is not None and not _ALIAS.fullmatch(self.alias):
             raise ArgumentError(

@@ -64,7 +64,9 @@ def sampler(
     if name not in factories:
         raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
     if name == "cmaes" and several:
-        raise ArgumentError("sampler='cmaes' supports one objective; tpe and gp support several.")
+        raise ArgumentError(
+            "sampler='cmaes' supports one objective only; all other samplers support several."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         fresh = factories[name]()

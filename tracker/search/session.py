@@ -301,7 +301,9 @@ class Search:
 
     def _abandoned(self, number: int) -> TrialLostError:
         self._running.pop(number, None)
-        return TrialLostError(f"Trial {number} was abandoned: it was silent for too long.")
+        return TrialLostError(
+            f"Trial {number} was abandoned: it or its search was silent for too long."
+        )
 
     def _flush_reports(self, running: _Running) -> bool:
         """Store pending reports; return whether none is left."""

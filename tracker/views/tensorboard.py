@@ -35,7 +35,7 @@ class TensorBoard(View):
         except ImportError as error:
             raise ArgumentError(
                 f"tensorboard={str(folder)!r} needs the package tensorboard: "
-                "pip install mlflow-runmanager[tensorboard]."
+                'pip install ".[tensorboard]" in the clone.'
             ) from error
         self._make_writer = SummaryWriter
         self._folder = Path(folder)

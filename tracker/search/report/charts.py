@@ -116,7 +116,8 @@ def history(objective: Objective) -> Iterator[Part]:
     yield from _capped(min(len(trials), _POINTS), len(trials), "trials, evenly spread.")
     if objective.omitted:
         count = len(trials) + objective.omitted
-        yield note(f"{objective.omitted:,} of {count:,} trials has no finite value to draw.")
+        verb = "has" if objective.omitted == 1 else "have"
+        yield note(f"{objective.omitted:,} of {count:,} trials {verb} no finite value to draw.")
 
 
 def importance(objective: Objective) -> Iterator[Part]:
