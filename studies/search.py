@@ -37,6 +37,7 @@ from studies.train import ui_command
 from tracker import ArgumentError, Study, TrackerError, Trial, choose_device
 from tracker.arguments import OneSentenceParser, positive_float
 from tracker.redaction import public_command, public_uri
+from tracker.search.best import best_trials
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.sampler import PRUNERS, SAMPLERS
 from tracker.search.storage import DEFAULT
@@ -278,16 +279,14 @@ def _first(values: list[Any] | BaseDistribution) -> Any:
 
 def report(study: optuna.Study, given: argparse.Namespace) -> None:
     """Print a study's outcome."""
-    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    trials = study.get_trials(deepcopy=False)
+    states = [trial.state.name for trial in trials]
     print("trials        " + ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states))))
-    if "COMPLETE" in states:
-        for trial in study.best_trials:
-            values = ", ".join(
-                f"{name} {value:.6g}"
-                for name, value in zip(given.metric, trial.values, strict=True)
-            )
-            params = " ".join(f"{name}={value}" for name, value in trial.params.items())
-            print(f"best          trial {trial.number}: {values} with {params}")
+    for trial in best_trials(trials, [direction.name.lower() for direction in study.directions]):
+        pairs = zip(given.metric, trial.values, strict=True)
+        values = ", ".join(f"{name} {value:.6g}" for name, value in pairs)
+        params = " ".join(f"{name}={value}" for name, value in trial.params.items())
+        print(f"best          trial {trial.number}: {values} with {params}")
     uri = public_uri(resolve(given.tracking_uri))
     print(f"tracking URI  {uri}")
     print(f"compare runs  {ui_command(uri)}")

@@ -1,4 +1,4 @@
-"""The best trials of a study: the only definition, shared by searches, tables and the mirror."""
+"""The best trials of a study, used by searches, the progress bar, the page and the mirror."""
 
 from __future__ import annotations
 
