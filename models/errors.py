@@ -2,7 +2,7 @@
 
 ModelsError              an unusable name, number or folder (also a ValueError)
 
-Every message is one sentence that names the argument, its value and what is allowed.
+Every message names the argument, its value and what is allowed or what to do.
 """
 
 

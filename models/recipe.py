@@ -24,7 +24,7 @@ Value: TypeAlias = float | int | bool | str
 Params: TypeAlias = Mapping[str, Any]
 """A value for each of a recipe's parameters."""
 Facts: TypeAlias = Mapping[str, Any]
-"""What the network's shape depends on besides its parameters, JSON-serialisable: classes, say."""
+"""What the network's shape depends on besides its parameters, as JSON: for example the classes."""
 Part = TypeVar("Part", bound=Dataset[Any], covariant=True)
 
 
@@ -236,7 +236,7 @@ class Recipe:
     unused: Callable[[Params], Collection[str]] = _nothing_unused
     """Parameters that are ignored under the given (possibly partial) values."""
     before_epoch: Callable[[nn.Module, Params, int], None] | None = None
-    """Change the network before an epoch: unfreeze layers, say."""
+    """Change the network before an epoch, for example unfreeze layers."""
 
     def __post_init__(self) -> None:
         needed = {"batch_size"} if self.loop is None else set()

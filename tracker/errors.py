@@ -8,7 +8,7 @@ TrackerError             base of all of them
 ├── DeployError          a model cannot be written in a format, or the file computes something else
 └── NonFiniteLossError   the loss became NaN or infinite and `stop_on_nonfinite` is set
 
-Every message is one sentence that names the argument, its value and what is allowed.
+Every message names the argument, its value and what is allowed or what to do.
 """
 
 from __future__ import annotations

@@ -1,11 +1,6 @@
 """Decides the final status of a run whose process is alive when it ends.
 
-| event                            | status   | tag `tracker.failure`                     |
-|----------------------------------|----------|-------------------------------------------|
-| `end_run()`, end of the block    | FINISHED |                                           |
-| an exception                     | FAILED   | the exception and the end of its traceback |
-| Ctrl-C, SIGTERM                  | KILLED   | the same                                  |
-| abandoned: never ended           | FAILED   | where it was abandoned                    |
+docs/statuses.md lists all cases.
 """
 
 from __future__ import annotations

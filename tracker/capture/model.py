@@ -188,7 +188,7 @@ def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str 
 
 @contextmanager
 def _preserve_imports() -> Iterator[None]:
-    """Undo that mlflow.pyfunc adds a model's code to the path, and write no bytecode beside it."""
+    """Restore `sys.path` and `sys.modules` after mlflow.pyfunc; write no bytecode."""
     path, modules, bytecode = list(sys.path), set(sys.modules), sys.dont_write_bytecode
     sys.dont_write_bytecode = True
     try:

@@ -1,6 +1,6 @@
 """How the journal of this process reaches MLflow: by a second process, inline, or later.
 
-A process has one journal and one uploader per folder and store, however many runs it tracks.
+In the background, a process has one journal per folder, store and mode; inline, one per manager.
 """
 
 from __future__ import annotations

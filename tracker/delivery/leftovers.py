@@ -107,7 +107,7 @@ def sync(
         folder: The journal.
         tracking_uri: By default the one that the process had; needed if that has a password, which
             a journal does not store.
-        on_progress: Called with the number of records after each few of them.
+        on_progress: Called after each request, with its number of records.
 
     Raises:
         StoreError: `folder` is not a journal, its process still runs, another process delivers it,
@@ -151,7 +151,7 @@ def deliver_left_behind(
     Args:
         directory: The folder of the journals.
         store: The store to deliver to; journals for other stores are left.
-        stop: Asked before each few records whether to stop.
+        stop: Called before each request; True stops the delivery.
 
     Returns:
         Whether all were tried: False if `stop` or a dead server ended it.

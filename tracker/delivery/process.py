@@ -1,8 +1,8 @@
 """The process that delivers the journal of another process while that trains.
 
-It imports mlflow, so that training need not, and never torch. The two processes share nothing but
-the journal. When the training process is gone, this one gives abandoned runs the correct status,
-delivers the rest, and removes the journal.
+It imports mlflow, so that training imports it only to save a model, and never torch. The two
+processes share nothing but the journal. When the training process is gone, this one gives abandoned
+runs the correct status, delivers the rest, and removes the journal.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class ActiveRuns:
     def __init__(self, journal: JournalWriter) -> None:
         self._journal = journal
         self.runs: dict[str, Callable[[], None]] = {}
-        """What ends each run at the program's end, by the run's key."""
+        """Called for each run that is open when the program ends, by run key."""
         self._forget: Callable[[], None] | None = None
 
     def begin(self, run: str, abandon: Callable[[], None]) -> None:

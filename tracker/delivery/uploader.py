@@ -47,7 +47,7 @@ class Uploader:
         Args:
             journal: The journal to deliver.
             store: The store that it is delivered to.
-            on_progress: Called with the number of records of each request that was delivered.
+            on_progress: Called after each request, with its number of records.
         """
         self._journal = journal
         self._store = store
@@ -65,7 +65,7 @@ class Uploader:
         A record that the store will never accept is dropped, and a notice is left in the journal.
 
         Args:
-            stop: Called before each request; True ends the delivery.
+            stop: Called before each request; True stops the delivery.
 
         Returns:
             How many records were delivered.
@@ -109,7 +109,7 @@ class Uploader:
 
     def _lose(self, entry: Entry, error: RefusedError) -> None:
         self._lost[entry.run] += 1
-        if (count := self._lost[entry.run]) <= _MAX_NOTICES:  # a deleted run loses all of its own
+        if (count := self._lost[entry.run]) <= _MAX_NOTICES:  # a deleted run loses all records
             more = " Other records of the run may be lost too." if count == _MAX_NOTICES else ""
             kind = repr(entry.record.kind)[1:20].rstrip("'")
             self._journal.notice(f"A record ({kind}) is lost: {error}{more}")

@@ -75,5 +75,5 @@ def connect(folder: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
     if is_damaged:
         db.execute("PRAGMA writable_schema = ON")  # must be first
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode, safe when a process dies
-    db.text_factory = lambda text: text.decode(errors="replace")  # damaged letters fail no query
+    db.text_factory = lambda text: text.decode(errors="replace")  # tolerate undecodable bytes
     return db

@@ -46,7 +46,7 @@ class Parent(TypedDict):
 
 
 class Histogram(TypedDict):
-    """The histogram of one tensor; see `tracker.views.histogram_page` for the bins."""
+    """The histogram of one tensor; see `tracker.capture.histograms` for the bins."""
 
     tensor: str
     kind: str

@@ -1,8 +1,8 @@
 """Brings a study in MLflow up to date: its run, the runs of its trials, and the best model.
 
 Optuna's storage holds the truth. A trial's run is tracked by the process that runs the trial; the
-mirror adds what is missing afterwards, through a journal like every other run. It writes nothing
-when nothing is missing.
+mirror adds what is missing afterwards. Missing runs and trial records go through a journal; the
+study's own tags, files and status are written directly. Nothing is written if nothing is missing.
 """
 
 from __future__ import annotations

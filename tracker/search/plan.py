@@ -53,7 +53,7 @@ class Slot:
 
 @dataclass
 class Plan:
-    """The state of a study's slots. Shown all trials again and again, it counts each end once."""
+    """The state of a study's slots."""
 
     retries: int
     """How often a slot is tried again after a failure."""
@@ -83,7 +83,7 @@ class Plan:
         return cls(config.retries, min(config.trials or largest, largest), points)
 
     def observe(self, trials: Sequence[FrozenTrial]) -> None:
-        """Update the slots from all `trials` of the study, in order."""
+        """Update the slots from all `trials`, in order; each ended trial counts once."""
         self._running.clear()
         for trial in trials[self.first_open :]:
             if trial.number in self._counted or (number := self._slot_of(trial)) is None:

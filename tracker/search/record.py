@@ -132,7 +132,7 @@ def _fields(config: StudyConfig) -> dict[str, Any]:
 
 _MUST_MATCH = ("sampler", "pruner", "directions", "metrics", "seed", "steps")
 _MUST_MATCH_IN_ONE_STORE = ("experiment", "experiment_id")
-_MERGED = ("spaces", "fixed")
+_HANDLED_BELOW = ("spaces", "fixed")
 """How `resume=True` treats a setting; each one that is not listed takes its new value."""
 _ABSENT = "(not given)"
 
@@ -151,7 +151,7 @@ def _merged(stored: Record, given: StudyConfig) -> Record:
                 f"study={given.name!r} has {name}={before}, not {now}; resume it with the stored "
                 "value, or choose another name."
             )
-    updates = {k: v for k, v in _fields(given).items() if k not in (*_MUST_MATCH, *_MERGED)}
+    updates = {k: v for k, v in _fields(given).items() if k not in (*_MUST_MATCH, *_HANDLED_BELOW)}
     return replace(stored, **updates, spaces=_merged_spaces(stored, given))
 
 

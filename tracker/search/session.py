@@ -1,7 +1,7 @@
 """One search: claims trials of a study, answers their requests and stores how they ended.
 
-All access to the storage goes through here, in the one process that runs the search; its workers
-send requests over pipes. Several searches, also on several machines, can share a storage.
+Workers reach the storage only through here: they send requests over pipes. Several searches, also
+on several machines, can share a storage.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Search:
         )
 
     def _queued_trial(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """A trial that was enqueued with Optuna; a grid only has its own points."""
+        """A trial enqueued with Optuna; None in a grid, which runs only its own points."""
         if self.plan.points is not None:
             return None
         pending = trials[self.plan.first_open :]

@@ -1,10 +1,6 @@
 """Optuna's storages, with a lock for a whole study and retries during outages.
 
-| URL | for |
-|---|---|
-| `journal:///FILE` | any number of workers on one machine; the default |
-| `sqlite:///FILE` | one search at a time, with any number of workers |
-| `postgresql://…` | several machines |
+docs/studies.md lists their URLs.
 """
 
 from __future__ import annotations

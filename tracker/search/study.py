@@ -173,8 +173,8 @@ class Study:
         Args:
             workers: How many trials run at a time. A single worker runs in this process; several
                 run in separate processes, which import the objective.
-            resume: Continue the study if it exists, with its stored settings. Only the budget and a
-                grid's numeric values may grow.
+            resume: Continue the study if it exists. docs/studies.md lists the settings that must be
+                those stored, and those that take their new values.
 
         Returns:
             The study as an `optuna.Study`.

@@ -228,15 +228,7 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
 
 
 def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> Ended:
-    """Decide how a trial ended.
-
-    | what happened | trial | run |
-    |---|---|---|
-    | values returned | COMPLETE | FINISHED |
-    | TrialPruned | PRUNED | KILLED |
-    | NaN, an exception | FAIL | FAILED |
-    | Ctrl-C, SIGTERM | FAIL, and its slot is free again | KILLED |
-    | abandoned in the meantime | FAIL | FAILED |
+    """Decide how a trial ended; docs/statuses.md lists all cases.
 
     Args:
         error: What the objective raised; None if it returned.

@@ -163,7 +163,7 @@ class MlflowStore:
                 self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
                 return adopt
         if keyed:
-            # A process knows whether it has created a run, but not what a mirror did meanwhile.
+            # A process knows whether it has created a run, but not what others did meanwhile.
             look = in_doubt or placeholder
             found = self._only_run(key, experiment_id, placeholder=placeholder) if look else None
         else:
@@ -190,8 +190,8 @@ class MlflowStore:
         """Return the id of the run with `key`; of several, delete all but one.
 
         Processes that created one each at the same time keep the same, not a placeholder if
-        possible. A placeholder alone is None to a run that is not: it creates its own, and then
-        deletes the placeholder, whose metrics would else be logged twice.
+        possible. If the only run is a placeholder and this one is not, return None: the caller
+        creates its run and deletes the placeholder, so that metrics are not logged twice.
         """
         with translated("search runs"):
             query = f"tags.`{RUN_TAG}` = '{key}'"
@@ -269,8 +269,8 @@ class MlflowStore:
     ) -> None:
         """Log metrics, params and tags together.
 
-        A new value of an existing param goes to a tag, see LATER_PARAM: a run that `mlflow run`
-        created has `device=auto` as it was asked for.
+        A new value of an existing param goes to a tag, see LATER_PARAM: `mlflow run -P device=auto`
+        has already logged `auto`.
 
         Args:
             run_id: The run.

@@ -24,7 +24,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A run that ended before its training did."""
+    """What resuming a run reads from MLflow."""
 
     run_id: str
     params: Mapping[str, str]
@@ -107,7 +107,7 @@ def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]
     if "epochs.json" not in store.artifacts(run_id):
         return []
     text = store.download(run_id, "epochs.json", folder).read_text(encoding="utf-8")
-    # A text is a number that JSON does not have: NaN, Infinity.
+    # Strings stand for NaN and infinity, which JSON lacks.
     return [
         {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
         for row in json.loads(text)

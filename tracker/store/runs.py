@@ -32,7 +32,7 @@ class RunSnapshot:
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether a mirror created the run, and its own process may replace it."""
+        """Whether another process made the run in advance, and its own process may replace it."""
         return PLACEHOLDER_TAG in self.tags
 
     @property

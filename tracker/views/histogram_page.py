@@ -18,8 +18,7 @@ _DATA_LIMIT = 4_000_000
 def histogram_page(records: Iterable[Mapping[str, Any]], title: str, max_steps: int = 60) -> str:
     """Return an HTML page that shows a tensor's weights and gradients over the epochs.
 
-    Bin 0 holds |x| < 2^-126; bin k > 0 holds [2^e * (1 + m/8), 2^e * (1 + (m+1)/8)), where
-    k - 1 = (e + 126) * 8 + m and m is 0 to 7; bin -k is its mirror image.
+    For the bins see `tracker.capture.histograms`.
 
     Args:
         records: One record per epoch: `{"step": 3, "histograms": [{"tensor": "conv1.weight",

@@ -56,8 +56,7 @@ class Executor(Protocol):
 
         Args:
             search: Where trials come from. It is not thread-safe.
-            interrupts: Their count says whether to end: at 1 after interrupting the trials, at 2 at
-                once.
+            interrupts: If `count` is 1, interrupt the trials and wait for them; if 2, kill them.
 
         Raises:
             ArgumentError: The objective made a mistake that affects the whole study.

@@ -50,7 +50,8 @@ class _DirectChannel(Channel):
     """Calls the search, shielded from signals: an interrupted read would lose half its answer."""
 
     def __init__(self, search: Search, interrupts: Interrupts) -> None:
-        self._search, self._interrupts = search, interrupts
+        self._search = search
+        self._interrupts = interrupts
 
     def request(self, verb: str, *arguments: Any) -> Any:
         with self._interrupts.shield():

@@ -1,7 +1,7 @@
 """Trials in worker processes, which send requests to the search over pipes.
 
 The death of a worker is noticed at once. A worker that is silent for the grace period loses its
-trial; if it comes back, it continues with the next one. Only the search accesses the storage.
+trial; if it comes back, it continues with the next one. Workers never access the storage.
 """
 
 from __future__ import annotations
