@@ -132,7 +132,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         visit(module)
 
 
-def test_mlflow_is_imported_only_where_the_store_is() -> None:
+def test_mlflow_is_imported_only_in_store_capture_model_and_testing() -> None:
     importers = {
         path.relative_to(PACKAGE).as_posix()
         for path in modules().values()

@@ -164,7 +164,7 @@ def test_a_surviving_child_does_not_keep_its_parents_journal_alive(
             os.kill(pid, 9)
 
 
-def test_the_pid_does_not_matter(tmp_path: Path, closed: Path) -> None:
+def test_a_reused_pid_does_not_revive_a_dead_writer(tmp_path: Path, closed: Path) -> None:
     """`closed` names this process, which is alive; the other journal names one that is not."""
     with training(tmp_path / "other") as process:
         folder = folder_of(process)

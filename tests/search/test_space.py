@@ -356,7 +356,7 @@ def test_only_a_grid_may_grow_by_numbers(old: list[Any], new: list[Any]) -> None
 @pytest.mark.parametrize(
     ("old", "new"), [([1], [1.0]), ([0, 1], [False, True]), ([1, 2], [1.0, 2.0, 3.0])]
 )
-def test_numbers_of_another_type_are_a_difference(old: list[Any], new: list[Any]) -> None:
+def test_a_grid_cannot_grow_by_numbers_of_another_type(old: list[Any], new: list[Any]) -> None:
     assert difference({"x": old}, {"x": new}, grid=True) == f"'x' was {old} and is now {new}"
 
 
