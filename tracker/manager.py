@@ -33,7 +33,7 @@ from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter, batch_size
 from tracker.validation import DIRECTORY, checked_name, checked_number
-from tracker.views.base import Progress, Views, length_of
+from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
 from tracker.views.table import live_views
 from tracker.views.tensorboard import TensorBoard
@@ -345,7 +345,7 @@ class RunManager:
             loader: Yields the batches.
             length: Number of batches; default that of the loader, if it has one.
         """
-        return Progress(loader, self._views, lambda: self.epoch_count + 1, length)
+        return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         run = self._runs.current("end_epoch")

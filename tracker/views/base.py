@@ -90,7 +90,7 @@ class Views(View):
             self._handlers[name] = [other for other in views if other is not view]
 
 
-class Progress:
+class ShownLoader:
     """A loader whose every pass is shown as an epoch."""
 
     def __init__(
