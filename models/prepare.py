@@ -31,9 +31,8 @@ class Normalize(nn.Module):
 
 PREPARATION = {
     "normalize": Parameter(
-        default=False,
-        help="normalise images by the training set's mean and standard deviation",
-    ),
+        default=False, help="normalise images by the training set's mean and standard deviation"
+    )
 }
 """The hyperparameters of `prepared`."""
 

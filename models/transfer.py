@@ -80,7 +80,9 @@ class Fit(nn.Module):
 
     def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        self.size, self.mean, self.std = size, mean, std
+        self.size = size
+        self.mean = mean
+        self.std = std
         self.normalize = Normalize(mean, std)
 
     def forward(self, images: Tensor) -> Tensor:

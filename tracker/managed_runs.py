@@ -41,11 +41,14 @@ class ManagedRuns:
             parent: Parent of every run, or its id.
             joined: The only run, which the caller has begun and will end.
         """
-        self.tracking_uri, self.directory = tracking_uri, directory
+        self.tracking_uri = tracking_uri
+        self.directory = directory
         self.open_run: Run | None = None
         """The open run."""
         self.joined = joined
-        self._experiment, self._mode, self._parent = experiment, mode, parent
+        self._experiment = experiment
+        self._mode = mode
+        self._parent = parent
         self._has_joined = False
         self._delivery: Delivery | None = None
         self._pid = os.getpid()
@@ -80,7 +83,7 @@ class ManagedRuns:
         route = self._delivery or self._new_delivery()
         try:
             self.open_run = Run(
-                *(route, params, self._experiment, name, tags, self._parent), resume=resume_state
+                route, params, self._experiment, name, tags, self._parent, resume=resume_state
             )
         except BaseException:  # Ctrl-C must not leave a journal open either
             if self._delivery is None:

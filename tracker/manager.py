@@ -184,11 +184,15 @@ class RunManager:
         name = tags.get("mlflow.runName") or run_name(params)
         facts = training_facts(network, loader)
         tracked = self._runs.begin(facts | params, name, tags, resume_state)
-        self.network, self.loader, self.run_params = network, loader, run
+        self.network = network
+        self.loader = loader
+        self.run_params = run
         self.run_count += 1
         self.epoch_count = self._steps = 0
-        self._epoch, self._meter = None, EpochMeter(loader)
-        self._metrics, self._retention = {}, Retention(self._keep)
+        self._epoch = None
+        self._meter = EpochMeter(loader)
+        self._metrics = {}
+        self._retention = Retention(self._keep)
         self._run_started = time.perf_counter()
         self._example = inputs_of(sample_batch(loader, _SAMPLES), _SAMPLES)
         if self._is_main:
@@ -202,7 +206,8 @@ class RunManager:
 
     def _continue(self, state: ResumeState) -> None:
         if state.checkpoint is not None:
-            self.epoch_count, self._steps = state.checkpoint.epoch, state.checkpoint.step
+            self.epoch_count = state.checkpoint.epoch
+            self._steps = state.checkpoint.step
             self._metrics = dict(state.checkpoint.metrics)
         self._retention = Retention(self._keep, state.kept)
         for row in state.rows:

@@ -424,11 +424,7 @@ class Run(Recorder):
                 self._delivery.close()
 
     def abandoned_outcome(self, where: str) -> Outcome:
-        """Return the outcome of a run that is abandoned without `end`.
-
-        Args:
-            where: Completes the sentence "The run was abandoned …".
-        """
+        """Return the outcome of a run abandoned without `end`; `where` says where or when."""
         error = _uncaught_error()
         return abandoned(error if error is not self._error_before else None, where)
 

@@ -259,9 +259,7 @@ def _unchanged(network: nn.Module, frozen: dict[str, tuple[float, ...]]) -> set[
     return {name for name, summary in frozen.items() if before.get(name) == summary}
 
 
-def bin_edges(
-    bins: Iterable[int],
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def bin_edges(bins: Iterable[int]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the left and right edges of the bins with these numbers, shape (bins,) each."""
     number = np.asarray(list(bins), dtype=np.int64)
 

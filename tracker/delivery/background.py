@@ -200,5 +200,6 @@ class BackgroundDelivery:
             logger.warning(
                 "Saved on disk; upload delayed (%s). It continues in the background. "
                 "If this process ends first, finish it with: tracker sync %s",
-                *(reason.rstrip("."), self.journal.folder),
+                reason.rstrip("."),
+                self.journal.folder,
             )

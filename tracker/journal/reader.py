@@ -96,11 +96,8 @@ class Journal:
 
     def undelivered(self, limit: int = -1) -> list[Entry]:
         """Return the first `limit` entries that are not marked delivered, in order."""
-        rows = self._read(
-            "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records"
-            " WHERE seq > ? ORDER BY seq LIMIT ?",
-            *(self.delivered, limit),
-        )
+        query = "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records WHERE seq > ?"
+        rows = self._read(f"{query} ORDER BY seq LIMIT ?", self.delivered, limit)
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
     def records(self, run: str, kind: type[R]) -> list[R]:
@@ -110,10 +107,8 @@ class Journal:
             run: The run's key.
             kind: The class of the records.
         """
-        rows = self._read(
-            "SELECT CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? ORDER BY seq",
-            *(run, kind.kind),
-        )
+        query = "SELECT CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? ORDER BY seq"
+        rows = self._read(query, run, kind.kind)
         records = (decode(kind.kind, body) for (body,) in rows)
         return [record for record in records if isinstance(record, kind)]
 
@@ -125,10 +120,8 @@ class Journal:
             record: What happened.
             at: When, in milliseconds since 1970.
         """
-        self._change(
-            "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)",
-            *(run, at, record.kind, encode(record)),
-        )
+        query = "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)"
+        self._change(query, run, at, record.kind, encode(record))
 
     def last(self) -> int:
         """Return the place of the last record; 0 if there is none."""
@@ -249,11 +242,9 @@ class Journal:
 
     @problem.setter
     def problem(self, text: str | None) -> None:
-        self._change(
-            "UPDATE progress SET problem = ?,"
-            " problem_since = CASE WHEN ? THEN coalesce(problem_since, ?) END",
-            *(text and public_uri(text), text is not None, time.time()),
-        )
+        since = "CASE WHEN ? THEN coalesce(problem_since, ?) END"
+        query = f"UPDATE progress SET problem = ?, problem_since = {since}"
+        self._change(query, text and public_uri(text), text is not None, time.time())
 
     def notice(self, text: str) -> None:
         """Leave a sentence for the user, whom the delivering process may not be able to reach."""

@@ -223,7 +223,9 @@ class JournalWriter:
                 "disk",
                 "The journal %s cannot be written (%s); training continues, with up to %d records "
                 "in memory.",
-                *(self.folder, error, _MAX_HELD),
+                self.folder,
+                error,
+                _MAX_HELD,
             )
             self.lost += len(self._held[_MAX_HELD:])
             del self._held[_MAX_HELD:]

@@ -176,7 +176,8 @@ class MirrorService:
             store = MlflowStore(config.tracking_uri)
             mirror = Mirror(storage, load(storage, config.study), store)
             mirror.begin(config.environment, config.adopt, config.started)
-            self._store, self._mirror = store, mirror
+            self._store = store
+            self._mirror = mirror
         return self._mirror
 
     def _open(self) -> Storage:

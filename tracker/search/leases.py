@@ -46,7 +46,8 @@ class Leases:
             grace: The observer's own grace period, in seconds.
             clock: A monotonic clock, in seconds.
         """
-        self._grace, self._clock = grace, clock
+        self._grace = grace
+        self._clock = clock
         self._last_beats: dict[str, tuple[Any, float]] = {}
 
     def forget(self) -> None:

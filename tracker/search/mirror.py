@@ -50,7 +50,9 @@ class Mirror:
     """Adds the missing parts of one study to MLflow."""
 
     def __init__(self, storage: Storage, study: Study, store: MlflowStore) -> None:
-        self._storage, self._study, self._store = storage, study, store
+        self._storage = storage
+        self._study = study
+        self._store = store
         self._leases = Leases(grace=float("inf"))
         self._deleted: set[str] = set()
         self.written = 0
@@ -105,7 +107,7 @@ class Mirror:
         Raises:
             StoreError: MLflow does not answer.
         """
-        self.problem, self.run_id = None, None  # the run may have been deleted
+        self.problem = self.run_id = None  # the run may have been deleted
         trials = self._trials()
         if (parent := self._parent()) is None:
             begun = [t.datetime_start for t in trials if t.datetime_start is not None]

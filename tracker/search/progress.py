@@ -25,7 +25,8 @@ class Progress:
             plan: Its plan, which is kept up to date by the search.
             trials: Those that existed before.
         """
-        self._record, self._plan = record, plan
+        self._record = record
+        self._plan = plan
         self._best = next(iter(best_trials(trials, record.directions)), None)
         self._bar = tqdm(
             total=plan.total,

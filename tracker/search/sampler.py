@@ -125,7 +125,8 @@ class _ReplaySampler(BaseSampler):
     """
 
     def __init__(self, sampler: BaseSampler, known: Mapping[str, Any]) -> None:
-        self._sampler, self._known = sampler, known
+        self._sampler = sampler
+        self._known = known
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._sampler.before_trial(study, trial)
@@ -172,7 +173,8 @@ class QuasiRandomSampler(optuna.samplers.RandomSampler):
 
     def __init__(self, seed: int, slot: int) -> None:
         super().__init__(suggestion_seed(seed, slot))
-        self._seed, self._slot = seed, slot
+        self._seed = seed
+        self._slot = slot
 
     def sample_independent(
         self,

@@ -81,7 +81,9 @@ class Search:
         self.stopping: Callable[[], bool] = lambda: False
         """Whether to stop waiting for a storage that does not answer."""
         self.id = uuid.uuid4().hex[:8]
-        self.storage, self.record, self.grace = storage, record, grace
+        self.storage = storage
+        self.record = record
+        self.grace = grace
         self.plan = Plan.of(record)
         space = record.spaces[-1] if record.spaces else {}
         self._distributions = distributions(space, grid=self.plan.points is not None)

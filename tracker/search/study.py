@@ -244,7 +244,9 @@ class Study:
                 logger.warning(
                     "The study is not yet complete in MLflow: %s. Complete it with: "
                     "tracker mirror --study %s --storage %s",
-                    *(problem.rstrip("."), search.record.name, search.record.storage),
+                    problem.rstrip("."),
+                    search.record.name,
+                    search.record.storage,
                 )
 
     def _spec(self, record: Record, environment: Mapping[str, str]) -> TrialSpec:

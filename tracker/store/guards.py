@@ -56,8 +56,7 @@ def all_pages(search: Callable[..., PagedList[T]], *args: Any, **kwargs: Any) ->
 def quiet() -> AbstractContextManager[None]:
     """Keep MLflow from printing a server's URL with its password and from drawing progress bars."""
     return _environment(
-        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
-        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"
     )
 
 

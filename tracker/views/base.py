@@ -61,9 +61,9 @@ def _to_each(event: _Event) -> _Event:
                 getattr(view, name)(*details)
             except Exception as error:  # noqa: BLE001 - a view never ends the training
                 self._switch_off(view)
+                cause = f"{type(error).__name__}: {error}"
                 logger.warning(
-                    "%s is switched off: its %s() raised %s: %s",
-                    *(type(view).__name__, name, type(error).__name__, error),
+                    "%s is switched off: its %s() raised %s", type(view).__name__, name, cause
                 )
 
     pass_on.__doc__ = f"Pass `{name}` on to each view."
@@ -97,7 +97,9 @@ class ShownLoader:
         self, loader: Iterable[Any], view: View, epoch: Callable[[], int], batches: int | None
     ) -> None:
         """Wrap `loader`; `epoch` returns the number of the epoch that begins with a pass."""
-        self._loader, self._view, self._epoch = loader, view, epoch
+        self._loader = loader
+        self._view = view
+        self._epoch = epoch
         self._batches = batches or length_of(loader)
 
     def __iter__(self) -> Iterator[Any]:

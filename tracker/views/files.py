@@ -31,7 +31,8 @@ class ResultTable(View):
         self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
     ) -> None:
         """Note what the rows of this run have in common."""
-        self._number, self._params = number, dict(params)
+        self._number = number
+        self._params = dict(params)
 
     def end_epoch(
         self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None

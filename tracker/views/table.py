@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def live_views(rows: list[dict[str, Any]]) -> list[View]:
-    """Return the live view that suits this process, if any.
-
-    Args:
-        rows: The growing table of all runs and epochs, which a notebook shows.
-    """
+    """Return the live view that suits this process, if any; a notebook shows the growing `rows`."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
@@ -42,7 +38,8 @@ class NotebookTable(View):
         """Start a new table if another cell is running."""
         cell = sys.modules["IPython"].get_ipython().execution_count
         if cell != self._cell:
-            self._cell, self._handle = cell, None
+            self._cell = cell
+            self._handle = None
 
     def end_epoch(
         self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None

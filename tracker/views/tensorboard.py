@@ -50,7 +50,8 @@ class TensorBoard(View):
         name = "-".join([f"run{number:03d}", *(f"{k}={v}" for k, v in params.items())])
         safe = "".join(c if c.isalnum() or c in "-_=.," else "_" for c in name)[:120]
         self._writer = self._make_writer(str(_unused(self._folder / safe)))
-        self._params, self._last = params, {}
+        self._params = params
+        self._last = {}
         if example is None:
             return
         if (grid := image_grid(example)) is not None:

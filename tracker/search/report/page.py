@@ -72,7 +72,8 @@ def study_page(study: optuna.Study, facts: Mapping[str, str] = {}) -> str:
 
 class _Page:
     def __init__(self, title: str, objectives: Sequence[Objective]) -> None:
-        self._title, self._objectives = html.escape(title), objectives
+        self._title = html.escape(title)
+        self._objectives = objectives
         self._parts: list[str] = []
         self._charts = 0
 

@@ -25,7 +25,9 @@ class Selection(optuna.Study):
     def __init__(
         self, trials: list[FrozenTrial], directions: list[StudyDirection], names: list[str]
     ) -> None:
-        self._trials, self._directions, self._names = trials, directions, names
+        self._trials = trials
+        self._directions = directions
+        self._names = names
 
     @property
     def directions(self) -> list[StudyDirection]:  # noqa: D102
