@@ -214,7 +214,7 @@ def process_group(leader: int) -> list[int]:
 
 def _is_dead(process: psutil.Process) -> bool:
     """Whether a process holds no locks any more; the threads of a zombie still do for a moment."""
-    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+    return bool(process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1)
 
 
 def wait_for(

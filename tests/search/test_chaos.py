@@ -19,8 +19,8 @@ from tests.postgres import PostgresServer
 from tests.programs import wait_for
 from tests.search.conftest import Start, workers_of
 from tracker.search.plan import SLOT
-from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.stored_study import load
 
 PROGRAM = """
 import sys, time

@@ -26,8 +26,8 @@ from tracker.cli import main
 from tracker.search.cli import reap_study
 from tracker.search.leases import PREFIX
 from tracker.search.plan import SLOT
-from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.stored_study import load
 
 SEARCH = """
 import sys, time

@@ -34,8 +34,8 @@ from tracker.journal.reader import Journal
 from tracker.search.cli import mirror_study
 from tracker.search.keeper import KeeperConfig, KeeperProcess, MirrorService
 from tracker.search.mirror import Mirror
-from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.stored_study import load
 from tracker.store.client import MlflowStore
 
 SLOW = pytest.mark.slow

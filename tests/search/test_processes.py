@@ -22,9 +22,9 @@ from tracker.search.executors.base import TrialSpec
 from tracker.search.executors.processes import ProcessExecutor
 from tracker.search.interrupts import Interrupts
 from tracker.search.plan import ENDED, MOST_DEATHS
-from tracker.search.record import open_study
 from tracker.search.session import Answer, Search
 from tracker.search.storage import Storage
+from tracker.search.stored_study import open_study
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -31,9 +31,9 @@ from tracker import ArgumentError, RunBuilder, StoreError, Study, Trial, start_r
 from tracker.cli import main
 from tracker.search.channel import Ended, Verdict
 from tracker.search.cli import mirror_study
-from tracker.search.record import STUDY, load
 from tracker.search.session import Search
 from tracker.search.storage import Storage
+from tracker.search.stored_study import STUDY, load
 
 SPACE = {"lr": [0.1, 0.01], "size": [16, 32], "shuffle": [True, False]}
 

@@ -14,8 +14,8 @@ import pytest
 from studies.search import _without_resume, main, parse
 from tests.helpers import Store
 from tracker.cli import main as tracker
-from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.stored_study import load
 
 QUICK = ["--dataset", "digits", "--epochs", "1"]
 

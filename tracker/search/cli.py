@@ -17,8 +17,8 @@ from tracker.search.keeper import SETTLE_SECONDS, deliver_leftovers
 from tracker.search.leases import GRACE_SECONDS, PREFIX, Leases, active_searches, grace_of
 from tracker.search.plan import SEARCH
 from tracker.search.reap import reap
-from tracker.search.record import Record, load
 from tracker.search.storage import DEFAULT, Storage
+from tracker.search.stored_study import StoredStudy, load
 from tracker.validation import DIRECTORY
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _studies(storage: Storage, name: str | None) -> list[Record]:
+def _studies(storage: Storage, name: str | None) -> list[StoredStudy]:
     if name is not None:
         return [load(storage, name)]
     records = []
@@ -95,7 +95,7 @@ def _studies(storage: Storage, name: str | None) -> list[Record]:
     return records
 
 
-def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTrial]:
+def reap_study(storage: Storage, record: StoredStudy, grace: float) -> list[FrozenTrial]:
     """Fail the trials of dead searches; return these trials.
 
     Args:
@@ -121,7 +121,7 @@ def reap_study(storage: Storage, record: Record, grace: float) -> list[FrozenTri
 
 
 def mirror_study(
-    storage: Storage, record: Record, tracking_uri: str | None, directory: Path
+    storage: Storage, record: StoredStudy, tracking_uri: str | None, directory: Path
 ) -> tuple[int, str]:
     """Add to MLflow what is missing of a study.
 

@@ -30,8 +30,8 @@ from tracker.redaction import public_uri
 from tracker.search.interrupts import block_signals
 from tracker.search.leases import BEATS, Leases, active_searches
 from tracker.search.reap import reap
-from tracker.search.record import load
 from tracker.search.storage import Storage
+from tracker.search.stored_study import load
 
 if TYPE_CHECKING:
     from tracker.search.mirror import Mirror

@@ -26,11 +26,11 @@ from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 from tracker.search.best import best_trials
 from tracker.search.leases import Leases, searches
-from tracker.search.missing import Entry, milliseconds, missing_records, status_of_study
+from tracker.search.missing import Missing, milliseconds, missing_records, status_of_study
 from tracker.search.plan import SEARCH
-from tracker.search.record import Record as Study
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
+from tracker.search.stored_study import StoredStudy
 from tracker.search.tables import rows, saved
 from tracker.search.trial_run import MODEL
 from tracker.store.client import MlflowStore
@@ -49,7 +49,7 @@ _LISTED = 10
 class Mirror:
     """Adds the missing parts of one study to MLflow."""
 
-    def __init__(self, storage: Storage, study: Study, store: MlflowStore) -> None:
+    def __init__(self, storage: Storage, study: StoredStudy, store: MlflowStore) -> None:
         self._storage = storage
         self._study = study
         self._store = store
@@ -127,7 +127,7 @@ class Mirror:
     def _complete_trials(self, parent: RunSnapshot, trials: Sequence[FrozenTrial]) -> None:
         attrs = self._attrs()
         is_active = self._is_active(attrs)
-        runs, entries, waiting = self._runs(), list[Entry](), list[str]()
+        runs, entries, waiting = self._runs(), list[Missing](), list[str]()
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 continue
@@ -147,7 +147,7 @@ class Mirror:
             if self._store.is_placeholder(ids[key]):  # else the trial was claimed meanwhile
                 self._store.set_status(ids[key], "SCHEDULED")
 
-    def _deliver(self, entries: Sequence[Entry]) -> dict[str, str]:
+    def _deliver(self, entries: Sequence[Missing]) -> dict[str, str]:
         """Write records to a journal and deliver it; return MLflow's ids of the runs by key.
 
         Nothing depends on the journal: if this process dies, the next mirror compares again.

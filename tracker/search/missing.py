@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.journal.records import Begin, End, Metrics, Params, Record, Tags, now
 from tracker.search.leases import PREFIX, searches
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
-from tracker.search.record import Record as Study
+from tracker.search.stored_study import StoredStudy
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Status
 from tracker.store.runs import RunSnapshot
@@ -24,13 +24,13 @@ _STATUSES = {
     TrialState.WAITING: "SCHEDULED",
 }
 
-Entry = tuple[str, int, Record]
+Missing = tuple[str, int, Record]
 """The key of a run, a time in milliseconds since 1970, and a record to deliver."""
 
 
 def missing_records(
-    study: Study, trial: FrozenTrial, key: str, parent: RunSnapshot, run: RunSnapshot | None
-) -> list[Entry]:
+    study: StoredStudy, trial: FrozenTrial, key: str, parent: RunSnapshot, run: RunSnapshot | None
+) -> list[Missing]:
     """Return the records that complete the run of a trial; none if nothing is missing.
 
     Args:
@@ -66,7 +66,7 @@ def missing_records(
         placeholder=run is None,
     )
     started, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
-    entries: list[Entry] = [(key, started, begin)]
+    entries: list[Missing] = [(key, started, begin)]
     if tags:
         entries.append((key, started, Tags(tags)))
     if params:
@@ -79,7 +79,7 @@ def missing_records(
 
 
 def _missing_tags(
-    study: Study, trial: FrozenTrial, parent: RunSnapshot, existing: Mapping[str, str]
+    study: StoredStudy, trial: FrozenTrial, parent: RunSnapshot, existing: Mapping[str, str]
 ) -> dict[str, str]:
     ended = trial.user_attrs.get(ENDED, {})
     tags = {
@@ -106,7 +106,7 @@ def _pruning_reason(trial: FrozenTrial) -> str:
     return f"It was stopped at step {step}, value {trial.intermediate_values[step]:g}."
 
 
-def _points(study: Study, trial: FrozenTrial) -> list[tuple[str, float, int, int]]:
+def _points(study: StoredStudy, trial: FrozenTrial) -> list[tuple[str, float, int, int]]:
     at = milliseconds(trial.datetime_complete)
     points = [(INTERMEDIATE, v, step, at) for step, v in sorted(trial.intermediate_values.items())]
     points += [(f"constraint.{name}", value, 0, at) for name, value in trial.constraints.items()]
@@ -123,7 +123,7 @@ def _status(trial: FrozenTrial) -> str:
 
 
 def status_of_study(
-    study: Study, trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]
+    study: StoredStudy, trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]
 ) -> tuple[str, str | None]:
     """Return the status of a study without a running search, and the reason if it failed.
 

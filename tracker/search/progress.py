@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from tracker.search.best import best_trials
 from tracker.search.plan import ENDED, Plan
-from tracker.search.record import Record
+from tracker.search.stored_study import StoredStudy
 
 
 class Progress:
     """The progress bar of one search."""
 
-    def __init__(self, record: Record, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
+    def __init__(self, record: StoredStudy, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
         """Show the bar.
 
         Args:
@@ -60,7 +60,7 @@ class Progress:
         self._bar.close()
 
 
-def line(record: Record, trial: FrozenTrial) -> str:
+def line(record: StoredStudy, trial: FrozenTrial) -> str:
     """Describe an ended trial in one line."""
     parts = [f"trial {trial.number:>3}", f"{trial.state.name.lower():<8}"]
     if trial.state == TrialState.COMPLETE:

@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tracker.search.channel import Ended
 from tracker.search.leases import PREFIX, active_searches
 from tracker.search.plan import ENDED, SEARCH
-from tracker.search.record import Record
 from tracker.search.storage import Storage
+from tracker.search.stored_study import StoredStudy
 
 LOST = Ended.failed("lost", "The process of its search ended abruptly, or hung for too long.")
 """The end of a trial whose search is dead."""
@@ -35,7 +35,7 @@ def store_failure(storage: BaseStorage, trial_id: int, ended: Ended) -> None:
         return
 
 
-def reap(storage: Storage, record: Record, dead: Set[str]) -> list[FrozenTrial]:
+def reap(storage: Storage, record: StoredStudy, dead: Set[str]) -> list[FrozenTrial]:
     """Fail the running trials of dead searches, and store that these searches have left.
 
     Args:

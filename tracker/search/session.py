@@ -35,9 +35,9 @@ from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import BEATS, PREFIX, Leases, this_process
 from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, Plan, Why
 from tracker.search.reap import LOST, store_failure
-from tracker.search.record import Record
 from tracker.search.space import distributions
 from tracker.search.storage import Storage
+from tracker.search.stored_study import StoredStudy
 from tracker.statuses import Status
 
 QUEUED = 1_000_000
@@ -68,7 +68,7 @@ class _Running:
 class Search:
     """Works on a study until it is done. It is not thread-safe."""
 
-    def __init__(self, storage: Storage, record: Record, *, grace: float) -> None:
+    def __init__(self, storage: Storage, record: StoredStudy, *, grace: float) -> None:
         """Prepare a search; `enter` makes it visible to others.
 
         Args:

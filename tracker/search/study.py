@@ -44,10 +44,10 @@ from tracker.search.keeper import (
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
 from tracker.search.reap import reap
-from tracker.search.record import Record, load, open_study
 from tracker.search.session import Search
 from tracker.search.space import checked_space
 from tracker.search.storage import Storage, parse
+from tracker.search.stored_study import StoredStudy, load, open_study
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
 from tracker.store.uri import check_uri, resolve
@@ -249,7 +249,7 @@ class Study:
                     search.record.storage,
                 )
 
-    def _spec(self, record: Record, environment: Mapping[str, str]) -> TrialSpec:
+    def _spec(self, record: StoredStudy, environment: Mapping[str, str]) -> TrialSpec:
         return TrialSpec(
             record=record,
             objective=self._objective,

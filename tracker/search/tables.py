@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tracker.search.plan import ENDED, SLOT, SOURCE
-from tracker.search.record import Record
+from tracker.search.stored_study import StoredStudy
 
 _COLUMNS = ("trial", "slot", "state", "steps", "started", "seconds", "source", "reason")
 
@@ -28,14 +28,14 @@ def objectives(names: Sequence[str], values: Sequence[float]) -> dict[str, float
     return {f"objective.{name}": value for name, value in zip(names, values, strict=True)}
 
 
-def rows(record: Record, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
+def rows(record: StoredStudy, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
     """Return the rows of `trials.csv`, one for each trial, by their columns."""
     trials = list(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     return [_row(record, trial, names) for trial in trials]
 
 
-def _row(record: Record, trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:
+def _row(record: StoredStudy, trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:
     begin, end = trial.datetime_start, trial.datetime_complete
     values: Sequence[float | None] = trial.values or [None] * len(record.metrics)
     if len(record.metrics) == 1 and trial.state == TrialState.PRUNED:
@@ -56,7 +56,7 @@ def _row(record: Record, trial: FrozenTrial, names: Sequence[str]) -> dict[str, 
     }
 
 
-def saved(record: Record, trials: Iterable[FrozenTrial]) -> tuple[int, int] | None:
+def saved(record: StoredStudy, trials: Iterable[FrozenTrial]) -> tuple[int, int] | None:
     """Return how many steps pruning saved, and how many there would be without; None if unknown."""
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     pruned = [t for t in ended if t.state == TrialState.PRUNED]

@@ -14,9 +14,9 @@ from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 from tracker.search.config import StudyConfig
 from tracker.search.plan import SOURCE
-from tracker.search.record import Record
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
+from tracker.search.stored_study import StoredStudy
 from tracker.store.uri import check_exists, resolve
 
 
@@ -118,7 +118,7 @@ class FromRuns:
         return _not_empty(fitting, f"experiment={self.experiment!r}")
 
 
-def add(storage: Storage, record: Record, trials: Iterable[FrozenTrial]) -> None:
+def add(storage: Storage, record: StoredStudy, trials: Iterable[FrozenTrial]) -> None:
     """Add trials to a study, except for those that were added before.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.delivery.base import Mode
 from tracker.search.interrupts import Interrupts
-from tracker.search.record import Record
+from tracker.search.stored_study import StoredStudy
 
 if TYPE_CHECKING:
     from tracker.search.session import Search
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TrialSpec:
     """What all trials of a study share; picklable if the objective is."""
 
-    record: Record
+    record: StoredStudy
     """The study."""
     objective: Any
     """Called with a `tracker.Trial`; returns its value or values."""

@@ -21,7 +21,7 @@ STUDY = "tracker:study"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(StudyConfig):
+class StoredStudy(StudyConfig):
     """A stored study: its settings and what identifies it."""
 
     key: str = ""
@@ -36,7 +36,7 @@ class Record(StudyConfig):
         return stored
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], study_id: int) -> Record:
+    def from_json(cls, stored: Mapping[str, Any], study_id: int) -> StoredStudy:
         """Invert `to_json`.
 
         Raises:
@@ -51,7 +51,7 @@ class Record(StudyConfig):
         return cls(**{**stored, **tuples, "spaces": spaces, "study_id": study_id})
 
 
-def load(storage: Storage, name: str) -> Record:
+def load(storage: Storage, name: str) -> StoredStudy:
     """Load a study.
 
     Args:
@@ -75,10 +75,10 @@ def load(storage: Storage, name: str) -> Record:
             f"study={name!r} was created by another program; choose another name, and use its "
             "trials with warm_start_from_study."
         )
-    return Record.from_json(stored, study_id)
+    return StoredStudy.from_json(stored, study_id)
 
 
-def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record:
+def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> StoredStudy:
     """Create the study that `config` describes, or resume it.
 
     Args:
@@ -105,7 +105,7 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Record
                 study = optuna.Study(config.name, storage.optuna)
                 study.set_metric_names(list(config.metrics))
             _check_directions(config, storage.optuna.get_study_directions(study_id))
-            record = Record(**_fields(config), key=uuid.uuid4().hex, study_id=study_id)
+            record = StoredStudy(**_fields(config), key=uuid.uuid4().hex, study_id=study_id)
         elif resume:
             record = _merged(load(storage, config.name), config)
         else:
@@ -137,7 +137,7 @@ _HANDLED_BELOW = ("spaces", "fixed")
 _ABSENT = "(not given)"
 
 
-def _merged(stored: Record, given: StudyConfig) -> Record:
+def _merged(stored: StoredStudy, given: StudyConfig) -> StoredStudy:
     is_same_store = stored.tracking_uri == given.tracking_uri
     names = (*_MUST_MATCH, *(_MUST_MATCH_IN_ONE_STORE if is_same_store else ()))
     settings = [
@@ -159,7 +159,7 @@ def _shown(value: Any) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _merged_spaces(stored: Record, given: StudyConfig) -> tuple[Space, ...]:
+def _merged_spaces(stored: StoredStudy, given: StudyConfig) -> tuple[Space, ...]:
     if bool(stored.spaces) != bool(given.spaces):
         raise ArgumentError(
             f"study={given.name!r} has {'a' if stored.spaces else 'no'} declared space; resume it "
