@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis.stateful import (
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracker.search.plan import ENDED, MOST_DEATHS, SLOT, Plan
+from tracker.search.plan import ENDED, MOST_DEATHS, SLOT, STARTED, Plan, times
 from tracker.search.space import Point
 
 DONE = ["COMPLETE", "PRUNED", "invalid"]
@@ -342,3 +343,11 @@ class Searches(RuleBasedStateMachine):
 
 TestSearches = Searches.TestCase
 TestSearches.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+
+
+@pytest.mark.parametrize("hours", [0, 5, -8])
+def test_a_trial_of_a_machine_in_another_time_zone_has_its_true_times(hours: int) -> None:
+    there = datetime(2026, 11, 30, 12) + timedelta(hours=hours)  # Optuna stores no zone
+    trial = create_trial(value=1.0, user_attrs={STARTED: 1_000})
+    trial.datetime_start, trial.datetime_complete = there, there + timedelta(seconds=30)
+    assert times(trial) == (1_000, 31_000)

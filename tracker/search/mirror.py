@@ -26,8 +26,8 @@ from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 from tracker.search.best import best_trials
 from tracker.search.leases import Leases, searches
-from tracker.search.missing import Missing, milliseconds, missing_records, status_of_study
-from tracker.search.plan import SEARCH
+from tracker.search.missing import Missing, missing_records, status_of_study
+from tracker.search.plan import SEARCH, times
 from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
 from tracker.search.stored_study import StoredStudy
@@ -110,8 +110,8 @@ class Mirror:
         self.problem = self.run_id = None  # the run may have been deleted
         trials = self._trials()
         if (parent := self._parent()) is None:
-            begun = [t.datetime_start for t in trials if t.datetime_start is not None]
-            self.begin({}, started=milliseconds(min(begun)) if begun else None)
+            begun = [times(trial)[0] for trial in trials if trial.datetime_start is not None]
+            self.begin({}, started=min(begun, default=None))
             parent = self._parent()
             assert parent is not None
         if params := {k: v for k, v in self._params().items() if k not in parent.params}:
@@ -259,7 +259,7 @@ class Mirror:
         new = {name: value for name, value in tags.items() if parent.tags.get(name) != value}
         metrics = []
         if len(good) == 1 and ("best.trial" in new or "best_objective" not in parent.metrics):
-            at = milliseconds(good[0].datetime_complete)
+            _, at = times(good[0])
             metrics = [("best_objective", good[0].values[0], good[0].number, at)]
         if new or metrics:
             self._store.log_batch(parent.run_id, metrics=metrics, tags=new)

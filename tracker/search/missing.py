@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tracker.journal.records import Begin, End, Metrics, Params, Record, Tags, now
+from tracker.journal.records import Begin, End, Metrics, Params, Record, Tags
 from tracker.search.leases import PREFIX, searches
-from tracker.search.plan import ENDED, SLOT, SOURCE, Plan
+from tracker.search.plan import ENDED, SLOT, SOURCE, Plan, times
 from tracker.search.stored_study import StoredStudy
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.statuses import Status
@@ -65,7 +64,7 @@ def missing_records(
         keyed=True,
         placeholder=run is None,
     )
-    started, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
+    started, ended = times(trial)
     entries: list[Missing] = [(key, started, begin)]
     if tags:
         entries.append((key, started, Tags(tags)))
@@ -107,7 +106,7 @@ def _pruning_reason(trial: FrozenTrial) -> str:
 
 
 def _points(study: StoredStudy, trial: FrozenTrial) -> list[tuple[str, float, int, int]]:
-    at = milliseconds(trial.datetime_complete)
+    _, at = times(trial)
     points = [(INTERMEDIATE, v, step, at) for step, v in sorted(trial.intermediate_values.items())]
     points += [(f"constraint.{name}", value, 0, at) for name, value in trial.constraints.items()]
     if trial.state == TrialState.COMPLETE:
@@ -145,8 +144,3 @@ def status_of_study(
     if left["status"] == "FINISHED":
         return "FAILED", "The study ended before its budget was used."
     return str(left["status"]), left["reason"]
-
-
-def milliseconds(moment: datetime | None) -> int:
-    """Return milliseconds since 1970 of one of Optuna's local times; now for None."""
-    return now() if moment is None else int(moment.timestamp() * 1000)

@@ -15,14 +15,17 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.journal.records import now
 from tracker.search.config import StudyConfig
 from tracker.search.space import Point, grid, identity
 
 SLOT = "tracker:slot"
 SEARCH = "tracker:search"
+STARTED = "tracker:started"
 ENDED = "tracker:ended"
 SOURCE = "tracker:source"
-"""User attributes of a trial: its slot, the search that runs it, how it failed, its origin."""
+"""User attributes of a trial: its slot, the search that runs it, when it began (milliseconds since
+1970: Optuna stores local times without a zone), how it failed, its origin."""
 
 MOST_DEATHS = 5
 """A slot whose worker dies or hangs this often is abandoned: it probably kills its workers."""
@@ -149,3 +152,16 @@ class Plan:
     def is_finished(self) -> bool:
         """Whether the budget is used up."""
         return self.finished() == self.total
+
+
+def times(trial: FrozenTrial) -> tuple[int, int]:
+    """Return when a trial began and ended, in milliseconds since 1970; now where it has not.
+
+    Optuna's times are local ones of the machine that ran the trial, so only their difference is
+    used if this library ran it.
+    """
+    begun, ended = trial.datetime_start, trial.datetime_complete
+    if begun is None:
+        return now(), now()
+    start = int(trial.user_attrs.get(STARTED, begun.timestamp() * 1000))
+    return start, now() if ended is None else start + int((ended - begun).total_seconds() * 1000)

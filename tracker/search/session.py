@@ -29,11 +29,12 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracker.errors import ArgumentError, TrackerError
+from tracker.journal.records import now
 from tracker.search import sampler as samplers
 from tracker.search.best import best_trials
 from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import BEATS, PREFIX, Leases, this_process
-from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, Plan, Why
+from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
 from tracker.search.reap import LOST, store_failure
 from tracker.search.space import distributions
 from tracker.search.storage import Storage
@@ -110,6 +111,7 @@ class Search:
                 slot = max([QUEUED - 1, *self.plan.slots]) + 1
                 self._optuna.set_trial_user_attr(queued._trial_id, SLOT, slot)
                 self._optuna.set_trial_user_attr(queued._trial_id, SEARCH, self.id)
+                self._optuna.set_trial_user_attr(queued._trial_id, STARTED, now())
                 trial_id = queued._trial_id
                 if not self._optuna.set_trial_state_values(trial_id, TrialState.RUNNING):
                     return "wait"
@@ -149,7 +151,7 @@ class Search:
             state=TrialState.RUNNING,
             params=dict(params),
             distributions=self._distributions if params else {},
-            user_attrs={SLOT: slot, SEARCH: self.id},
+            user_attrs={SLOT: slot, SEARCH: self.id, STARTED: now()},
             system_attrs={} if fixed is None else {"fixed_params": fixed},
         )
 

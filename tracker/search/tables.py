@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tracker.search.plan import ENDED, SLOT, SOURCE
+from tracker.search.plan import ENDED, SLOT, SOURCE, times
 from tracker.search.stored_study import StoredStudy
 
 _COLUMNS = ("trial", "slot", "state", "steps", "started", "seconds", "source", "reason")
@@ -49,11 +50,15 @@ def _row(record: StoredStudy, trial: FrozenTrial, names: Sequence[str]) -> dict[
         **dict(zip(record.metrics, values, strict=True)),
         **{f"param {name}" if name in taken else name: trial.params.get(name) for name in names},
         "steps": trial.last_step,
-        "started": begin.isoformat(timespec="milliseconds") if begin else None,
+        "started": _utc(times(trial)[0]) if begin else None,
         "seconds": round((end - begin).total_seconds(), 3) if begin and end else None,
         "source": trial.user_attrs.get(SOURCE),
         "reason": reason.partition("\n")[0] or None,
     }
+
+
+def _utc(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def saved(record: StoredStudy, trials: Iterable[FrozenTrial]) -> tuple[int, int] | None:
