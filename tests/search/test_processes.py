@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
+from tests.programs import wait_for
+from tests.search.conftest import Start
 from tracker import Study, Trial
 from tracker.search.channel import Task
 from tracker.search.config import StudyConfig
 from tracker.search.executors.base import TrialSpec
 from tracker.search.executors.processes import ProcessExecutor
 from tracker.search.interrupts import Interrupts
+from tracker.search.leases import PREFIX
 from tracker.search.plan import ENDED, MOST_DEATHS
 from tracker.search.session import Answer, Search
 from tracker.search.storage import Storage
@@ -167,6 +169,21 @@ def test_an_idle_worker_does_not_claim_a_trial_at_each_message_of_another(
     assert search.claims < 20
 
 
+def test_a_search_shows_that_it_lives_whatever_its_own_thread_does(tracking_uri: str) -> None:
+    config = StudyConfig(name="study", spaces=({"x": [1]},), sampler="grid", models="none")
+    with closing(Storage()) as storage:
+        record = open_study(storage, config, resume=False)
+        search = Search(storage, record, grace=0.3)
+        search.enter()
+
+        def beat() -> int:
+            attrs = storage.optuna.get_study_user_attrs(record.study_id)
+            return int(attrs[f"{PREFIX}{search.id}"]["beat"])
+
+        with search.beating():  # while a sampler computes
+            wait_for(lambda: beat() >= 3, "three beats")
+
+
 KILLED = """
 import os, signal, sys
 from tracker import Study
@@ -182,13 +199,11 @@ Study("study", objective, space={"x": [1, 2]}, sampler="grid", offline=True).run
 
 @pytest.mark.slow
 def test_repeated_kills_of_the_search_do_not_abandon_a_slot(
-    workdir: Path, tracking_uri: str
+    start: Start, tracking_uri: str
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", KILLED]
     for _ in range(MOST_DEATHS + 1):
-        assert subprocess.run([*command, "kill"], env=environment, check=False).returncode == -9
-    subprocess.run(command, env=environment, check=True)
+        assert start(KILLED, "kill").wait() == -signal.SIGKILL
+    assert start(KILLED).wait() == 0
     storage = Storage()
     states = Counter(t.state.name for t in storage.optuna.get_all_trials(0))
     storage.close()
