@@ -4,7 +4,8 @@ TrackerError             base of all of them
 ├── ArgumentError        an argument has a value that is not allowed (also a ValueError)
 ├── CallOrderError       a method was called before one that it needs (also a RuntimeError)
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
-│   └── RefusedError     the store answered, and will never accept the request
+│   ├── RefusedError     the store answered, and will never accept the request
+│   └── GoneError        the experiment or run does not exist, or is deleted
 ├── DeployError          a model cannot be written in a format, or the file computes something else
 └── NonFiniteLossError   the loss became NaN or infinite and `stop_on_nonfinite` is set
 
@@ -41,9 +42,16 @@ class CallOrderError(TrackerError, RuntimeError):
 class StoreError(TrackerError):
     """A tracking URI, an experiment, a run or a journal cannot be opened or written."""
 
+    retry_after = 0.0
+    """How many seconds the store asked to wait before the next request."""
+
 
 class RefusedError(StoreError):
     """The store refuses a request, and would refuse it again."""
+
+
+class GoneError(StoreError):
+    """The experiment or run of a request does not exist, or is deleted."""
 
 
 class NonFiniteLossError(TrackerError, ArithmeticError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
 
 _SETTLE_SECONDS = 60.0
+_PATIENCE_SECONDS = 600.0  # that `tracker sync` waits for a store that is too busy
 
 State = Literal["in use", "uploading", "unfinished", "unreadable"]
 
@@ -134,13 +135,27 @@ def sync(
             store = MlflowStore(tracking_uri or stored_uri)
             runs = journal.runs()
             close_unended(journal)
-            records = Uploader(journal, store, on_progress).drain()
+            records = _drain_patiently(Uploader(journal, store, on_progress))
             notices = tuple(text for _, text in journal.notices())
             if damage is None:
                 journal.remove()
             else:
                 notices += (damage,)
     return SyncResult(runs, records, notices)
+
+
+def _drain_patiently(uploader: Uploader) -> int:
+    """Deliver every record, and wait as long as the store asks for; return their number."""
+    delivered = 0
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return delivered + uploader.drain()
+        except StoreError as error:
+            if not error.retry_after or time.monotonic() + error.retry_after > until:
+                raise
+            delivered += uploader.interrupted_at
+            time.sleep(error.retry_after)
 
 
 def deliver_left_behind(

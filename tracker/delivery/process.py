@@ -134,7 +134,7 @@ class UploaderProcess:
             self._journal.problem = str(error)
             self._failures += 1
             pause = min(0.5 * 2 ** (self._failures - 1), RETRY_SECONDS)
-            self._retry_at = time.monotonic() + pause
+            self._retry_at = time.monotonic() + max(pause, error.retry_after)
             self._raise_timeout()
             return 0
 

@@ -13,6 +13,7 @@ from tracker.errors import ArgumentError, RefusedError, StoreError
 from tracker.journal import records
 from tracker.journal.reader import Journal
 from tracker.journal.records import Entry, Invalid
+from tracker.journal.refused import set_aside
 from tracker.statuses import Status
 from tracker.validation import RUN_TAG, checked_path
 from tracker.views.files import csv_text, json_text
@@ -58,6 +59,8 @@ class Uploader:
         self._parents: dict[str, str] = {}  # ids by key
         self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
+        self.interrupted_at = 0
+        """How many records the last drain delivered, though it may have failed."""
 
     def drain(self, stop: Callable[[], bool] = lambda: False) -> int:
         """Deliver every record on disk.
@@ -73,7 +76,7 @@ class Uploader:
         Raises:
             StoreError: A record cannot be delivered now.
         """
-        delivered = 0
+        delivered = self.interrupted_at = 0
         self._experiments.clear()
         while entries := self._journal.undelivered(_CHUNK):
             for group in _groups(entries):
@@ -81,6 +84,7 @@ class Uploader:
                     return delivered
                 self._send(group)
                 delivered += len(group)
+                self.interrupted_at = delivered
                 if self._on_progress is not None:
                     self._on_progress(len(group))
         return delivered
@@ -97,7 +101,7 @@ class Uploader:
                 for entry in group:  # in doubt now: what the store has already is left out
                     self._send([entry])
                 return
-            self._lose(first, error)  # or it would hold up every later record
+            self._send_parts(first, error)  # or it would hold up every later record
         self._journal.mark_delivered(group[-1].seq)
         for entry in group:
             if isinstance(entry.record, _UPLOADED) and (
@@ -107,12 +111,25 @@ class Uploader:
         if isinstance(first.record, records.End):
             self._journal.forget(first.run)
 
+    def _send_parts(self, entry: Entry, error: RefusedError) -> None:
+        """Deliver what the store takes of a record that it refuses as a whole."""
+        if len(parts := _parts(entry)) == 1:
+            self._lose(entry, error)
+            return
+        for part in parts:
+            try:
+                self._deliver([part], in_doubt=True)
+            except RefusedError as refusal:
+                self._lose(part, refusal)
+
     def _lose(self, entry: Entry, error: RefusedError) -> None:
         self._lost[entry.run] += 1
-        if (count := self._lost[entry.run]) <= _MAX_NOTICES:  # a deleted run loses all records
-            more = " Other records of the run may be lost too." if count == _MAX_NOTICES else ""
+        kept = set_aside(self._journal, entry, str(error))
+        if (count := self._lost[entry.run]) <= _MAX_NOTICES:
+            more = " Other records of the run may be refused too." if count == _MAX_NOTICES else ""
             kind = repr(entry.record.kind)[1:20].rstrip("'")
-            self._journal.notice(f"A record ({kind}) is lost: {error}{more}")
+            what = f"A record ({kind}) is " + (f"set aside in {kept}" if kept else "lost")
+            self._journal.notice(f"{what}: {error}{more}")
 
     def _deliver(self, group: list[Entry], in_doubt: bool) -> None:
         first = group[0]
@@ -252,6 +269,23 @@ def _artifact_path(path: str) -> str:
         return checked_path(posixpath.normpath(path), "artifact")
     except ArgumentError as error:
         raise RefusedError(str(error)) from error
+
+
+def _parts(entry: Entry) -> list[Entry]:
+    """Split a record into one for each name in it."""
+    match entry.record:
+        case records.Metrics(points):
+            names = dict.fromkeys(name for name, *_ in points)
+            parts: list[records.Record] = [
+                records.Metrics([point for point in points if point[0] == name]) for name in names
+            ]
+        case records.Params(pairs):
+            parts = [records.Params({name: value}) for name, value in pairs.items()]
+        case records.Tags(pairs):
+            parts = [records.Tags({name: value}) for name, value in pairs.items()]
+        case _:
+            return [entry]
+    return [entry._replace(record=part) for part in parts]
 
 
 def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
