@@ -56,6 +56,13 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
     sync.add_argument(
         "--tracking-uri", metavar="URI", help="the store; default: the one each run was meant for"
     )
+    choice = sync.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--experiment", metavar="NAME", help="where runs begin anew whose own experiment is missing"
+    )
+    choice.add_argument(
+        "--drop", metavar="RUN", help="remove a run that cannot be delivered; uploads nothing"
+    )
     if with_studies:  # importing Optuna takes a second
         from tracker.search.cli import add_commands
 
@@ -86,6 +93,8 @@ def _sync(given: argparse.Namespace) -> int:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     for path in given.path:
         sweep(path)
+    if given.drop is not None:
+        return _drop(given)
     statuses = [journal_status(folder) for folder in _journals(given.path)]
     total = sum(status.undelivered for status in statuses if status.state != "in use")
     runs = records = unfinished = 0
@@ -95,13 +104,14 @@ def _sync(given: argparse.Namespace) -> int:
                 unfinished += 1  # its own process uploads it
                 continue
             try:
-                done = sync(status.folder, given.tracking_uri, bar.update)
+                done = sync(status.folder, given.tracking_uri, bar.update, given.experiment)
             except StoreError as error:
                 tqdm.write(f"tracker: {error}", file=sys.stderr)
                 unfinished += 1
                 continue
             runs, records = runs + done.runs, records + done.records
-            for notice in done.notices:
+            unfinished += bool(done.held)
+            for notice in done.notices + done.held:
                 tqdm.write(f"tracker: {notice}", file=sys.stderr)
     uploaded = f"Uploaded {_count(records, 'record')} of {_count(runs, 'run')}"
     if not unfinished:
@@ -109,6 +119,16 @@ def _sync(given: argparse.Namespace) -> int:
         return 0
     print(f"{uploaded}; {_count(unfinished, 'journal')} unfinished, see: tracker status")
     return 2
+
+
+def _drop(given: argparse.Namespace) -> int:
+    from tracker.delivery.leftovers import drop
+
+    dropped = sum(drop(folder, given.drop) for folder in _journals(given.path))
+    if not dropped:
+        raise StoreError(f"--drop {given.drop} is not a run in these journals; see: tracker status")
+    print(f"Dropped {_count(dropped, 'record')} of 1 run.")
+    return 0
 
 
 def _status(given: argparse.Namespace) -> int:

@@ -48,6 +48,9 @@ class Recorder:
             self._called("begin", key)
         return f"id of {key}"
 
+    def run_problem(self, run_id: str) -> str | None:
+        return None
+
     def run_name(self, run_id: str) -> str:
         return "fox"
 

@@ -66,6 +66,10 @@ class BackgroundDelivery:
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything appended so far is delivered; return whether it is."""
+        return self._flush(timeout) and not self._reader.held()
+
+    def _flush(self, timeout: float) -> bool:
+        """Wait like `flush`, but not for held runs: they would keep every other one waiting."""
         until = time.monotonic() + timeout
         if not self.journal.flush(timeout):
             return False
@@ -84,7 +88,7 @@ class BackgroundDelivery:
         if not wait:
             return
         try:  # offline too, after which the run is on disk
-            if not self.flush(DEADLINE_SECONDS) and self._wants_uploader:
+            if not self._flush(DEADLINE_SECONDS) and self._wants_uploader:
                 problem = self._reader.problem
                 self._warn(problem.text if problem else "the store is slow")
         except StoreError as error:  # the journal was removed, which must not stop the training
@@ -112,7 +116,7 @@ class BackgroundDelivery:
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
             is_stuck = self._stuck_at == self._reader.delivered  # an earlier wait has timed out
-            delivered = self.flush(0.0 if is_stuck else DEADLINE_SECONDS)
+            delivered = self._flush(0.0 if is_stuck else DEADLINE_SECONDS)
         except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
             pass
         self._active_runs.forget()

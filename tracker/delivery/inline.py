@@ -69,6 +69,10 @@ class InlineDelivery:
             if not self._has_begun and self._reader.run_id(run) is None:
                 raise
             self._warn(error)
+        reason = self._reader.held().get(run)
+        if reason is not None and not self._has_begun:
+            raise StoreError(reason)
+        self._pass_on_notices()
         self._has_begun = True
         self._active_runs.begin(run, abandon)
         atexit.register(abandon)
@@ -79,11 +83,12 @@ class InlineDelivery:
             self._drain()
         except StoreError as error:
             self._warn(error)
+        self._pass_on_notices()
 
     def flush(self, timeout: float) -> bool:
         """Deliver what is pending, without a time limit; return whether it worked."""
         self.deliver()
-        return not self._reader.pending()
+        return not self._reader.pending() and not self._reader.held()
 
     def _drain(self) -> None:
         if os.getpid() != self._pid:  # a fork does not deliver its parent's run
@@ -95,6 +100,8 @@ class InlineDelivery:
         if self._uploader is not None:
             with _own_randomness():
                 self._uploader.drain()
+
+    def _pass_on_notices(self) -> None:
         for number, text in self._reader.notices(self._last_notice):
             self._last_notice = number
             logger.warning("%s", text)

@@ -50,6 +50,8 @@ class SyncResult:
     records: int
     notices: tuple[str, ...]
     """What was lost in delivery: a sentence for each loss."""
+    held: tuple[str, ...] = ()
+    """Which runs cannot be delivered, and why: a sentence for each."""
 
 
 def journals(path: Path) -> list[Path]:
@@ -81,14 +83,13 @@ def journal_status(folder: Path) -> JournalStatus:
         with delivery_lock(folder).hold() as is_free:
             pass
         with closing(Journal(folder)) as journal:
-            problem = journal.problem
             return JournalStatus(
                 folder,
                 "in use" if is_alive else "unfinished" if is_free else "uploading",
                 journal.runs(),
                 journal.remaining(),
                 journal.tracking_uri,
-                problem.text if problem else None,
+                journal.obstacle(),
             )
     except StoreError as error:
         return JournalStatus(folder, "unreadable", problem=str(error))
@@ -98,6 +99,7 @@ def sync(
     folder: Path,
     tracking_uri: str | None = None,
     on_progress: Callable[[int], object] | None = None,
+    experiment: str | None = None,
 ) -> SyncResult:
     """Deliver the journal of a process that has ended, and remove it.
 
@@ -109,6 +111,7 @@ def sync(
         tracking_uri: By default the one that the process had; needed if that has a password, which
             a journal does not store.
         on_progress: Called after each request, with its number of records.
+        experiment: Where the runs that cannot be delivered as they are begin anew.
 
     Raises:
         StoreError: `folder` is not a journal, its process still runs, another process delivers it,
@@ -135,13 +138,44 @@ def sync(
             store = MlflowStore(tracking_uri or stored_uri)
             runs = journal.runs()
             close_unended(journal)
-            records = _drain_patiently(Uploader(journal, store, on_progress))
-            notices = tuple(text for _, text in journal.notices())
-            if damage is None:
+            uploader = Uploader(journal, store, on_progress)
+            records = _drain_patiently(uploader)
+            if experiment is not None and journal.held():
+                for run in journal.held():
+                    journal.redirect(run, experiment)
+                records += _drain_patiently(uploader)
+            held = tuple(
+                f"{folder} keeps the run {run}, which cannot be delivered: {reason} Deliver it with"
+                f" --experiment NAME, or give it up with --drop {run}."
+                for run, reason in journal.held().items()
+            )
+            notices = tuple(text for _, text in journal.notices() if not held)
+            if held:
+                pass
+            elif damage is None:
                 journal.remove()
             else:
                 notices += (damage,)
-    return SyncResult(runs, records, notices)
+    return SyncResult(runs, records, notices, held)
+
+
+def drop(folder: Path, run: str) -> int:
+    """Give up a run: remove it from a journal, and the journal if nothing else is in it.
+
+    Args:
+        folder: The journal of a process that has ended.
+        run: The run's key.
+
+    Returns:
+        How many records are lost by it.
+    """
+    if writer_lives(folder):
+        return 0
+    with _delivering(folder), closing(Journal(folder)) as journal:
+        dropped = journal.drop(run)
+        if dropped and not journal.remaining():
+            journal.remove()
+        return dropped
 
 
 def _drain_patiently(uploader: Uploader) -> int:
@@ -186,7 +220,7 @@ def deliver_left_behind(
                     Uploader(journal, store).drain(stop)
                     for _, notice in journal.notices():
                         logger.warning("%s: %s", folder, notice)
-                    if not journal.pending():
+                    if not journal.pending() and not journal.held():
                         journal.remove()
         except TrackerError as error:  # `tracker sync` will report it
             logger.debug("%s: %s", folder, error)

@@ -68,6 +68,8 @@ class UploaderProcess:
         self._stop_at: float | None = None
         self._gone_at: float | None = None  # when the training process was seen to be gone
         self._look_at = 0.0
+        self._held_pause = 0.25
+        self._held_at = 0.0  # when the held runs are tried again
         self._is_nice = False
         self._user_timeout = "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
         self._raise_timeout()
@@ -90,6 +92,8 @@ class UploaderProcess:
                 continue
             pending = self._journal.pending()
             if self._gone_at is not None and not pending:
+                if self._journal.held():
+                    return 1
                 self._journal.remove()
                 if not swept and self._store is not None:  # a program too short to be idle in
                     self.stop()  # the training process may wait for this one
@@ -121,14 +125,19 @@ class UploaderProcess:
 
     def _deliver(self) -> int:
         """Deliver what is pending, unless a retry has to wait; return the number of records."""
-        if time.monotonic() < self._retry_at or not self._journal.pending():
+        retry_held = time.monotonic() > self._held_at and bool(self._journal.held())
+        if time.monotonic() < self._retry_at or not (retry_held or self._journal.pending()):
             return 0
         try:
             # MLflow's client would try a dead server for minutes.
             reason = self._store.unreachable_reason() if self._store and self._failures else None
             if reason is not None:
                 raise StoreError(f"the server does not answer: {reason}.")
-            return self._open().drain(self._stopped)
+            delivered = self._open().drain(self._stopped, retry_held=retry_held)
+            if retry_held:
+                self._held_pause = min(2 * self._held_pause, RETRY_SECONDS)
+                self._held_at = time.monotonic() + self._held_pause
+            return delivered
         except StoreError as error:
             self._be_nice()
             self._journal.problem = str(error)

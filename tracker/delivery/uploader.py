@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from tracker.errors import ArgumentError, RefusedError, StoreError
+from tracker.errors import ArgumentError, GoneError, RefusedError, StoreError
 from tracker.journal import records
 from tracker.journal.reader import Journal
 from tracker.journal.records import Entry, Invalid
@@ -62,13 +62,15 @@ class Uploader:
         self.interrupted_at = 0
         """How many records the last drain delivered, though it may have failed."""
 
-    def drain(self, stop: Callable[[], bool] = lambda: False) -> int:
+    def drain(self, stop: Callable[[], bool] = lambda: False, *, retry_held: bool = True) -> int:
         """Deliver every record on disk.
 
-        A record that the store will never accept is dropped, and a notice is left in the journal.
+        A record that the store will never accept is set aside, and a run that it does not accept
+        is held; both leave a notice in the journal.
 
         Args:
             stop: Called before each request; True stops the delivery.
+            retry_held: Try the held runs again.
 
         Returns:
             How many records were delivered.
@@ -76,33 +78,51 @@ class Uploader:
         Raises:
             StoreError: A record cannot be delivered now.
         """
-        delivered = self.interrupted_at = 0
+        self.interrupted_at = 0
         self._experiments.clear()
-        while entries := self._journal.undelivered(_CHUNK):
+        if self._drain(None, stop):
+            self._journal.pass_over_held()
+            for run in self._journal.held() if retry_held else ():
+                if self._drain(run, stop):
+                    self._journal.release(run)
+        return self.interrupted_at
+
+    def _drain(self, held: str | None, stop: Callable[[], bool]) -> bool:
+        """Deliver the records of a held run, or of all others; return whether all are."""
+        while entries := self._journal.undelivered(_CHUNK, held):
+            stopped_runs: set[str] = set()
             for group in _groups(entries):
                 if stop():
-                    return delivered
-                self._send(group)
-                delivered += len(group)
-                self.interrupted_at = delivered
+                    return False
+                if group[0].run in stopped_runs:
+                    continue
+                if not self._send(group, held):
+                    if held is not None:
+                        return False
+                    stopped_runs.add(group[0].run)
+                    continue
+                self.interrupted_at += len(group)
                 if self._on_progress is not None:
                     self._on_progress(len(group))
-        return delivered
+        return True
 
-    def _send(self, group: list[Entry]) -> None:
+    def _send(self, group: list[Entry], held: str | None) -> bool:
+        """Deliver records of a run; return False if the run cannot be delivered."""
         first = group[0]
-        in_doubt = self._journal.sending(group[-1].seq)
+        in_doubt = self._journal.sending(group[-1].seq, held)
         try:
             self._deliver(group, in_doubt)
-        except RefusedError as error:
-            if isinstance(first.record, records.Begin):
-                raise  # without it every later record of the run would be lost
-            if self._rebind(first.run) or len(group) > 1 or not in_doubt:
-                for entry in group:  # in doubt now: what the store has already is left out
-                    self._send([entry])
-                return
+        except (RefusedError, GoneError) as error:
+            is_begin = isinstance(first.record, records.Begin)
+            is_rebound = not is_begin and self._rebind(first.run)
+            if not is_rebound and (reason := self._obstacle(first, error)):
+                self._hold(group, reason)
+                return False
+            if is_rebound or len(group) > 1 or not in_doubt:
+                # In doubt now: what the store has already is left out.
+                return all(self._send([entry], held) for entry in group)
             self._send_parts(first, error)  # or it would hold up every later record
-        self._journal.mark_delivered(group[-1].seq)
+        self._journal.mark_delivered(group[-1].seq, held)
         for entry in group:
             if isinstance(entry.record, _UPLOADED) and (
                 path := self._journal.staged(entry.record.staged)
@@ -110,8 +130,28 @@ class Uploader:
                 shutil.rmtree(path.parent, ignore_errors=True)
         if isinstance(first.record, records.End):
             self._journal.forget(first.run)
+        return True
 
-    def _send_parts(self, entry: Entry, error: RefusedError) -> None:
+    def _obstacle(self, entry: Entry, error: StoreError) -> str | None:
+        """Return why a run cannot be delivered at all; None if only this record cannot."""
+        if isinstance(entry.record, records.Begin | records.End):
+            return str(error)
+        run_id = self._journal.run_id(entry.run)
+        if isinstance(entry.record, Invalid) or run_id is None:
+            return None
+        return self._store.run_problem(run_id)
+
+    def _hold(self, group: list[Entry], reason: str) -> None:
+        run = group[0].run
+        if self._journal.hold(run, group[0].seq, group[-1].seq, reason):
+            name = next((b.name for b in self._journal.records(run, records.Begin)), None) or run
+            self._journal.notice(
+                f"The run {name} cannot be delivered: {reason} Its records stay in "
+                f"{self._journal.folder}. When this program has ended, deliver them with `tracker "
+                f"sync --experiment NAME`, or give them up with `tracker sync --drop {run}`."
+            )
+
+    def _send_parts(self, entry: Entry, error: StoreError) -> None:
         """Deliver what the store takes of a record that it refuses as a whole."""
         if len(parts := _parts(entry)) == 1:
             self._lose(entry, error)
@@ -119,10 +159,10 @@ class Uploader:
         for part in parts:
             try:
                 self._deliver([part], in_doubt=True)
-            except RefusedError as refusal:
+            except (RefusedError, GoneError) as refusal:
                 self._lose(part, refusal)
 
-    def _lose(self, entry: Entry, error: RefusedError) -> None:
+    def _lose(self, entry: Entry, error: StoreError) -> None:
         self._lost[entry.run] += 1
         kept = set_aside(self._journal, entry, str(error))
         if (count := self._lost[entry.run]) <= _MAX_NOTICES:
@@ -174,7 +214,7 @@ class Uploader:
             case records.End(status):
                 try:
                     self._log_tables(first.run, run_id)
-                except RefusedError as error:  # the run needs its status all the same
+                except (RefusedError, GoneError) as error:  # the run needs its status all the same
                     self._journal.notice(f"The tables of a run are lost: {error}")
                 store.end_run(run_id, status, first.time)
 
@@ -204,7 +244,7 @@ class Uploader:
     def _parent_id(self, key: str) -> str:
         run_id = self._journal.run_id(key) or self._parents.get(key) or self._store.find_run(key)
         if run_id is None:
-            raise StoreError("the parent of a run is not delivered yet")
+            raise GoneError("The parent of the run is not delivered yet.")
         self._parents[key] = run_id
         return run_id
 

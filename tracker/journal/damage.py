@@ -84,7 +84,11 @@ def _copy_readable(folder: Path, readable: Path) -> None:
     ):
         new.execute("DELETE FROM progress")
         records = "records", "seq, run, time, kind, CAST(body AS BLOB)"  # damaged letters too
-        for table, columns in (records, ("runs", "*"), ("notices", "*"), ("progress", "*")):
+        new.execute(database.HELD)
+        for table, columns in (
+            records,
+            *((t, "*") for t in ("runs", "notices", "progress", "held")),
+        ):
             try:
                 for row in old.execute(f"SELECT {columns} FROM {table} ORDER BY rowid"):
                     marks = ", ".join("?" * len(row))

@@ -27,6 +27,12 @@ CREATE TABLE progress (
 );
 INSERT INTO progress VALUES (0, 0, NULL, NULL, NULL);
 """
+HELD = """
+CREATE TABLE IF NOT EXISTS held (
+    run TEXT PRIMARY KEY, delivered INTEGER NOT NULL, sending INTEGER NOT NULL, reason TEXT NOT NULL
+)
+"""
+"""The runs that cannot be delivered, each with its own progress; later than the format."""
 
 
 def path_of(folder: Path) -> Path:

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tracker.errors import StoreError
 from tracker.journal import database
 from tracker.journal.ownership import Writer
-from tracker.journal.records import Entry, Record, decode, encode
+from tracker.journal.records import Begin, Entry, Record, decode, encode
 from tracker.redaction import public_uri
 
 OFFLINE = "offline"
@@ -63,6 +64,7 @@ class Journal:
             )
         with self._translated():
             self._db = database.connect(folder)
+            self._db.execute(database.HELD)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -94,10 +96,23 @@ class Journal:
 
     # -- records ---------------------------------------------------------------------------
 
-    def undelivered(self, limit: int = -1) -> list[Entry]:
-        """Return the first `limit` entries that are not marked delivered, in order."""
-        query = "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records WHERE seq > ?"
-        rows = self._read(f"{query} ORDER BY seq LIMIT ?", self.delivered, limit)
+    def undelivered(self, limit: int = -1, held: str | None = None) -> list[Entry]:
+        """Return the first entries that are not marked delivered, in order.
+
+        Args:
+            limit: The largest number of entries.
+            held: A held run, for its entries alone; None for those of all runs that are not held.
+        """
+        query = "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records WHERE "
+        if held is None:
+            query += "seq > ? AND run NOT IN (SELECT run FROM held) ORDER BY seq LIMIT ?"
+            rows = self._read(query, self.delivered, limit)
+        else:  # what comes later is not passed over yet
+            query += (
+                "run = ?1 AND seq > (SELECT delivered FROM held WHERE run = ?1)"
+                " AND seq <= (SELECT delivered FROM progress) ORDER BY seq LIMIT ?2"
+            )
+            rows = self._read(query, held, limit)
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
     def records(self, run: str, kind: type[R]) -> list[R]:
@@ -182,28 +197,106 @@ class Journal:
         return self._read_integer("SELECT delivered FROM progress")
 
     def pending(self) -> bool:
-        """Return whether any record is not delivered."""
+        """Return whether any record is not delivered, apart from those of held runs."""
         return self.last() > self.delivered
 
     def remaining(self) -> int:
         """Return how many records are not delivered."""
         return self._read_integer(
-            "SELECT count(*) FROM records WHERE seq > (SELECT delivered FROM progress)"
+            "SELECT count(*) FROM records LEFT JOIN held USING (run)"
+            " WHERE seq > coalesce(held.delivered, (SELECT delivered FROM progress))"
         )
 
-    def sending(self, seq: int) -> bool:
+    def sending(self, seq: int, held: str | None = None) -> bool:
         """Remember that the records up to `seq` are being sent.
+
+        Args:
+            seq: The place of the last record.
+            held: The held run that they belong to.
 
         Returns:
             Whether some of them are in doubt: sent by a process that did not live to mark them.
         """
-        in_doubt = self._read_integer("SELECT sending > delivered FROM progress")
-        self._change("UPDATE progress SET sending = max(sending, ?)", seq)
+        table, where = ("progress", "TRUE") if held is None else ("held", "run = ?")
+        of = () if held is None else (held,)
+        query = f"SELECT sending > delivered FROM {table} WHERE {where}"
+        in_doubt = self._read_integer(query, *of)
+        self._change(f"UPDATE {table} SET sending = max(sending, ?) WHERE {where}", seq, *of)
         return bool(in_doubt)
 
-    def mark_delivered(self, seq: int) -> None:
-        """Remember that all records up to `seq` are delivered."""
-        self._change("UPDATE progress SET delivered = ?, sending = max(sending, ?)", seq, seq)
+    def mark_delivered(self, seq: int, held: str | None = None) -> None:
+        """Remember that all records up to `seq` are delivered, or those of a held run."""
+        if held is None:
+            self._change("UPDATE progress SET delivered = ?, sending = max(sending, ?)", seq, seq)
+        else:
+            self._change("UPDATE held SET delivered = ? WHERE run = ?", seq, held)
+
+    # -- runs that cannot be delivered, while the others are -----------------------------------
+
+    def hold(self, run: str, first: int, last: int, reason: str) -> bool:
+        """Leave a run out of the delivery from now on.
+
+        Args:
+            run: The run's key.
+            first: The place of its first record that is not delivered.
+            last: The place of its last record that was sent, and may have arrived.
+            reason: Why it cannot be delivered.
+
+        Returns:
+            Whether this is the first time.
+        """
+        is_new = run not in self.held()
+        self._change(
+            "INSERT INTO held VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (run) DO UPDATE SET reason = excluded.reason",
+            *(run, first - 1, last, public_uri(reason)),
+        )
+        return is_new
+
+    def held(self) -> dict[str, str]:
+        """Return the held runs, in the order of their beginning, with the reason of each."""
+        rows = self._read("SELECT run, reason FROM held ORDER BY delivered")
+        return {str(run): str(reason) for run, reason in rows}
+
+    def pass_over_held(self) -> None:
+        """Count the records of held runs as passed, if nothing else is undelivered."""
+        self._change(
+            "UPDATE progress SET delivered ="
+            " max(delivered, coalesce((SELECT max(seq) FROM records), 0))"
+            " WHERE EXISTS (SELECT 1 FROM held) AND NOT EXISTS (SELECT 1 FROM records"
+            " WHERE seq > progress.delivered AND run NOT IN (SELECT run FROM held))"
+        )
+
+    def release(self, run: str) -> None:
+        """Deliver a held run with the others again, after all that was passed over is delivered."""
+        self._change("DELETE FROM held WHERE run = ?", run)
+
+    def redirect(self, run: str, experiment: str) -> None:
+        """Let a held run begin again in another experiment; repeated, it changes nothing.
+
+        Args:
+            run: The run's key.
+            experiment: The experiment's name.
+        """
+        begins = self.records(run, Begin)
+        fields: dict[str, Any] = {"experiment_id": None, "adopt": None, "resume": None}
+        if not begins or begins[0] == (
+            fresh := replace(begins[0], experiment=experiment, **fields)
+        ):
+            return
+        with self._lock, self._translated(), self._db:
+            self._db.execute(
+                "UPDATE records SET body = ? WHERE run = ? AND kind = 'begin'", (encode(fresh), run)
+            )
+            self._db.execute("DELETE FROM runs WHERE run = ?", (run,))
+            self._db.execute("UPDATE held SET delivered = 0, sending = 0 WHERE run = ?", (run,))
+
+    def drop(self, run: str) -> int:
+        """Remove a run with all of its records; return how many there were."""
+        with self._lock, self._translated(), self._db:
+            for table in ("held", "runs"):
+                self._db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+            return self._db.execute("DELETE FROM records WHERE run = ?", (run,)).rowcount
 
     def bind(self, run: str, run_id: str) -> None:
         """Remember the MLflow id of a run."""
@@ -255,12 +348,17 @@ class Journal:
         rows = self._read("SELECT id, text FROM notices WHERE id > ? ORDER BY id", after)
         return [(int(number), str(text)) for number, text in rows]
 
+    def obstacle(self) -> str | None:
+        """Return why something is not delivered; None if no reason is known."""
+        return self.problem.text if self.problem else next(iter(self.held().values()), None)
+
     def undelivered_summary(self) -> str | None:
         """Return a message that says what is undelivered and how to deliver it; None if all is."""
         if not (records := self.remaining()):
             return None
         what = f"{records} record{'' if records == 1 else 's'}"
-        reason = f": {self.problem.text.rstrip('.')}" if self.problem else ""
+        why = self.obstacle()
+        reason = f": {why.rstrip('.')}" if why else ""
         return (
             f"Saved on disk; upload unfinished ({what}{reason}). "
             f"Finish it with: tracker sync {self.folder}"

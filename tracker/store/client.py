@@ -19,7 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from tracker.errors import StoreError, first_line
+from tracker.errors import GoneError, RefusedError, StoreError, first_line
 from tracker.redaction import public_uri
 from tracker.store.guards import all_pages, quiet, translated, without_retries
 from tracker.store.models import ModelStore
@@ -94,7 +94,7 @@ class MlflowStore:
             by_id: Its id, used instead of the name.
 
         Raises:
-            StoreError: The experiment is deleted, or `by_id` does not exist.
+            GoneError: The experiment is deleted, or `by_id` does not exist.
         """
         with translated(f"open the experiment {by_id or name!r}"):
             experiment = (
@@ -111,7 +111,7 @@ class MlflowStore:
                     if experiment is None:
                         raise
         if experiment.lifecycle_stage != "active":
-            raise StoreError(
+            raise GoneError(
                 f"experiment={experiment.name!r} is deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, "
                 "or choose another name."
@@ -247,6 +247,17 @@ class MlflowStore:
         """Return the name of a run, which MLflow chose if none was given."""
         with translated(f"read run {run_id}"):
             return str(self.client.get_run(run_id).info.run_name)
+
+    def run_problem(self, run_id: str) -> str | None:
+        """Return why a run accepts nothing at the moment; None if it does."""
+        try:
+            with translated(f"read run {run_id}"):
+                stage = self.client.get_run(run_id).info.lifecycle_stage
+        except (RefusedError, GoneError) as error:
+            return str(error)
+        if stage == "active":
+            return None
+        return f"it is deleted; restore it with `mlflow runs restore --run-id {run_id}`."
 
     def last_steps(self, run_id: str) -> dict[str, int]:
         """Return the largest step of each metric of a run."""
