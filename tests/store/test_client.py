@@ -26,13 +26,13 @@ def test_a_new_sqlite_file_keeps_its_artifacts_beside_it(
 ) -> None:
     folder = tmp_path / "new" / "store"
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    for experiment in (None, "my: own"):
+    for experiment in (None, "my: own", "x" * 300, "漢" * 100, ".", "..", "a/b", "a_b"):
         with start_run(tracking_uri=uri, experiment=experiment) as run:
             run.log_text("x", "x.txt")
             assert run.tracking_uri == uri
     files = {str(path.relative_to(folder)) for path in folder.rglob("x.txt")}
-    assert len(files) == 2
-    assert {file.split("/")[1] for file in files} == {"0", "my__own"}
+    assert {file.split("/")[1] for file in files} == {str(number) for number in range(8)}
+    assert len(files) == 8
     assert not (tmp_path / "mlruns").exists()
 
 

@@ -23,7 +23,7 @@ from tracker.errors import GoneError, RefusedError, StoreError, first_line
 from tracker.redaction import public_uri
 from tracker.store.guards import all_pages, quiet, translated, without_retries
 from tracker.store.models import ModelStore
-from tracker.store.sqlite import artifacts_uri, create_sqlite
+from tracker.store.sqlite import create_experiment, create_sqlite
 from tracker.store.uri import check_uri, is_file_store, is_http, resolve, unreachable_reason
 from tracker.validation import RUN_TAG
 
@@ -103,9 +103,10 @@ class MlflowStore:
                 else self.client.get_experiment(by_id)
             )
             if experiment is None:
-                artifacts = artifacts_uri(self.tracking_uri, name) if self._is_sqlite() else None
                 try:
-                    return str(self.client.create_experiment(name, artifacts))
+                    if self._is_sqlite():
+                        return create_experiment(self.tracking_uri, name)
+                    return str(self.client.create_experiment(name))
                 except MlflowException:  # another process may have been faster
                     experiment = self.client.get_experiment_by_name(name)
                     if experiment is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 
@@ -34,12 +33,21 @@ def create_sqlite(uri: str) -> None:
                 fresh.rename(path)
 
 
-def artifacts_uri(uri: str, experiment: str) -> str:
-    """Return the URI of an experiment's artifacts, in a folder beside the store's file.
+def create_experiment(uri: str, name: str) -> str:
+    """Create an experiment with its artifacts in a folder by its id, beside the store's file.
 
     MLflow would use `mlruns` below the current directory.
+
+    Args:
+        uri: The store's `sqlite:` URI.
+        name: The experiment's name.
+
+    Returns:
+        Its id.
     """
-    return (_artifacts(uri) / re.sub(r"[^\w.\-]", "_", experiment)).as_uri()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    return str(SqlAlchemyStore(uri, str(_artifacts(uri))).create_experiment(name))
 
 
 def _artifacts(uri: str) -> Path:
