@@ -8,6 +8,7 @@ import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -55,11 +56,12 @@ class StandIn:
                 status, said, headers = stand_in.answer(request) or Answer(
                     200, json.dumps(stand_in.reply(request)).encode()
                 )
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(said))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(said)
+                with suppress(ConnectionError):  # the client has not waited for the answer
+                    self.send_response(status)
+                    for name, value in {**headers, "Content-Length": str(len(said))}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(said)
 
             do_GET = do_POST = do_PUT = do_PATCH = answer  # noqa: N815
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,3 +161,22 @@ def test_a_name_that_clashes_in_the_file_store_costs_that_name_only(tmp_path: Pa
     assert stored.data.params == {"opt": "sgd", "depth": "3"}
     assert stored.data.metrics == {"val": 1.0, "loss": 4.0}
     assert Store(uri).history(stored, "loss") == [(0, 3.0), (1, 4.0)]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_slow_health_check_has_as_long_as_a_request(
+    server: StandIn, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracker.store.uri.ANSWER_SECONDS", 0.05)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60" if answers else "0.2")
+    track(server.uri)
+    healthy = threading.Event()
+
+    def slow(request: Request) -> None:
+        if request.path == "/health":
+            healthy.wait(0.4 if answers else 60)
+
+    server.answer = slow
+    assert main(["sync"]) == (0 if answers else 2)
+    healthy.set()
+    assert server.statuses == (["FINISHED"] if answers else [])

@@ -18,6 +18,7 @@ from tracker import StoreError, start_run
 from tracker.cli import main
 from tracker.store.client import MlflowStore
 from tracker.store.runs import read_run, runs_by_tag_prefix
+from tracker.store.uri import check_uri, resolve
 from tracker.validation import RUN_TAG
 
 
@@ -264,3 +265,33 @@ def test_a_param_that_another_process_logs_meanwhile_does_not_fail_the_request(
     assert run.params == {"lr": "0.1", "width": "16"}
     assert run.metrics == {"loss": 0.5}
     assert run.tags["a"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("uri", "resolved"),
+    [
+        ("~/mlruns", "file://{home}/mlruns"),
+        ("file:~/mlruns", "file://{home}/mlruns"),
+        ("sqlite:///~/mlflow.db", "sqlite:///{home}/mlflow.db"),
+        ("file://localhost/runs", "file:///runs"),
+        ("file:mlruns", "file://{here}/mlruns"),
+        (" mlruns ", "file://{here}/mlruns"),
+        ("HTTP://127.0.0.1:9", "http://127.0.0.1:9"),
+        ("SQLite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        (None, "sqlite:///{here}/mlflow.db"),
+    ],
+)
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_uri_means_what_its_user_meant(
+    uri: str | None, resolved: str, blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", blank)
+    assert resolve(uri) == resolved.format(home=home, here=tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["", "  ", "file:", "file://mlruns", "file://host/runs", "HTTP://"])
+def test_a_uri_that_names_no_store_is_refused_in_one_sentence(uri: str) -> None:
+    with pytest.raises(StoreError, match=r"^tracking_uri='[^\n]*' cannot be opened: [^\n]*\.$"):
+        check_uri(resolve(uri))

@@ -17,6 +17,7 @@ from tracker.journal.damage import DAMAGED, damage_of, set_damage_aside
 from tracker.journal.ownership import Writer, delivery_lock, writer_lives
 from tracker.journal.reader import DONE, OFFLINE, Journal
 from tracker.redaction import MASK, public_uri
+from tracker.store.uri import wait_for_answer
 
 if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
@@ -135,7 +136,9 @@ def sync(
                     f"{folder} belongs to {stored_uri}, whose secret is not stored; "
                     "add --tracking-uri URI with the secret."
                 )
-            store = MlflowStore(tracking_uri or stored_uri)
+            if uri := tracking_uri or stored_uri:
+                wait_for_answer(uri)
+            store = MlflowStore(uri)
             runs = journal.runs()
             close_unended(journal)
             uploader = Uploader(journal, store, on_progress)

@@ -172,7 +172,7 @@ class UploaderProcess:
     def _raise_timeout(self) -> None:
         """Double the timeout of requests after each failure, unless the user set one.
 
-        A server that hangs altogether is detected by its health check, in three seconds.
+        The health check, which detects a server that hangs altogether, waits as long at most.
         """
         if not self._user_timeout:
             seconds = min(REQUEST_SECONDS * 2**self._failures, LONGEST_REQUEST_SECONDS)

@@ -19,7 +19,10 @@ from tracker.errors import StoreError
 from tracker.redaction import public_uri
 
 ANSWER_SECONDS = 3.0
-"""A server that does not answer a health check within this time counts as down."""
+"""A server that does not answer a health check within this time counts as down at first."""
+LONGEST_ANSWER_SECONDS = 20.0
+"""The longest such time, unless MLFLOW_HTTP_REQUEST_TIMEOUT says how long a request may take."""
+_patience: dict[str, float] = {}  # seconds by URI, doubled after each time that was too short
 
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")  # mlflow.store.db.db_types, 3.17
 _OTHERS = ("http", "https", "file", "databricks", "databricks-uc", "uc")
@@ -35,18 +38,38 @@ def resolve(uri: str | None) -> str:
     """
     if uri is None:
         mlflow = sys.modules.get("mlflow.tracking")  # the program may have set it there
-        uri = str(mlflow.get_tracking_uri()) if mlflow else _mlflow_default()
+        uri = str(mlflow.get_tracking_uri()).strip() if mlflow else ""
+        uri = uri or _mlflow_default()
+    scheme, colon, rest = uri.strip().partition(":")
+    uri = f"{scheme.lower()}:{rest}" if colon else scheme
     if uri.startswith("sqlite:///") and ":memory:" not in uri:
         query = urllib.parse.urlsplit(uri).query
-        return f"sqlite:///{local_path(uri).absolute()}{query and '?'}{query}"
-    if is_file_store(uri):
-        return local_path(uri).absolute().as_uri()
+        return f"sqlite:///{_at_home(local_path(uri)).absolute()}{query and '?'}{query}"
+    if is_file_store(uri) and _file_problem(uri) is None:
+        return _at_home(local_path(uri)).absolute().as_uri()
     return uri
+
+
+def _at_home(path: Path) -> Path:
+    """Replace `~` at the beginning of a path, which MLflow would take for a folder's name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user
+        return path
+
+
+def _file_problem(uri: str) -> str | None:
+    if not uri.removeprefix("file:").strip("/") and not uri.startswith(("file:/", "/")):
+        return "it is empty"
+    host = urllib.parse.urlsplit(uri).netloc
+    if host not in ("", "localhost"):
+        return f"{host!r} is in the place of a host; write file:{host} or file:///path"
+    return None
 
 
 def _mlflow_default() -> str:
     """`mlflow.get_tracking_uri()` of 3.17, without the seconds that importing it takes."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+    if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         return uri
     if any(Path("mlruns").glob("[0-9]*/meta.yaml")):
         return Path("mlruns").absolute().as_uri()
@@ -69,7 +92,7 @@ def check_uri(uri: str) -> None:
     elif uri.startswith("sqlite:"):
         problem = _sqlite_problem(local_path(uri))
     elif is_file_store(uri):
-        problem = _write_problem(local_path(uri), folder=True)
+        problem = _file_problem(uri) or _write_problem(local_path(uri), folder=True)
     elif scheme not in (*_DATABASES, *_OTHERS) and uri not in _OTHERS:
         plugins = entry_points(group="mlflow.tracking_store").names
         if scheme not in plugins:
@@ -116,19 +139,41 @@ def local_path(uri: str) -> Path:
 
 
 def unreachable_reason(uri: str) -> str | None:
-    """Return why the server at `uri` does not answer; None if it answers anything."""
+    """Return why the server at `uri` does not answer; None if it answers anything.
+
+    A server that was too slow has twice as long the next time, as a request has.
+    """
+    seconds = _patience.get(uri, ANSWER_SECONDS)
     try:
         parts = urllib.parse.urlsplit(uri)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
+        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=seconds).close()
     except urllib.error.HTTPError as error:
         error.close()
         return f"it answers {error.code}" if error.code >= 500 else None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            _patience[uri] = min(2 * seconds, _longest_answer_seconds())
         # It answers. Whether its certificate is valid depends on MLflow's own settings.
         return None if isinstance(reason, ssl.SSLError) else str(reason) or type(reason).__name__
     return None
+
+
+def wait_for_answer(uri: str) -> None:
+    """Ask a server until it answers, fails at once, or has had all the time of a request."""
+    while is_http(uri) and unreachable_reason(uri) is not None:
+        seconds = _patience.get(uri, ANSWER_SECONDS)
+        if seconds == ANSWER_SECONDS or seconds >= _longest_answer_seconds():
+            return
+
+
+def _longest_answer_seconds() -> float:
+    try:
+        seconds = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", LONGEST_ANSWER_SECONDS))
+    except ValueError:  # MLflow will say so
+        return LONGEST_ANSWER_SECONDS
+    return max(ANSWER_SECONDS, seconds)
 
 
 def _write_problem(path: Path, *, folder: bool) -> str | None:
