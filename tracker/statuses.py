@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _MAX_REASON = 5_000  # characters; MLflow keeps 8,000 of a tag
-_SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+_SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP}
 
 
 class Outcome(NamedTuple):

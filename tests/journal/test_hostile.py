@@ -258,7 +258,7 @@ def test_a_folder_that_is_not_a_model_is_a_notice(
 
     assert main(["sync", str(folder)]) == 0
 
-    assert "A record (model) is lost: model is not a model: " in one_sentence(said(capsys)[-1])
+    assert "A record (model) is set aside in " in one_sentence(said(capsys)[-1])
     run = store.run()
     assert store.client.search_logged_models([run.info.experiment_id]) == []
     assert store.history(run, "loss") == [(1, 0.5)]
@@ -317,7 +317,7 @@ def test_each_body_that_is_not_json_is_a_notice_and_the_file_is_kept(
 
     *notices, kept = said(capsys)
     assert len(notices) == len(bodies)
-    assert all(line.startswith("tracker: A record (tags) is lost: ") for line in notices)
+    assert all(line.startswith("tracker: A record (tags) is set aside in ") for line in notices)
     assert (folder / DAMAGED).exists()
     assert DAMAGED in kept
     run = store.run()

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tracker.delivery.signals import ActiveRuns
-from tracker.errors import StoreError
+from tracker.errors import ArgumentError, StoreError
 from tracker.journal.reader import OFFLINE, Journal
 from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 
 DEADLINE_SECONDS = 10.0
-"""How long the end of a run, and of the program, waits for delivery."""
+"""How long the end of a run, and of the program, waits; TRACKER_EXIT_TIMEOUT replaces it."""
 WARN_SECONDS = 5.0
 """How long a store may fail without a warning: another process may hold its lock."""
 _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1.0  # between two checks of the uploader
 _STOP_SECONDS = 2.0  # from SIGTERM to SIGKILL of an uploader, which loses nothing by either
 _RESTARTS = 3  # before a warning, if the uploader dies each time without delivering anything
+
+BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that wait while the uploader starts."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +45,8 @@ class BackgroundDelivery:
         self.tracking_uri = tracking_uri
         self._wants_uploader = uploader
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting: threading.Thread | None = None
+        self._deadline = _exit_timeout()
         self._start_at = 0.0
         self._deaths = 0
         self._look_at = 0.0
@@ -88,7 +96,7 @@ class BackgroundDelivery:
         if not wait:
             return
         try:  # offline too, after which the run is on disk
-            if not self._flush(DEADLINE_SECONDS) and self._wants_uploader:
+            if not self._flush(self._deadline) and self._wants_uploader:
                 problem = self._reader.problem
                 self._warn(problem.text if problem else "the store is slow")
         except StoreError as error:  # the journal was removed, which must not stop the training
@@ -104,10 +112,15 @@ class BackgroundDelivery:
     def leave(self) -> None:
         """Close the journal without waiting; the uploader continues alone."""
         self._active_runs.forget()
-        self._wants_uploader = False
-        self.journal.close()
+        self._stop_writing()
         self._reader.close()
         self._watcher.close()
+
+    def _stop_writing(self) -> None:
+        self._wants_uploader = False
+        self.journal.close()
+        if self._starting is not None:
+            self._starting.join()
 
     def shut_down(self) -> None:
         """End abandoned runs, deliver up to the deadline, and warn of what is undelivered."""
@@ -116,17 +129,26 @@ class BackgroundDelivery:
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
             is_stuck = self._stuck_at == self._reader.delivered  # an earlier wait has timed out
-            delivered = self._flush(0.0 if is_stuck else DEADLINE_SECONDS)
+            delivered = self._flush(0.0 if is_stuck else self._deadline)
         except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
             pass
         self._active_runs.forget()
-        self._wants_uploader = False
-        self.journal.close()
+        self._stop_writing()
+        self._look()
+        if not delivered and self._is_healthy():
+            logger.warning(
+                "%d records are still being uploaded, which continues in the background; "
+                "see: tracker status %s",
+                *(self._reader.remaining(), self.journal.folder),
+            )
+            self._reader.close()
+            self._watcher.close()
+            return
         if self._process is not None:
             if not delivered:
                 self._process.terminate()
             try:
-                self._process.wait(DEADLINE_SECONDS if delivered else _STOP_SECONDS)
+                self._process.wait(self._deadline if delivered else _STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -139,6 +161,11 @@ class BackgroundDelivery:
                 shutil.rmtree(folder, ignore_errors=True)
         self._reader.close()
         self._watcher.close()
+
+    def _is_healthy(self) -> bool:
+        """Return whether the uploader works, however slowly: it will finish by itself."""
+        is_alive = self._process is not None and self._process.poll() is None
+        return is_alive and self.journal.folder.exists() and self._reader.problem is None
 
     # -- the uploader, supervised by the journal's thread --------------------------------------
 
@@ -160,10 +187,25 @@ class BackgroundDelivery:
                     self._warn(f"the uploader does not start: {self._last_words()}")
         if not self._watcher.pending():
             self._deaths = 0
-        elif self._process is None and self._wants_uploader and time.monotonic() > self._start_at:
-            self._start()
+            return
+        is_starting = self._starting is not None and self._starting.is_alive()
+        if self._process is None and self._wants_uploader and not is_starting:
+            if time.monotonic() < self._start_at:
+                return
+            # In another thread: records must reach the disk while the system is busy.
+            self._starting = threading.Thread(target=self._start, daemon=True)
+            self._starting.start()
 
     def _start(self) -> None:
+        # Inherited by the uploader, which lets them through when it has handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+        try:
+            self._start_process()
+        except OSError as error:  # no memory, or the journal was removed: tried again
+            logger.debug("The uploader could not be started: %s", error)
+            self._start_at = time.monotonic() + _LOOK_SECONDS
+
+    def _start_process(self) -> None:
         # Not -m: the user's folder may hold a json.py, which the uploader must not import.
         program = (
             "import sys; sys.path.append(sys.argv[1]);"
@@ -174,15 +216,16 @@ class BackgroundDelivery:
             "tracking_uri": self.tracking_uri,  # not an argument: all users see command lines
         }
         with (self.journal.folder / "uploader.log").open("ab") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
             )
-        assert self._process.stdin is not None
-        with self._process.stdin as stdin:
+        assert process.stdin is not None
+        with process.stdin as stdin:
             stdin.write(json.dumps(settings).encode())
+        self._process = process
 
     def _last_words(self) -> str:
         log = self.journal.folder / "uploader.log"
@@ -207,3 +250,16 @@ class BackgroundDelivery:
                 reason.rstrip("."),
                 self.journal.folder,
             )
+
+
+def _exit_timeout() -> float:
+    text = os.environ.get("TRACKER_EXIT_TIMEOUT", "").strip()
+    try:
+        seconds = float(text or DEADLINE_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ArgumentError(
+            f"TRACKER_EXIT_TIMEOUT={text!r} is not allowed; it must be a number of seconds."
+        )
+    return seconds

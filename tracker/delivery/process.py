@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tracker.delivery.background import BLOCKED
 from tracker.delivery.leftovers import deliver_left_behind
 from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
@@ -150,12 +151,18 @@ class UploaderProcess:
     def _progressed(self, records: int) -> None:
         """Clear the problem: a store that makes progress has none, however slow it is."""
         self._be_nice()
+        self._extend_stop()
         if self._failures:
             self._failures = 0
             self._journal.problem = None
             self._raise_timeout()
         self._look()
         self._sample()
+
+    def _extend_stop(self) -> None:
+        """Continue after SIGTERM while delivery makes progress: a kill would lose nothing."""
+        if self._stop_at is not None:
+            self._stop_at = time.monotonic() + STOP_SECONDS
 
     def _be_nice(self) -> None:
         """Give way to training, but only once mlflow is imported and the run is in the store."""
@@ -184,6 +191,7 @@ class UploaderProcess:
 
             self._store = MlflowStore(self._uri)
             self._uploader = Uploader(self._journal, self._store, self._progressed)
+            self._extend_stop()
         return self._uploader
 
     def _sample(self) -> None:
@@ -237,6 +245,7 @@ def _main() -> int:
             return 0
         process = UploaderProcess(folder, settings["tracking_uri"])
         signal.signal(signal.SIGTERM, process.stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)  # a SIGTERM during the start counts
         try:
             return process.run()
         finally:

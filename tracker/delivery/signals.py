@@ -1,4 +1,4 @@
-"""SIGTERM: recorded in the journals before it ends the process as usual."""
+"""SIGTERM and SIGHUP: recorded in the journals before they end the process as usual."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from tracker.journal.records import Signal
 if TYPE_CHECKING:
     from tracker.journal.writer import JournalWriter
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _listeners: list[Callable[[str], None]] = []
 
 
 def on_termination(listener: Callable[[str], None]) -> Callable[[], None] | None:
-    """Call `listener` with the signal's name when this process receives SIGTERM.
+    """Call `listener` with the signal's name when this process receives SIGTERM or SIGHUP.
 
     A handler of the program itself is left alone, and handlers can only be set in the main thread.
 
     Returns:
         A function that removes the listener; None if it could not be added.
     """
-    if signal.getsignal(signal.SIGTERM) is not _terminated:
-        if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            return None
-        signal.signal(signal.SIGTERM, _terminated)
+    if _in_main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminated)
+    if not any(signal.getsignal(number) is _terminated for number in _SIGNALS):
+        return None
     _listeners.append(listener)
 
     def forget() -> None:
         if listener in _listeners:
             _listeners.remove(listener)
-        is_ours = signal.getsignal(signal.SIGTERM) is _terminated
-        if _in_main_thread() and not _listeners and is_ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in _SIGNALS if _in_main_thread() and not _listeners else ():
+            if signal.getsignal(number) is _terminated:
+                signal.signal(number, signal.SIG_DFL)
 
     return forget
 
@@ -59,7 +62,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 class ActiveRuns:
-    """The active runs of a journal, in each of which a SIGTERM is recorded."""
+    """The active runs of a journal, in each of which a signal that ends it is recorded."""
 
     def __init__(self, journal: JournalWriter) -> None:
         self._journal = journal
@@ -74,7 +77,7 @@ class ActiveRuns:
             self._forget = on_termination(self._tell)
 
     def forget(self) -> None:
-        """Stop listening for SIGTERM."""
+        """Stop listening for signals."""
         if self._forget is not None:
             self._forget()
             self._forget = None
