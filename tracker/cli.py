@@ -98,13 +98,22 @@ def _sync(given: argparse.Namespace) -> int:
     statuses = [journal_status(folder) for folder in _journals(given.path)]
     total = sum(status.undelivered for status in statuses if status.state != "in use")
     runs = records = unfinished = 0
+    waited_for: set[Path] = set()
     with tqdm(total=total, unit="record", disable=None, leave=False) as bar:
+
+        def wait(pending: int) -> None:
+            bar.update(max(0, status.undelivered - pending - bar.n) if len(statuses) == 1 else 0)
+            if status.folder not in waited_for:
+                waited_for.add(status.folder)
+                waiting = f"waiting for the process that uploads it ({_count(pending, 'record')})"
+                tqdm.write(f"tracker: {status.folder}: {waiting}", file=sys.stderr)
+
         for status in statuses:
             if status.state == "in use" and len(statuses) > 1:
                 unfinished += 1  # its own process uploads it
                 continue
             try:
-                done = sync(status.folder, given.tracking_uri, bar.update, given.experiment)
+                done = sync(status.folder, given.tracking_uri, bar.update, given.experiment, wait)
             except StoreError as error:
                 tqdm.write(f"tracker: {error}", file=sys.stderr)
                 unfinished += 1

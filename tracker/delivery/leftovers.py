@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
 
 _SETTLE_SECONDS = 60.0
+_WAIT_SECONDS = 0.5  # between two looks at another process that delivers
 _PATIENCE_SECONDS = 600.0  # that `tracker sync` waits for a store that is too busy
 
 State = Literal["in use", "uploading", "unfinished", "unreadable"]
@@ -101,6 +102,7 @@ def sync(
     tracking_uri: str | None = None,
     on_progress: Callable[[int], object] | None = None,
     experiment: str | None = None,
+    on_wait: Callable[[int], object] | None = None,
 ) -> SyncResult:
     """Deliver the journal of a process that has ended, and remove it.
 
@@ -113,14 +115,24 @@ def sync(
             a journal does not store.
         on_progress: Called after each request, with its number of records.
         experiment: Where the runs that cannot be delivered as they are begin anew.
+        on_wait: Called with the number of pending records, again and again, while another process
+            delivers the journal; None does not wait for it.
 
     Raises:
         StoreError: `folder` is not a journal, its process still runs, another process delivers it,
             or the store cannot be used. What was delivered before stays delivered.
     """
-    if writer_lives(folder):
+    try:
+        is_alive = writer_lives(folder)
+    except StoreError:
+        if folder.exists():
+            raise
+        return SyncResult(0, 0, ())  # its uploader has just delivered it
+    if is_alive:
         writer = Writer.of(folder)
         raise StoreError(f"{folder} is still in use by process {writer.pid} on {writer.host}.")
+    if on_wait is not None and not _wait_for_uploader(folder, on_wait):
+        return SyncResult(0, 0, ())
     with _delivering(folder):
         damage = set_damage_aside(folder)
         with closing(Journal(folder)) as journal:
@@ -160,6 +172,21 @@ def sync(
             else:
                 notices += (damage,)
     return SyncResult(runs, records, notices, held)
+
+
+def _wait_for_uploader(folder: Path, on_wait: Callable[[int], object]) -> bool:
+    """Wait for the process that delivers a journal; return False if it has delivered all."""
+    lock = delivery_lock(folder)
+    try:
+        while not lock.take(_WAIT_SECONDS):
+            with closing(Journal(folder)) as journal:
+                on_wait(journal.remaining())
+    except StoreError:
+        if folder.exists():
+            raise
+    else:
+        lock.release()
+    return folder.exists()
 
 
 def drop(folder: Path, run: str) -> int:

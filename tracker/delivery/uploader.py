@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from tracker.errors import ArgumentError, GoneError, RefusedError, StoreError
@@ -30,6 +31,7 @@ PAGE_SHARE = 0.01
 _CHUNK = 1_000  # records read at a time
 _MAX_NOTICES = 100  # about lost records, per run
 _MAX_BATCH = 200  # records in a request; one of metrics holds what was logged in 0.2 s
+_MAX_POINTS = 10_000  # of metrics in a request, which MLflow's client sends by the thousand
 _BATCHED = records.Metrics | records.Params | records.Tags
 _UPLOADED = records.File | records.Model
 
@@ -59,6 +61,7 @@ class Uploader:
         self._parents: dict[str, str] = {}  # ids by key
         self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
+        self._stop: Callable[[], bool] = lambda: False
         self.interrupted_at = 0
         """How many records the last drain delivered, though it may have failed."""
 
@@ -79,6 +82,7 @@ class Uploader:
             StoreError: A record cannot be delivered now.
         """
         self.interrupted_at = 0
+        self._stop = stop
         self._experiments.clear()
         if self._drain(None, stop):
             self._journal.pass_over_held()
@@ -271,7 +275,14 @@ class Uploader:
                     params |= pairs
                 case records.Tags(pairs):
                     tags |= pairs
-        self._store.log_batch(run_id, points, params, tags, in_doubt=in_doubt)
+        for at in range(0, max(1, len(points)), _MAX_POINTS):
+            if at and self._on_progress is not None:
+                self._on_progress(0)  # the training process is looked at
+            if at and self._stop():
+                raise StoreError("the delivery was stopped between two requests")
+            some = points[at : at + _MAX_POINTS]
+            self._store.log_batch(run_id, some, params, tags, in_doubt=in_doubt)
+            params, tags = {}, {}
 
     def _upload(
         self, entry: Entry, record: records.File | records.Model, run_id: str, in_doubt: bool
@@ -296,8 +307,10 @@ class Uploader:
 
     def _draw_page(self, run: str, run_id: str) -> None:
         started = time.monotonic()
-        if histograms := self._journal.records(run, records.Histograms):
-            page = histogram_page(map(vars, histograms), self._store.run_name(run_id))
+        histograms = self._journal.each(run, records.Histograms)
+        if (first := next(histograms, None)) is not None:
+            all_of_them = map(vars, chain([first], histograms))
+            page = histogram_page(all_of_them, self._store.run_name(run_id))
             self._store.log_text(run_id, page, "histograms.html")
         seconds = time.monotonic() - started
         self._page_due[run] = started + max(PAGE_SECONDS, seconds / PAGE_SHARE)
@@ -331,12 +344,16 @@ def _parts(entry: Entry) -> list[Entry]:
 def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Group neighbouring metrics, params and tags of one run, which fit in one request."""
     group: list[Entry] = []
+    points = 0
     for entry in entries:
+        more = len(entry.record.metrics) if isinstance(entry.record, records.Metrics) else 0
         fits = group and all(isinstance(one.record, _BATCHED) for one in (group[0], entry))
-        if group and not (fits and group[0].run == entry.run and len(group) < _MAX_BATCH):
+        fits = fits and group[0].run == entry.run and len(group) < _MAX_BATCH
+        if group and not (fits and points + more <= _MAX_POINTS):
             yield group
-            group = []
+            group, points = [], 0
         group.append(entry)
+        points += more
     if group:
         yield group
 

@@ -29,6 +29,8 @@ OFFLINE = "offline"
 DONE = ".done"
 """The end of the name of a delivered journal while it is removed."""
 
+_MOST_BYTES = 1_000_000  # of records read at a time; as objects they take twenty times as much
+
 R = TypeVar("R", bound=Record)
 
 
@@ -77,6 +79,18 @@ class Journal:
         with self._lock, self._translated():
             return self._db.execute(query, values).fetchall()
 
+    def _read_some(self, query: str, *values: Any) -> list[Any]:
+        """Read rows that end with a body, up to _MOST_BYTES of bodies, and one row at least."""
+        rows: list[Any] = []
+        size = 0
+        with self._lock, self._translated():
+            for row in self._db.execute(query, values):
+                rows.append(row)
+                size += len(row[-1])
+                if size > _MOST_BYTES:
+                    break
+        return rows
+
     def _read_one(self, query: str, *values: Any) -> Any:
         rows = self._read(query, *values)
         if len(rows) != 1:
@@ -99,6 +113,8 @@ class Journal:
     def undelivered(self, limit: int = -1, held: str | None = None) -> list[Entry]:
         """Return the first entries that are not marked delivered, in order.
 
+        With a limit they take a few megabytes at most, or are one.
+
         Args:
             limit: The largest number of entries.
             held: A held run, for its entries alone; None for those of all runs that are not held.
@@ -106,13 +122,14 @@ class Journal:
         query = "SELECT seq, run, time, kind, CAST(body AS BLOB) FROM records WHERE "
         if held is None:
             query += "seq > ? AND run NOT IN (SELECT run FROM held) ORDER BY seq LIMIT ?"
-            rows = self._read(query, self.delivered, limit)
+            values: tuple[Any, ...] = (self.delivered, limit)
         else:  # what comes later is not passed over yet
             query += (
                 "run = ?1 AND seq > (SELECT delivered FROM held WHERE run = ?1)"
                 " AND seq <= (SELECT delivered FROM progress) ORDER BY seq LIMIT ?2"
             )
-            rows = self._read(query, held, limit)
+            values = (held, limit)
+        rows = (self._read_some if limit >= 0 else self._read)(query, *values)
         return [Entry(seq, run, at, decode(kind, body, at)) for seq, run, at, kind, body in rows]
 
     def records(self, run: str, kind: type[R]) -> list[R]:
@@ -126,6 +143,19 @@ class Journal:
         rows = self._read(query, run, kind.kind)
         records = (decode(kind.kind, body) for (body,) in rows)
         return [record for record in records if isinstance(record, kind)]
+
+    def each(self, run: str, kind: type[R]) -> Iterator[R]:
+        """Yield what `records` returns, with one record at a time in memory."""
+        seq = 0
+        while rows := self._read(
+            "SELECT seq, CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? AND seq > ?"
+            " ORDER BY seq LIMIT 1",
+            *(run, kind.kind, seq),
+        ):
+            ((seq, body),) = rows
+            record = decode(kind.kind, body)
+            if isinstance(record, kind):
+                yield record
 
     def append(self, run: str, record: Record, at: int) -> None:
         """Add a record that the writer did not: a sample of the system, or a missing end.
@@ -157,10 +187,15 @@ class Journal:
     def unended(self) -> list[str]:
         """Return the runs that have begun and not ended, in the order of their beginning."""
         rows = self._read(
-            "SELECT run FROM records GROUP BY run"
-            " HAVING max(kind = 'begin') AND NOT max(kind = 'end') ORDER BY min(seq)"
+            # From run to run through the index, however many records each has.
+            "WITH RECURSIVE each (run) AS (SELECT min(run) FROM records UNION ALL"
+            " SELECT (SELECT min(run) FROM records WHERE run > each.run) FROM each"
+            " WHERE run IS NOT NULL)"
+            " SELECT run, (SELECT min(seq) FROM records r WHERE r.run = each.run"
+            " AND kind = 'begin') AS first FROM each WHERE first IS NOT NULL AND NOT EXISTS"
+            " (SELECT 1 FROM records r WHERE r.run = each.run AND kind = 'end') ORDER BY first"
         )
-        return [run for (run,) in rows]
+        return [run for run, _ in rows]
 
     def runs(self) -> int:
         """Return how many runs have records."""
