@@ -31,7 +31,7 @@ from tracker.training.device import describe_device, device_of
 from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
-from tracker.training.meters import EpochMeter, batch_size
+from tracker.training.meters import EpochMeter
 from tracker.validation import DIRECTORY, checked_name, checked_number
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
@@ -115,8 +115,8 @@ class RunManager:
         self._example: Tensor | None = None
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()  # of the current epoch, or of the last one
-        self._steps = 0
-        self._is_main = True
+        self._steps, self._is_main = 0, True
+        self._said: set[str] = set()  # warnings of the meters
         self._metrics: dict[str, float] = {}  # of the last epoch
         self._retention = Retention(checkpoints)
         self._resume_state = run.resume_state if run is not None else None
@@ -275,7 +275,7 @@ class RunManager:
                 f"begin_epoch() was called within epoch {self.epoch_count}; call end_epoch() first."
             )
         self.epoch_count += 1
-        self._epoch = OpenEpoch(self.loader, self._mid_epoch_checkpoint())
+        self._epoch = OpenEpoch(self.loader, self._mid_epoch_checkpoint(), self._said)
         self._meter = self._epoch.meter
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
@@ -289,8 +289,8 @@ class RunManager:
         Raises:
             ArgumentError: The loss is not one number, or the batch has no size.
         """
-        size = None if batch is None else batch_size(batch)
-        scalar = self._current_epoch("track_loss").meter.add_loss(loss, size)
+        meter = self._current_epoch("track_loss").meter
+        scalar = meter.add_loss(loss, meter.size_of(batch))
         self._steps += 1
         if self._batch_loss and self._runs.open_run is not None:
             self._runs.open_run.log_points((Point("batch_loss", scalar, self._steps, now()),))

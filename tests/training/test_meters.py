@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from tracker.errors import ArgumentError
-from tracker.training.meters import EpochMeter, batch_size, num_correct
+from tracker.training.meters import EpochMeter, num_correct
 
 patient = settings(deadline=None)
 
@@ -169,6 +169,35 @@ def test_a_given_size_takes_precedence_over_the_loader_s() -> None:
     assert meter.sizes.tolist() == [100, 4, 2]
 
 
+@pytest.mark.parametrize("flag", [1, 3])
+def test_labels_are_believed_before_a_number_that_contradicts_them(
+    flag: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = EpochMeter()
+    for size, loss in ((8, 1.0), (8, 1.0), (4, 4.0)):
+        meter.add_loss(loss, meter.size_of(flag))
+        meter.add_correct(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64))
+
+    assert meter.compute()["loss"] == pytest.approx(1.6)
+    assert meter.sizes.tolist() == [8, 8, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the labels of track_num_correct() are counted, not the batch of track_loss(); "
+        "pass the number of samples to track_loss()."
+    ]
+
+
+def test_labels_of_each_word_do_not_contradict_the_number_of_sentences(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    meter = EpochMeter()
+    for size in (4, 2):
+        meter.add_loss(1.0, meter.size_of(torch.zeros(size, 7)))
+        meter.add_correct(torch.zeros(size * 7, 2), torch.zeros(size * 7, dtype=torch.int64))
+
+    assert meter.sizes.tolist() == [4, 2]
+    assert caplog.records == []
+
+
 # -- losses --------------------------------------------------------------------------------------
 
 
@@ -220,6 +249,7 @@ def test_an_epoch_may_have_any_number_of_batches(batches: int) -> None:
     for number in range(batches):
         meter.add_loss(torch.tensor(float(number)), 1 + number % 3)
         meter.add_correct(torch.eye(2), torch.tensor([0, number % 2]))
+    meter.add_correct(torch.eye(2), torch.tensor([1, 0]))  # not as many as losses
 
     numbers, sizes = np.arange(batches), 1 + np.arange(batches) % 3
     assert len(meter) == batches
@@ -337,37 +367,6 @@ def test_an_epoch_without_anything_tracked_has_no_metrics() -> None:
     assert meter.losses.tolist() == []
     assert meter.sizes.tolist() == []
     assert (meter.loss_sum, meter.correct) == (0.0, 0)
-
-
-# -- batches -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (5, 5),
-        (torch.ones(5, 2), 5),
-        (torch.ones(0, 2), 0),
-        ([torch.ones(4, 2), torch.ones(3)], 4),
-        ((torch.ones(4, 2), torch.ones(4)), 4),
-        ({"image": torch.ones(6, 1), "label": torch.ones(6)}, 6),
-        ([{"ids": torch.ones(3, 9)}, torch.ones(3)], 3),
-        (((torch.ones(2), torch.ones(2)), None), 2),
-    ],
-    ids=repr,
-)
-def test_the_first_tensor_determines_the_size_of_a_batch(batch: Any, size: int) -> None:
-    assert batch_size(batch) == size
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [None, "batch", 3.5, torch.tensor(3), [], (), {}, [[]], ["a", "b"], {"name": "a"}, object, -3],
-    ids=repr,
-)
-def test_a_batch_without_a_size_is_refused(batch: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"^batch=-?\w+ has no size; allowed: .*\.$"):
-        batch_size(batch)
 
 
 # -- on a GPU ------------------------------------------------------------------------------------

@@ -13,18 +13,19 @@ from tracker.training.rng import RandomStates
 class OpenEpoch:
     """An epoch between `begin_epoch` and `end_epoch`."""
 
-    def __init__(self, loader: Any, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, loader: Any, checkpoint: Checkpoint | None, said: set[str]) -> None:
         """Begin an epoch.
 
         Args:
             loader: Yields the batches.
             checkpoint: The checkpoint in the middle of the epoch from which it continues.
+            said: The warnings that were given in this manager's epochs.
         """
         if checkpoint is None:
-            self.meter = EpochMeter(loader)
+            self.meter = EpochMeter(loader, said)
             self._random_states = RandomStates.capture(loader)
         else:
-            self.meter = EpochMeter.of(checkpoint.extra, loader)
+            self.meter = EpochMeter.of(checkpoint.extra, loader, said)
             self._random_states = checkpoint.epoch_start
         self._started = time.perf_counter()
 

@@ -6,9 +6,10 @@ when the metrics are computed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tracker.errors import ArgumentError
+from tracker.training.batches import batch_size
 from tracker.training.distributed import sum_over_ranks
 
 _CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
+
+logger = logging.getLogger(__name__)
 
 
 def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
@@ -44,30 +48,6 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
     if labels.device != preds.device:
         labels = labels.to(preds.device, non_blocking=True)
     return preds.argmax(dim=1).eq(labels).sum()
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples in a batch.
-
-    Args:
-        batch: The number itself, a tensor (N, …), or a list, tuple or mapping that begins with one.
-
-    Raises:
-        ArgumentError: The batch is something else.
-    """
-    if isinstance(batch, (list, tuple)) and batch:
-        return batch_size(batch[0])
-    if isinstance(batch, Tensor) and batch.dim() > 0:
-        return batch.shape[0]
-    if isinstance(batch, Mapping) and batch:
-        return batch_size(next(iter(batch.values())))
-    if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
-        return int(batch)
-    shown = batch if isinstance(batch, Integral) else type(batch).__name__
-    raise ArgumentError(
-        f"batch={shown} has no size; allowed: a tensor, a tuple, list or mapping "
-        "that begins with one, or the number of samples."
-    )
 
 
 class _Scalars:
@@ -113,10 +93,26 @@ class EpochMeter:
 
     loader: Any = None
     """The source of the batches; tells their sizes if the loop does not."""
+    said: set[str] = field(default_factory=set)
+    """The warnings that were given; a manager passes the same set to all of its meters."""
     _losses: _Scalars = field(default_factory=_Scalars)
     _sizes: list[int | None] = field(default_factory=list)
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
+
+    def size_of(self, batch: Any) -> int | None:
+        """Return the samples in a batch, or None without one; a guess is said once.
+
+        Raises:
+            ArgumentError: The batch has no size.
+        """
+        guess = "the batch can be read in several ways and is taken for %d samples"
+        return None if batch is None else batch_size(batch, partial(self._say, guess))
+
+    def _say(self, what: str, *values: object) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            logger.warning(f"{what}; pass the number of samples to track_loss().", *values)
 
     def add_loss(self, loss: Tensor | float, size: int | None = None) -> Tensor | float:
         """Add the mean loss of a batch without waiting for its device.
@@ -161,10 +157,10 @@ class EpochMeter:
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], loader: Any) -> EpochMeter:
+    def of(cls, state: Mapping[str, Any], loader: Any, said: set[str]) -> EpochMeter:
         """Return a meter that continues from `state`."""
         losses, correct = _Scalars(state["losses"]), _Scalars(state["correct"])
-        return cls(loader, losses, list(state["sizes"]), correct, list(state["labels"]))
+        return cls(loader, said, losses, list(state["sizes"]), correct, list(state["labels"]))
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -174,14 +170,18 @@ class EpochMeter:
         """Samples in each batch, shape (batches,).
 
         An unknown size is that of the batch's labels if every batch has some, else the loader's
-        batch size, else 1.
+        batch size, else 1. Labels are also believed if they contradict the sizes that were given.
         """
-        if None not in self._sizes:
-            return np.array(self._sizes, dtype=float)
-        if len(self._labels) == len(self._sizes):
-            guesses = [size for size, _ in self._labels]
-        else:
+        guesses = [size for size, _ in self._labels]
+        if len(guesses) != len(self._sizes):
+            if None not in self._sizes:
+                return np.array(self._sizes, dtype=float)
             guesses = _loader_batch_sizes(self.loader, len(self._sizes))
+        elif _contradict(self._sizes, guesses):
+            self._say(
+                "the labels of track_num_correct() are counted, not the batch of track_loss()"
+            )
+            return np.array(guesses, dtype=float)
         pairs = zip(self._sizes, guesses, strict=True)
         return np.array([guess if size is None else size for size, guess in pairs], dtype=float)
 
@@ -225,6 +225,16 @@ class EpochMeter:
         """The GPU if either series is there: losses may be numbers, and predictions on a GPU."""
         devices = (self._losses.device, self._correct.device)
         return max(devices, key=lambda device: device.type != "cpu")
+
+
+def _contradict(sizes: Sequence[int | None], labels: Sequence[int]) -> bool:
+    """Whether the labels are not those of the samples, or the same number for each of them."""
+    pairs = [(size, count) for size, count in zip(sizes, labels, strict=True) if size is not None]
+    if all(size == count for size, count in pairs):
+        return False
+    # Labels (N * T,) of sequences are T for each sample. A size of 1 is rather a flag.
+    each = {count / size if size else 0.0 for size, count in pairs}
+    return len(each) > 1 or not each.pop().is_integer() or all(size == 1 for size, _ in pairs)
 
 
 def _loader_batch_sizes(loader: Any, batches: int) -> list[int]:
