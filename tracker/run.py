@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
-from tracker.capture.histograms import network_histograms
+from tracker.capture.histograms import HistogramState, network_histograms
 from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.background import DEADLINE_SECONDS
@@ -141,7 +141,7 @@ class Run(Recorder):
         self._delivery = delivery
         self._owns_delivery = owns_delivery
         self._checkpoints: dict[int, Path] = {}  # staged by this process
-        self._frozen: dict[str, tuple[float, ...]] = {}  # norm and sum of weights already logged
+        self._histogram_state = HistogramState()
         self._delivered_id: str | None = None  # set when the run has ended
         self._error_before = _uncaught_error()
         self.resume_state: ResumeState | None = resume
@@ -297,7 +297,7 @@ class Run(Recorder):
             network: The network. Frozen weights are logged again only if their norm or sum changes.
             step: Step of the histograms, usually an epoch.
         """
-        record = network_histograms(network, step, self._frozen)
+        record = network_histograms(network, step, self._histogram_state)
         self._append(records.Histograms(**record))
         return record
 

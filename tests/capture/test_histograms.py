@@ -13,13 +13,23 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tracker import StoreError, load_histograms, load_nonfinite, start_run
-from tracker.capture.histograms import Histogram, bin_edges, histograms, network_histograms
+from tracker.capture.histograms import (
+    Histogram,
+    HistogramState,
+    bin_edges,
+    histograms,
+    network_histograms,
+)
 
 # The format, spelt out: the lower edges of the bins of positive numbers, 1, 2, …
 LOWER = np.array([math.ldexp(1 + m / 8, e) for e in range(-126, 1024) for m in range(8)])
@@ -418,6 +428,138 @@ def test_tied_weights_are_counted_once() -> None:
 
     assert set(counts) == {("0.weight", "weight"), ("0.weight", "gradient")}
     assert sum(counts["0.weight", "weight"][1]) == 16
+
+
+def parameter(tensor: Tensor) -> nn.Parameter:
+    """A frozen parameter, as those of quantised networks are."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+ELEMENTS = torch.tensor([[0.5, 2.0], [-4.0, 0.0]])
+COUNTED: dict[str, Callable[[], Tensor]] = {
+    "float8_e4m3": lambda: ELEMENTS.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda: ELEMENTS.to(torch.float8_e5m2),
+    "float16": lambda: ELEMENTS.half(),
+    "bfloat16": lambda: ELEMENTS.bfloat16(),
+    "int8": lambda: ELEMENTS.mul(2).to(torch.int8).double() / 2,
+    "quantized": lambda: torch.quantize_per_tensor(ELEMENTS, 0.5, 64, torch.quint8),
+    "sparse": ELEMENTS.to_sparse,
+    "sparse_csr": ELEMENTS.to_sparse_csr,
+    "mkldnn": ELEMENTS.to_mkldnn,
+    "expanded": lambda: ELEMENTS.expand(1, 2, 2),
+    "complex": lambda: torch.view_as_complex(ELEMENTS),
+    "complex_half": lambda: ELEMENTS.to(torch.float16).view(torch.complex32),
+    "nested": lambda: torch.nested.nested_tensor([ELEMENTS[0], ELEMENTS[1]]),
+    "jagged": lambda: torch.nested.nested_tensor(list(ELEMENTS), layout=torch.jagged),
+}
+LEFT_OUT: dict[str, Callable[[], Tensor]] = {
+    "meta": lambda: torch.empty(3, device="meta"),
+    "float4": lambda: torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of torch
+@pytest.mark.parametrize("kind", COUNTED)
+def test_every_kind_of_parameter_is_counted(kind: str) -> None:
+    network = nn.Module()
+    network.extra = parameter(COUNTED[kind]())
+    state = HistogramState()
+
+    first, again = (network_histograms(network, step, state)["histograms"] for step in (1, 2))
+
+    (item,) = first
+    assert (item["bins"], item["counts"]) == count(ELEMENTS)[:2]
+    assert again in ([], first)  # [] if its change can be told
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_a_parameter_without_numbers_is_left_out_with_one_sentence(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = nn.Linear(2, 2)
+    network.extra = parameter(LEFT_OUT[kind]())
+    network(torch.ones(1, 2)).sum().backward()
+    state = HistogramState()
+
+    for step in (1, 2):
+        items = network_histograms(network, step, state)["histograms"]
+        assert {item["tensor"] for item in items} == {"weight", "bias"}
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The histograms of extra (weight) are left out: ")
+
+
+def test_a_shard_is_left_out_and_a_replica_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        network = nn.Module()
+        network.replica = nn.Parameter(DTensor.from_local(ELEMENTS, mesh, [Replicate()]))
+        network.shard = nn.Parameter(DTensor.from_local(ELEMENTS, mesh, [Shard(0)]))
+        items = network_histograms(network, 1)["histograms"]
+    finally:
+        dist.destroy_process_group()
+
+    (item,) = items
+    assert (item["tensor"], item["counts"]) == ("replica", count(ELEMENTS)[1])
+    assert "shard (weight) are left out: each rank has a part of it." in caplog.text
+
+
+def test_a_half_precision_network_is_not_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Module()
+    size = 1 << 20
+    network.large = nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+    converted: list[int] = []
+    convert = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda one: converted.append(one.numel()) or convert(one))
+
+    counts = of_network(network)
+
+    assert counts["large", "weight"][1] == [size]
+    assert max(converted) <= size // 8
+
+
+def test_wrappers_do_not_rename_tensors() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    names = set(of_network(network))
+
+    assert set(of_network(nn.DataParallel(network))) == names
+    assert set(of_network(torch.compile(network))) == names  # type: ignore[arg-type]
+    network[0] = torch.compile(network[0])
+    assert set(of_network(network)) == names
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_cleared_before_the_end_of_the_epoch_are_said_once(
+    to_none: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = nn.Linear(2, 1)
+    state = HistogramState()
+    network(torch.ones(1, 2)).sum().backward()
+    network_histograms(network, 1, state)
+    assert caplog.records == []
+
+    network.zero_grad(set_to_none=to_none)
+    for step in (2, 3):
+        network_histograms(network, step, state)
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "All gradients of the network are missing or zero when the epoch ends; to have their "
+        "histograms, call zero_grad() before backward(), not after the step."
+    )
+
+
+def test_a_sum_that_float16_cannot_hold_shows_a_change() -> None:
+    network = nn.Module()
+    network.table = parameter(torch.full((4096,), 1000.0, dtype=torch.float16))
+    state = HistogramState()
+    assert network_histograms(network, 1, state)["histograms"]
+    assert not network_histograms(network, 2, state)["histograms"]
+
+    network.table.add_(1000)
+
+    assert network_histograms(network, 3, state)["histograms"]
 
 
 def test_a_network_without_parameters_has_no_histograms() -> None:

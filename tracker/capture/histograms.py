@@ -11,7 +11,10 @@ and bin -k covers its mirror image, (-right, -left].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -21,6 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracker.errors import first_line
+from tracker.training.device import unwrap
+
 _MANTISSA_BITS = 3
 _PER_OCTAVE = 1 << _MANTISSA_BITS
 _SMALLEST = -126  # exponent of the smallest normal float32, where bin 1 starts
@@ -28,6 +34,18 @@ _INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # outside the 2**14 bins of a float64 
 _STRIDE = 1 << 17
 _CHUNK = 1 << 17  # elements to bin at a time
 _CHUNK_ON_DEVICE = 1 << 22  # a kernel launch costs more than a cache miss
+
+_SUMMED = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32),
+    torch.float64: torch.float64,
+}
+_WRAPPER = re.compile(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
+_NO_GRADIENTS = (
+    "All gradients of the network are missing or zero when the epoch ends; to have their "
+    "histograms, call zero_grad() before backward(), not after the step."
+)
+
+logger = logging.getLogger(__name__)
 
 
 class _Layout(NamedTuple):
@@ -39,10 +57,8 @@ class _Layout(NamedTuple):
     bias: int
 
 
-_LAYOUTS = {
-    torch.float32: _Layout(torch.int32, 23 - _MANTISSA_BITS, 2 << (8 + _MANTISSA_BITS), 127),
-    torch.float64: _Layout(torch.int64, 52 - _MANTISSA_BITS, 2 << (11 + _MANTISSA_BITS), 1023),
-}
+_FLOAT32 = _Layout(torch.int32, 23 - _MANTISSA_BITS, 2 << (8 + _MANTISSA_BITS), 127)
+_FLOAT64 = _Layout(torch.int64, 52 - _MANTISSA_BITS, 2 << (11 + _MANTISSA_BITS), 1023)
 
 
 class Histogram(NamedTuple):
@@ -68,9 +84,12 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
     """
     if not tensors:
         return []
-    rows = [_values(tensor) for tensor in tensors]
+    return _histograms([_values(tensor) for tensor in tensors])
+
+
+def _histograms(rows: Sequence[_Row]) -> list[Histogram]:
     # A network of one dtype, the usual case, is counted and decoded in one go.
-    groups = [(_LAYOUTS[t], list(some)) for t, some in groupby(rows, lambda row: row[0].dtype)]
+    groups = [(layout, list(some)) for layout, some in groupby(rows, _layout)]
     counts = [_count(some, layout) for layout, some in groups]
     flat = (torch.cat(counts) if len(counts) > 1 else counts[0]).cpu().numpy()
     result: list[Histogram] = []
@@ -82,29 +101,69 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
     return result
 
 
-def _values(tensor: Tensor) -> tuple[Tensor, int]:
-    """The elements as one row of float32 or float64, and the number of zeros left out of it."""
-    tensor, zeros = tensor.detach(), 0
-    if tensor.layout == torch.strided and tensor.dtype in _LAYOUTS:
-        return tensor.resolve_neg().reshape(-1), 0
+class _Row(NamedTuple):
+    """The elements of a tensor."""
+
+    values: Tensor
+    """Real numbers of any dtype, (elements,)."""
+    zeros: int = 0
+    """The number of zeros that are left out of them."""
+
+
+def _layout(row: _Row) -> _Layout:
+    """Every value of a shorter float type is a float32; integers are counted as float64."""
+    dtype = row.values.dtype
+    return _FLOAT32 if dtype.is_floating_point and dtype != torch.float64 else _FLOAT64
+
+
+def _values(tensor: Tensor) -> _Row:
+    """The elements of a tensor as one row, not yet converted: a network would be copied."""
+    tensor, zeros = _whole(tensor.detach()), 0
+    if tensor.is_nested:
+        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if tensor.layout != torch.strided:  # such as the gradient of nn.Embedding(sparse=True)
         tensor = tensor if tensor.layout == torch.sparse_coo else tensor.to_dense().to_sparse()
         size, tensor = tensor.numel(), tensor.coalesce().values()
         zeros = (size - tensor.numel()) * (2 if tensor.is_complex() else 1)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.dtype not in _LAYOUTS:  # every value of a shorter float type is a float32
-        tensor = tensor.float() if tensor.is_floating_point() else tensor.double()
-        tensor.add_(0.0)  # makes NaNs of float8 quiet
-    return tensor.resolve_neg().reshape(-1), zeros
+    row = _Row(tensor.resolve_neg().reshape(-1), zeros)
+    _converted(row.values[:1])  # raises if the dtype cannot be counted
+    return row
 
 
-def _count(rows: Sequence[tuple[Tensor, int]], layout: _Layout) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or the local copy of a DTensor that every rank has whole."""
+    if tensor.is_meta:
+        raise ValueError("it is on the device meta, without values")
+    if getattr(tensor, "_is_flat_param", False):
+        raise ValueError("FSDP keeps a part of it on each rank")
+    if (placements := getattr(tensor, "placements", None)) is None:
+        return tensor
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    if all(part.is_replicate() or mesh.size(dim) == 1 for dim, part in enumerate(placements)):
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return local
+    raise ValueError("each rank has a part of it")
+
+
+def _converted(values: Tensor) -> Tensor:
+    """Convert a piece of a row to the float type of its layout."""
+    if values.dtype in (torch.float32, torch.float64):
+        return values
+    floats = values.float() if values.is_floating_point() else values.double()
+    return floats.add_(0.0)  # makes NaNs of float8 quiet
+
+
+def _count(rows: Sequence[_Row], layout: _Layout) -> Tensor:
     """Counts by sign, exponent and mantissa bits, (rows * cells,); negative numbers first."""
     half = layout.cells // 2
     counts: list[Tensor | None] = [None] * len(rows)
     for numbers, pieces in _packs([values for values, _ in rows]):
-        values = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        floats = [_converted(piece) for piece in pieces]
+        values = torch.cat(floats) if len(floats) > 1 else floats[0]
         index = (values.view(layout.integer) >> layout.shift).add_(half)
         parts = index.split([len(piece) for piece in pieces])
         for number, part in zip(numbers, parts, strict=True):
@@ -192,28 +251,63 @@ def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histog
     return Histogram(bins[start:end], counts[start:end], *special.values())
 
 
+@dataclass
+class HistogramState:
+    """What is kept from one call of `network_histograms` to the next."""
+
+    frozen: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Norm and sum of each parameter that requires no gradient."""
+    said: set[str] = field(default_factory=set)
+    """Tensors whose absence was warned about."""
+
+
 def network_histograms(
-    network: nn.Module, step: int, frozen: dict[str, tuple[float, ...]] | None = None
+    network: nn.Module, step: int, state: HistogramState | None = None
 ) -> dict[str, Any]:
     """Return the histograms of all parameters and gradients, as a journal record.
 
-    Missing gradients and uninitialised parameters are skipped.
+    Names are those inside `torch.compile` and DistributedDataParallel. Uninitialised parameters are
+    skipped; a tensor that cannot be counted is left out with a warning.
 
     Args:
-        network: Its parameters and gradients are on one device.
+        network: Its parameters and gradients may be on several devices.
         step: The step of the record.
-        frozen: State from one call to the next, updated in place: norm and sum of each parameter
-            that requires no gradient. Those that have not changed are skipped.
+        state: Updated in place. Frozen parameters whose norm and sum have not changed are skipped.
     """
-    tensors: list[tuple[str, str, Tensor]] = []
-    unchanged = _unchanged(network, {} if frozen is None else frozen)
-    for name, parameter in network.named_parameters():
-        if nn.parameter.is_lazy(parameter) or name in unchanged:
+    state = HistogramState() if state is None else state
+    parameters = {
+        _WRAPPER.sub("", name): parameter
+        for name, parameter in unwrap(network).named_parameters()
+        if not nn.parameter.is_lazy(parameter)
+    }
+    unchanged = _unchanged(parameters, state.frozen)
+    rows: dict[tuple[str, str], _Row] = {}
+    problems: dict[str, Exception] = {}
+    for name, parameter in parameters.items():
+        if name in unchanged:
             continue
-        tensors.append((name, "weight", parameter))
-        if parameter.grad is not None:
-            tensors.append((name, "gradient", parameter.grad))
-    results = histograms([tensor for _, _, tensor in tensors])
+        for kind, tensor in (("weight", parameter), ("gradient", parameter.grad)):
+            if tensor is not None:
+                try:
+                    rows[name, kind] = _values(tensor)
+                except Exception as error:  # noqa: BLE001 - there are many kinds of tensors
+                    problems[f"{name} ({kind})"] = error
+    counted: dict[tuple[str, str], Histogram] = {}
+    for device in {row.values.device for row in rows.values()}:
+        there = {key: row for key, row in rows.items() if row.values.device == device}
+        try:
+            counted.update(zip(there, _histograms(list(there.values())), strict=True))
+        except Exception as error:  # noqa: BLE001 - such as too little memory
+            problems[f"the device {device}"] = error
+    _say_left_out(problems, state.said)
+    gradients = [histogram for (_, kind), histogram in counted.items() if kind == "gradient"]
+    trained = [one for one in parameters.values() if one.requires_grad and one.numel()]
+    no_gradients = all(one.grad is None for one in trained) or (
+        len(gradients) > 0 and not any(map(_any, gradients))
+    )
+    if trained and no_gradients and _NO_GRADIENTS not in state.said:
+        state.said.add(_NO_GRADIENTS)
+        logger.warning(_NO_GRADIENTS)
     return {
         "step": step,
         "histograms": [
@@ -226,19 +320,35 @@ def network_histograms(
                 "posinf": histogram.posinf,
                 "neginf": histogram.neginf,
             }
-            for (name, kind, _), histogram in zip(tensors, results, strict=True)
+            for name, kind in rows
+            if (histogram := counted.get((name, kind))) is not None
         ],
     }
 
 
+def _say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:
+    if new := [what for what in problems if what not in said]:
+        others = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        logger.warning(
+            "The histograms of %s%s are left out: %s.",
+            *(new[0], others, first_line(problems[new[0]])),
+        )
+        said.update(new)
+
+
+def _any(histogram: Histogram) -> bool:
+    """Whether some number is not zero."""
+    return bool(histogram.bins.any() or any(histogram[2:]))
+
+
 @torch.no_grad()
-def _unchanged(network: nn.Module, frozen: dict[str, tuple[float, ...]]) -> set[str]:
+def _unchanged(parameters: Mapping[str, Tensor], frozen: dict[str, tuple[float, ...]]) -> set[str]:
     """Names of the frozen parameters with the norm and sum in `frozen`, which is updated."""
     current = {
         name: parameter.detach()
-        for name, parameter in network.named_parameters()
-        if not (parameter.requires_grad or nn.parameter.is_lazy(parameter))
-        and parameter.is_floating_point()
+        for name, parameter in parameters.items()
+        if not (parameter.requires_grad or parameter.is_meta or parameter.is_nested)
+        and parameter.dtype in _SUMMED
         and type(parameter.data) is Tensor
         and parameter.layout == torch.strided
     }
@@ -248,8 +358,11 @@ def _unchanged(network: nn.Module, frozen: dict[str, tuple[float, ...]]) -> set[
         return set()
     # Two passes over memory: a fifth of the cost of a histogram.
     summaries = {
-        name: torch.stack([torch.linalg.vector_norm(tensor), tensor.sum()]).float()
+        name: torch.stack(
+            [torch.linalg.vector_norm(tensor, dtype=dtype), tensor.sum(dtype=dtype)]
+        ).float()
         for name, tensor in current.items()
+        if (dtype := _SUMMED[tensor.dtype])  # a sum of float16 would overflow
     }
     before = dict(frozen)
     for device in {summary.device for summary in summaries.values()}:
