@@ -61,6 +61,7 @@ class ManagedRuns:
     def begin(
         self,
         params: Mapping[str, Any],
+        facts: Mapping[str, Any],
         name: str | None,
         tags: Mapping[str, str],
         resume_state: ResumeState | None,
@@ -69,6 +70,7 @@ class ManagedRuns:
 
         Args:
             params: Hyperparameters to log.
+            facts: Params about the training, unless the user has given them.
             name: Name of a new run.
             tags: Tags to set.
             resume_state: The state of a run that the new one continues.
@@ -79,7 +81,7 @@ class ManagedRuns:
             StoreError: The store cannot be opened; nothing has begun.
         """
         if self.joined is not None:
-            return self._join(self.joined, params, tags)
+            return self._join(self.joined, params, facts, tags)
         route = self._delivery or self._new_delivery()
         try:
             self.open_run = Run(
@@ -90,12 +92,20 @@ class ManagedRuns:
                 route.close()
             raise
         self._delivery = route
+        self.open_run.log_facts(facts)
         return self.open_run
 
-    def _join(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+    def _join(
+        self,
+        run: Run,
+        params: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> Run:
         if self._has_joined:
             raise CallOrderError("begin_run() was called twice; this manager logs to one run.")
         run.log_params(params)
+        run.log_facts(facts)
         run.set_tags(tags)
         self._has_joined = True
         self.open_run = run

@@ -102,11 +102,8 @@ class RunManager:
             self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
-        self._keep = checkpoints
-        self._batch_loss = batch_loss
-        self._histograms = histograms
-        self._model = model
-        self._stop_on_nonfinite = stop_on_nonfinite
+        self._keep, self._stop_on_nonfinite = checkpoints, stop_on_nonfinite
+        self._batch_loss, self._histograms, self._model = batch_loss, histograms, model
         self._results = ResultTable()
         shown = live_views(self._results.rows) if run is None else []
         if tensorboard is not None:
@@ -183,7 +180,7 @@ class RunManager:
             self._views = Views(self._results)
         name = tags.get("mlflow.runName") or run_name(params)
         facts = training_facts(network, loader)
-        tracked = self._runs.begin(facts | params, name, tags, resume_state)
+        tracked = self._runs.begin(params, facts, name, tags, resume_state)
         self.network = network
         self.loader = loader
         self.run_params = run
@@ -239,14 +236,18 @@ class RunManager:
         run = self._runs.current("end_run")
         if self._epoch is not None and ended.reason is None:
             ended = Outcome("FAILED", f"The run ended within epoch {self.epoch_count}.")
-        if "epochs" not in hyperparameters(self.run_params or {}):
-            run.log_params({"epochs": self.epoch_count - (self._epoch is not None)})
-        has_model = self._model and self._is_main and ended.status == "FINISHED"
-        if has_model and self.network is not None:
-            run.log_model(self.network, self._example, step=self.epoch_count, **model_extras)
-        self._runs.end(ended)
-        self._views.end_run(ended.status)
-        self._epoch = None
+        try:
+            run.log_facts({"epochs": self.epoch_count - (self._epoch is not None)})
+            has_model = self._model and self._is_main and ended.status == "FINISHED"
+            if has_model and self.network is not None:
+                run.log_model(self.network, self._example, step=self.epoch_count, **model_extras)
+        except BaseException as error:
+            ended = ended if isinstance(error, Exception) else outcome(error)
+            raise
+        finally:  # whatever was raised, the run gets its status
+            self._epoch = None
+            self._runs.end(ended)
+            self._views.end_run(ended.status)
 
     def _abandon(self, when: str) -> None:
         if (run := self._runs.open_run) is not None:
@@ -353,8 +354,7 @@ class RunManager:
         return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
-        run = self._runs.current("end_epoch")
-        epoch = self.epoch_count
+        run, epoch = self._runs.current("end_epoch"), self.epoch_count
         metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
         self._metrics = metrics
         run.log_metrics(metrics, epoch)

@@ -29,7 +29,7 @@ from tracker.journal import records
 from tracker.journal.recorder import Recorder
 from tracker.journal.records import now
 from tracker.redaction import public_uri
-from tracker.statuses import Outcome, Status, abandoned, outcome
+from tracker.statuses import Outcome, Status, abandoned, outcome, uncaught_error
 from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from tracker.capture.model import Predictor
 
 ImageLike: TypeAlias = Union[Tensor, npt.NDArray[Any], "Image"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -143,7 +142,7 @@ class Run(Recorder):
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
         self._delivered_id: str | None = None  # set when the run has ended
-        self._error_before = _uncaught_error()
+        self._error_before = uncaught_error()
         self.resume_state: ResumeState | None = resume
         """State of the earlier run that this one continues."""
         checked = checked_params(params or {})
@@ -187,7 +186,7 @@ class Run(Recorder):
         """MLflow's id of the run, to use with MLflow's own functions; None until it is known."""
         if self._status is not None:
             return self._delivered_id
-        return self._delivery.run_id(self._key)
+        return self._read(lambda: self._delivery.run_id(self._key), None)
 
     @property
     def tracking_uri(self) -> str:
@@ -396,7 +395,7 @@ class Run(Recorder):
 
     def flush(self, timeout: float = DEADLINE_SECONDS) -> bool:
         """Wait until everything logged so far is delivered; return False after `timeout` s."""
-        return self._delivery.flush(timeout)
+        return self._read(lambda: self._delivery.flush(timeout), False)
 
     def end(
         self,
@@ -412,20 +411,22 @@ class Run(Recorder):
         """
         if self._status is not None or os.getpid() != self._pid:
             return  # a fork leaves its parent's run alone
-        if ended.reason:
-            self.set_tags({"tracker.failure": ended.reason})
-        self._append(records.End(ended.status))
-        self._status = ended.status  # before the wait, which Ctrl-C may cut short
         try:
-            self._delivery.release(self._key, wait=wait)
+            if ended.reason:
+                self.set_tags({"tracker.failure": ended.reason})
         finally:
-            self._delivered_id = self._delivery.run_id(self._key)
+            self._append(records.End(ended.status))
+            self._status = ended.status  # before the wait, which Ctrl-C may cut short
+        try:
+            self._read(lambda: self._delivery.release(self._key, wait=wait), None)
+        finally:
+            self._delivered_id = self._read(lambda: self._delivery.run_id(self._key), None)
             if self._owns_delivery:
                 self._delivery.close()
 
     def abandoned_outcome(self, where: str) -> Outcome:
         """Return the outcome of a run abandoned without `end`; `where` says where or when."""
-        error = _uncaught_error()
+        error = uncaught_error()
         return abandoned(error if error is not self._error_before else None, where)
 
     def abandon(self) -> None:
@@ -437,9 +438,3 @@ class Run(Recorder):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end(outcome(error))
-
-
-def _uncaught_error() -> BaseException | None:
-    """Return the last exception that was not caught, in a notebook's cell or by the program."""
-    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    return error if isinstance(error, BaseException) else None

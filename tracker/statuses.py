@@ -6,6 +6,7 @@ docs/statuses.md lists all cases.
 from __future__ import annotations
 
 import signal
+import sys
 import traceback
 from typing import Literal, NamedTuple
 
@@ -26,7 +27,11 @@ def outcome(error: BaseException | None) -> Outcome:
     """Return the outcome of a run that `error` ended; None means that it ended normally."""
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return Outcome("FINISHED")
-    lines = traceback.format_exception(error)
+    # A file name that is not UTF-8 has characters that no store takes.
+    lines = [
+        line.encode(errors="backslashreplace").decode()
+        for line in traceback.format_exception(error)
+    ]
     reason = f"{lines[-1].strip()}\n\n{''.join(lines)[-_MAX_REASON:]}"[:_MAX_REASON]
     interrupted = isinstance(error, KeyboardInterrupt) or (
         isinstance(error, SystemExit) and error.code in _SIGNALLED
@@ -46,3 +51,9 @@ def abandoned(error: BaseException | None, where: str) -> Outcome:
     if error is not None:
         return outcome(error)
     return Outcome("FAILED", f"The run was abandoned {where}: end_run() was never called.")
+
+
+def uncaught_error() -> BaseException | None:
+    """Return the last exception that was not caught, in a notebook's cell or by the program."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    return error if isinstance(error, BaseException) else None

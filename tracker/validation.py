@@ -57,15 +57,17 @@ def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str,
     return texts
 
 
-def checked_step(step: Any) -> int:
-    """Check the step of a metric: a 64-bit integer."""
+def checked_step(step: Any, what: str = "step") -> int:
+    """Check a 64-bit integer, the argument `what`; 1.0 and NumPy's and torch's integers are one."""
     try:
-        number = operator.index(step)
-    except TypeError:
+        number = step.item() if hasattr(step, "item") else step
+        is_whole = isinstance(number, float) and number.is_integer()
+        number = int(number) if is_whole else operator.index(number)
+    except (TypeError, ValueError, RuntimeError):  # a tensor or array of several numbers
         number = 2**63
     if -(2**63) <= number < 2**63:
         return number
-    raise ArgumentError(f"step={step!r} is not allowed; it must be a 64-bit integer.")
+    raise ArgumentError(f"{what}={step!r} is not allowed; it must be a 64-bit integer.")
 
 
 def checked_path(path: str, what: str) -> str:
@@ -102,7 +104,7 @@ def checked_number(name: str, value: Any) -> float:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         shown = f"{type(value).__name__} {value!r}"[:100]
         raise ArgumentError(f"metric {name!r} is a {shown}; it must be one number.") from error

@@ -482,3 +482,58 @@ def test_a_journal_that_cannot_be_created_leaves_nothing(
     with pytest.raises(StoreError, match=r"cannot hold the journal \(incomplete input\)"):
         JournalWriter(tmp_path / "journals")
     assert list((tmp_path / "journals").iterdir()) == []
+
+
+# -- what cannot be written ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Point("x", object(), 1, 1),
+        Point("x", 1.0, object(), 1),  # type: ignore[arg-type]
+        Point("x", 1.0, 1, 2**70),
+        Point("x", 1.0, 1, None),  # type: ignore[arg-type]
+    ],
+    ids=["value", "step", "huge time", "no time"],
+)
+def test_a_point_that_cannot_be_written_costs_itself_alone(
+    wrong: Point, journal: Journal, writer: JournalWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer.append_points("a", [Point("x", 1.0, 1, 1)])
+    writer.append_points("b", [wrong])
+    writer.append_points("c", [Point("x", 2.0, 2, 2)])
+
+    assert points(written(journal, writer)) == [("x", 1.0, 1, 1), ("x", 2.0, 2, 2)]
+    assert writer.lost == 1
+    assert "training continues" in caplog.text
+
+
+@pytest.mark.parametrize("value", [object(), torch.ones(2)], ids=["object", "two numbers"])
+def test_a_point_that_cannot_be_read_costs_no_other_of_its_record(
+    value: Any, journal: Journal, writer: JournalWriter
+) -> None:
+    writer.append_points(
+        "a", [Point("x", number, 1, 1) for number in (1.0, value, torch.tensor(2.0))]
+    )
+
+    assert [point[1] for point in points(written(journal, writer))] == [1.0, 2.0]
+    assert writer.lost == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_is_noticed_and_what_follows_is_counted(
+    writer: JournalWriter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_thread(record: object) -> str:
+        raise SystemExit
+
+    monkeypatch.setattr("tracker.journal.writer.encode", end_thread)
+    writer.append_points("a", [Point("x", 1.0, 1, 1)])
+    assert not writer.flush()
+
+    writer.append_points("a", [Point("x", 2.0, 2, 2)])
+    writer.close()
+
+    assert writer.lost == 1
+    assert "The journal's thread has ended; nothing more is recorded." in caplog.messages

@@ -152,13 +152,16 @@ class BackgroundDelivery:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._look()
         folder = self.journal.folder
-        if folder.exists():  # the uploader has not removed it, or there was none
-            if (summary := self._reader.undelivered_summary()) is not None:
-                logger.warning("%s", summary)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._look()
+            if folder.exists():  # the uploader has not removed it, or there was none
+                if (summary := self._reader.undelivered_summary()) is not None:
+                    logger.warning("%s", summary)
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+        except StoreError as error:  # the journal's file is unreadable
+            logger.warning("%s", error)
         self._reader.close()
         self._watcher.close()
 

@@ -127,7 +127,10 @@ class InlineDelivery:
         if self._has_begun:
             self.deliver()
         self.journal.close()
-        summary = self._reader.undelivered_summary() if self._has_begun else None
+        try:
+            summary = self._reader.undelivered_summary() if self._has_begun else None
+        except StoreError as error:  # the journal's file is unreadable
+            summary = str(error)
         if summary is not None:
             logger.warning("%s", summary)
         if summary is not None or self.journal.lost:

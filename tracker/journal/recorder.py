@@ -10,11 +10,11 @@ import posixpath
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tracker.errors import ArgumentError, CallOrderError
+from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.journal import records
 from tracker.journal.records import Point, Record, now
 from tracker.journal.writer import JournalWriter
@@ -30,6 +30,7 @@ from tracker.validation import (
 )
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,16 @@ class Recorder:
                 logger.warning("The value of %s %r is not stored: its name is secret.", what, name)
         return public_values(pairs)
 
+    def _read(self, read: Callable[[], _T], default: _T) -> _T:
+        """Return what `read` reads from the journal, or `default` if its file is unreadable."""
+        try:
+            return read()
+        except StoreError as error:
+            if "journal" not in self._warned:
+                self._warned.add("journal")
+                logger.warning("%s; training continues.", str(error).rstrip("."))
+            return default
+
     @property
     def params(self) -> Mapping[str, str]:
         """The params logged so far, as text."""
@@ -110,6 +121,16 @@ class Recorder:
             self._params |= new
             self._append(records.Params(new))
 
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Log params about the training; one that the user has given stays, ours becomes a tag.
+
+        The tag is `tracker.param.NAME`.
+        """
+        checked = checked_params(facts)
+        self._log_params({k: v for k, v in checked.items() if self._params.get(k, v) == v})
+        if differ := {k: v for k, v in checked.items() if self._params[k] != v}:
+            self.set_tags({f"tracker.param.{name}": value for name, value in differ.items()})
+
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log numbers at the time of this call, without waiting for a device.
 
@@ -124,15 +145,16 @@ class Recorder:
             ArgumentError: A name, a value or the step is not allowed.
         """
         at, step = now(), checked_step(step)
-        points = []
-        for name, value in metrics.items():
-            number = value if type(value) is float else _number(name, value)
-            points.append(Point(checked_name(name, "metric"), number, step, at))
-        self.log_points(points)
+        self.log_points([Point(name, _own(value), step, at) for name, value in metrics.items()])
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Log points whose tensors nothing changes; neither they nor their names are checked."""
+        """Log points whose tensors on a device nothing changes.
+
+        Raises:
+            ArgumentError: A name, a value, a step or a time is not allowed; none is logged.
+        """
         self._check_open()
+        points = [_checked_point(*point) for point in points]
         if last := self._last_steps:  # a resumed run does not log a step again
             points = [point for point in points if point.step > last.get(point.name, -math.inf)]
         self._journal.append_points(self._key, points)
@@ -210,14 +232,25 @@ class Recorder:
         self._append(records.Epoch(dict(row)))
 
 
-def _number(name: str, value: Any) -> float | Tensor:
-    """Convert a metric to a float, or copy it on a device that it would have to wait for."""
+def _own(value: Any) -> Any:
+    """Copy a tensor on its device: the loop may change it before it is read."""
+    is_elsewhere = isinstance(value, Tensor) and not value.is_cpu and value.numel() == 1
+    return value.detach().clone() if is_elsewhere else value
+
+
+def _checked_point(name: str, value: Any, step: Any, time: Any) -> Point:
+    """Convert a point; a number on a device, for which one would wait, stays there."""
     if isinstance(value, Tensor):
         value = value.detach()
         if not value.is_cpu and value.numel() == 1 and not value.is_complex():
-            copy: Tensor = value.reshape(()).clone()  # the loop may change it in place
-            return copy
-    return checked_number(name, value)
+            value = value.reshape(())
+        else:
+            value = checked_number(name, value)
+    elif type(value) is not float:
+        value = checked_number(name, value)
+    return Point(
+        checked_name(name, "metric"), value, checked_step(step), checked_step(time, "time")
+    )
 
 
 def _is_disk_error(error: OSError) -> bool:

@@ -24,7 +24,13 @@ from tracker.journal.ownership import BEAT_SECONDS, Writer, writer_lock
 from tracker.journal.records import Metrics, Point, Record, encode, now
 
 FLUSH_SECONDS = 0.1  # everything is on disk within 0.2 s
+_ALIVE_SECONDS = 1.0  # how often a waiting caller looks whether the thread lives
 _MAX_HELD = 200_000  # records kept in memory while the disk fails
+_INSERT = "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)"
+_BAD_ROW = (  # raised for a row's values, not for the disk
+    *(sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError, sqlite3.IntegrityError),
+    *(OverflowError, UnicodeError, TypeError, ValueError),
+)
 
 _Row: TypeAlias = tuple[str, int, str, str]  # run, time, kind and body
 
@@ -114,7 +120,18 @@ class JournalWriter:
             return False
         done = threading.Event()
         self._requests.put(done)
-        return done.wait(timeout) and not self._held
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not done.wait(max(0.0, min(_ALIVE_SECONDS, until - time.monotonic()))):
+            if time.monotonic() >= until or self._has_died():
+                return False
+        return not self._held
+
+    def _has_died(self) -> bool:
+        """Whether the thread has ended by itself, with a warning."""
+        if self._thread.is_alive():
+            return False
+        self._warn_once("thread", "The journal's thread has ended; nothing more is recorded.")
+        return True
 
     def close(self) -> None:
         """Write every record, and release the journal to the process that delivers it."""
@@ -125,7 +142,7 @@ class JournalWriter:
         if self._in_thread():
             return  # the thread still writes everything; the kernel releases the lock
         self._thread.join()
-        self.lost += len(self._held)
+        self.lost += len(self._held) + len(self._pending)
         if self.lost:
             logger.warning("%d records are lost: they could not be read or written.", self.lost)
         self._lock.release()
@@ -152,9 +169,12 @@ class JournalWriter:
                     else:
                         flushes.append(request)
                     request = self._requests.get_nowait()
-            self._held += self._take_pending()
-            if self._held:
-                db = self._write_held(db)
+            try:
+                self._held += self._take_pending()
+                if self._held:
+                    db = self._write_held(db)
+            except Exception as error:  # noqa: BLE001 - without this thread all is lost
+                self._warn_once("turn", "Records cannot be written: %s.", first_line(error))
             for done in flushes:
                 done.set()
             if time.monotonic() > self._last_beat + BEAT_SECONDS:
@@ -180,11 +200,25 @@ class JournalWriter:
         ):
             if are_points:
                 points = [body for *_, body in group if isinstance(body, Point)]
-                metrics = Metrics(self._read_points(run, points))
-                rows.append((run, points[0].time, metrics.kind, encode(metrics)))
+                rows += self._encode_points(run, points)
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows
+
+    def _encode_points(self, run: str, points: list[Point]) -> list[_Row]:
+        """Encode points as one record; if that fails, each of them, and count what is lost."""
+        try:
+            metrics = Metrics(self._read_points(run, points))
+            return [(run, points[0].time, metrics.kind, encode(metrics))]
+        except Exception as error:  # noqa: BLE001 - one point must not cost the others
+            if len(points) > 1:
+                return [row for point in points for row in self._encode_points(run, [point])]
+            self._lose_record(error)
+            return []
+
+    def _lose_record(self, error: Exception) -> None:
+        self.lost += 1
+        self._warn_once("record", "A record is lost (%s); training continues.", first_line(error))
 
     def _read_points(self, run: str, points: list[Point]) -> list[tuple[str, float, int, int]]:
         """Read the values of points; those that cannot be read are counted as lost."""
@@ -213,10 +247,12 @@ class JournalWriter:
         try:
             if db is None:
                 db = database.connect(self.folder)
-            with db:
-                db.executemany(
-                    "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)", self._held
-                )
+            try:
+                with db:
+                    db.executemany(_INSERT, self._held)
+            except _BAD_ROW:
+                with db:
+                    self._insert_each(db)
             self._held = []
         except sqlite3.Error as error:
             self._warn_once(
@@ -230,6 +266,14 @@ class JournalWriter:
             self.lost += len(self._held[_MAX_HELD:])
             del self._held[_MAX_HELD:]
         return db
+
+    def _insert_each(self, db: sqlite3.Connection) -> None:
+        """Insert the held rows but those that SQLite cannot hold, which are counted as lost."""
+        for row in self._held:
+            try:
+                db.execute(_INSERT, row)
+            except _BAD_ROW as error:
+                self._lose_record(error)
 
 
 def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
@@ -255,4 +299,6 @@ def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
                 floats[place] = float(value)
         except Exception as error:  # noqa: BLE001 - after a CUDA error nothing can be read, and
             problem = first_line(error)  # without this thread, training would hang
+            for place in places if len(places) > 1 else ():
+                (floats[place],), _ = _read_values([values[place]])
     return floats, problem

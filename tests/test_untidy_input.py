@@ -1,0 +1,134 @@
+"""Whatever a loop hands over is taken or refused at the call, and every run gets its status."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.helpers import Store
+from tracker import ArgumentError, RunManager, start_run
+from tracker.delivery.base import leave_all
+from tracker.journal.records import Point
+from tracker.run import Run
+
+ODD_POINTS: dict[str, tuple[Any, Any, Any]] = {
+    "int": (1, 1, 1000),
+    "bool": (True, 1, 1000),
+    "float32": (np.float32(1), 1, 1000),
+    "decimal": (Decimal(1), 1, 1000),
+    "array of one": (np.array([1.0]), 1, 1000),
+    "tensor": (torch.tensor([1.0], requires_grad=True), 1, 1000),
+    "numpy step": (1.0, np.int64(1), 1000),
+    "tensor step": (1.0, torch.tensor(1), 1000),
+    "whole step": (1.0, 1.0, 1000),
+    "numpy whole step": (1.0, np.float32(1), 1000),
+    "numpy time": (1.0, 1, np.int64(1000)),
+    "whole time": (1.0, 1, 1000.0),
+}
+REFUSED_POINTS: dict[str, tuple[Any, Any, Any]] = {
+    "text": ("1", 1, 1000),
+    "two numbers": (np.ones(2), 1, 1000),
+    "two numbers on a device": (torch.ones(2, device="meta"), 1, 1000),
+    "complex": (1j, 1, 1000),
+    "nothing": (None, 1, 1000),
+    "no step": (1.0, None, 1000),
+    "half a step": (1.0, 0.5, 1000),
+    "a huge step": (1.0, 2**70, 1000),
+    "no time": (1.0, 1, None),
+    "a huge time": (1.0, 1, 2**70),
+    "no name": (1.0, 1, 1000),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_POINTS)
+def test_a_number_of_any_type_is_converted_at_the_call(kind: str, store: Store) -> None:
+    value, step, time = ODD_POINTS[kind]
+    with warnings.catch_warnings(), start_run() as run:
+        warnings.simplefilter("error")
+        run.log_points([Point("x", value, step, time)])
+        run.log_metrics({"y": value}, step)
+        run.log_metrics({"later": 2.0}, 2)
+
+    found = store.run()
+    assert store.history(found, "x") == [(1, 1.0)]
+    assert store.history(found, "y") == [(1, 1.0)]
+    assert store.history(found, "later") == [(2, 2.0)]
+
+
+@pytest.mark.parametrize("kind", REFUSED_POINTS)
+def test_a_point_that_cannot_be_stored_is_refused_at_the_call(kind: str, store: Store) -> None:
+    value, step, time = REFUSED_POINTS[kind]
+    with start_run() as run:
+        with pytest.raises(ArgumentError, match=r"^(metric|step|time)"):
+            run.log_points([Point("" if kind == "no name" else "x", value, step, time)])
+        run.log_metrics({"later": 2.0}, 2)
+
+    assert store.run().data.metrics == {"later": 2.0}
+
+
+def test_an_exception_with_a_file_name_that_is_not_utf_8_is_the_reason(store: Store) -> None:
+    run = start_run()
+    with pytest.raises(FileNotFoundError), run:
+        raise FileNotFoundError(os.fsdecode(b"caf\xe9.png"))
+
+    ended = store.run()
+    assert ended.info.status == "FAILED"
+    assert ended.data.tags["tracker.failure"].startswith("FileNotFoundError: caf\\udce9.png")
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_an_unreadable_journal_does_not_stop_training(
+    inline: bool, tmp_path: Path, store: Store
+) -> None:
+    run = start_run(directory=tmp_path, inline=inline, offline=not inline)
+    run.log_metrics({"a": 1.0}, 1)
+    assert run._journal.flush(60)
+    for path in tmp_path.glob("*/journal.sqlite*"):
+        path.write_bytes(os.urandom(max(4096, path.stat().st_size)))
+
+    run.log_metrics({"a": 2.0}, 2)
+    run.deliver()
+    assert run.run_id is None or inline
+    run.flush(1)
+    run.end()
+    assert run.status == "FINISHED"
+    leave_all()
+
+
+@pytest.mark.parametrize("name", ["epochs", "model", "device", "dataset", "seed", "batch_size"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_users_value_of_a_param_is_kept_and_ours_is_a_tag(
+    name: str, joined: bool, store: Store
+) -> None:
+    network, loader = torch.nn.Linear(2, 1), DataLoader(TensorDataset(torch.ones(4, 2)), 2)
+    run = start_run(params={name: "mine"}) if joined else None
+    manager = RunManager(run=run, model=False)
+    manager.begin_run({"lr": 1} if joined else {name: "mine"}, network, loader)
+    manager.end_run()
+    if run is not None:
+        run.end()
+
+    ended = store.run()
+    assert ended.info.status == "FINISHED"
+    assert ended.data.params[name] == "mine"
+    assert ended.data.tags[f"tracker.param.{name}"] != "mine"
+
+
+def test_a_failure_at_the_end_leaves_the_run_with_its_status(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = RunManager()
+    manager.begin_run({}, torch.nn.Linear(2, 1), [torch.ones(1, 2)])
+    monkeypatch.setattr(Run, "log_model", lambda *_, **__: [][0])
+    with pytest.raises(IndexError):
+        manager.end_run()
+
+    assert store.run().info.status == "FINISHED"
