@@ -37,7 +37,17 @@ LAYERS = {
 }
 """What each folder, or module at the top, may import besides itself, in the order of the flow."""
 
-BASE = {"_version", "arguments", "errors", "statuses", "validation", "redaction", "locks", "logs"}
+BASE = {
+    "_version",
+    "arguments",
+    "errors",
+    "statuses",
+    "validation",
+    "redaction",
+    "locks",
+    "logs",
+    "exported",
+}
 """Modules at the top that every layer may import, and that import only each other."""
 
 MLFLOW = {"store", "capture/model.py", "testing.py"}

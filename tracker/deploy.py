@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from tracker.errors import TrackerError, first_line
+from tracker.exported import load_exported
 from tracker.logs import muted
 
 Model = Callable[[Tensor], Tensor]
@@ -81,7 +82,7 @@ class Pt2:
         torch.export.save(program, path)
 
     def load(self, path: Path) -> Model:  # noqa: D102
-        return torch.export.load(path).module()
+        return load_exported(path).module()
 
 
 class Onnx:

@@ -15,6 +15,7 @@ import torch
 from tracker.capture.histograms import bin_edges
 from tracker.capture.model import EXPORTED, FILES
 from tracker.errors import StoreError, first_line
+from tracker.exported import load_exported
 from tracker.logs import muted
 from tracker.store.history import load_histogram_records
 from tracker.store.uri import check_exists, resolve
@@ -52,7 +53,7 @@ def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
             )
         try:
             with muted("torch.export"):  # it logs a stack trace before it raises
-                program = torch.export.load(exported)
+                program = load_exported(exported)
         except Exception as error:  # what zip files, JSON and torch raise on a damaged file
             raise StoreError(
                 f"model={model_uri!r} cannot be read by torch {torch.__version__}: "
