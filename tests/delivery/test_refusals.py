@@ -16,6 +16,7 @@ from tracker.cli import main
 from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.base import _close_all
 from tracker.store.client import MlflowStore
+from tracker.store.guards import note_retry_after
 
 
 @pytest.fixture
@@ -132,6 +133,7 @@ def test_sync_waits_as_long_as_a_busy_server_asks_for(server: StandIn, status: i
 
 
 def test_retry_after_is_seconds_or_a_date_and_bounded(server: StandIn) -> None:
+    note_retry_after()
     store = MlflowStore(server.uri)
     for header, low, high in (
         ("7", 7, 7),

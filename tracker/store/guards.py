@@ -43,7 +43,7 @@ def translated(action: str) -> Iterator[None]:
         GoneError: What it names does not exist, which may mean that it is the wrong store.
         StoreError: The request failed in another way.
     """
-    _Answers.status, _Answers.retry_after = None, 0.0
+    _Answers.retry_after = 0.0
     try:
         yield
     except StoreError:
@@ -58,16 +58,11 @@ def translated(action: str) -> Iterator[None]:
 
 
 class _Answers(Retry):
-    """Notes the last answer of a server, which MLflow's exceptions do not hold."""
+    """Notes how long the last answer of a server asked to wait."""
 
-    status: int | None = None
     retry_after = 0.0
 
-    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
-        _Answers.status = status_code
-        return super().is_retry(method, status_code, has_retry_after)
-
-    def increment(
+    def increment(  # type: ignore[override]
         self,
         method: str | None = None,
         url: str | None = None,
@@ -75,13 +70,17 @@ class _Answers(Retry):
         *args: Any,
         **kwargs: Any,
     ) -> Retry:
-        _Answers.status = response.status if response else None
         _Answers.retry_after = _seconds(response.headers.get("Retry-After") if response else None)
         return super().increment(method, url, response, *args, **kwargs)
 
 
-request_utils.Retry = _Answers  # type: ignore[misc]
-request_utils._cached_get_request_session.cache_clear()
+def note_retry_after() -> None:
+    """Let errors say how long a server asked to wait, which MLflow's own do not.
+
+    It replaces a class in MLflow's client, so it is only for processes that do nothing but deliver.
+    """
+    vars(request_utils)["Retry"] = _Answers
+    request_utils._cached_get_request_session.cache_clear()
 
 
 def _seconds(retry_after: str | None) -> float:
@@ -113,7 +112,8 @@ def _is_refusal(error: Exception) -> bool:
             # A value that the database cannot hold; anything else of its may pass.
             is_value = re.search(r"\b(DataError|IntegrityError)\b", str(error)) is not None
             return error.error_code == _UNCERTAIN and is_value
-        status = _Answers.status
+        answer = re.search(r"failed with error code (\d+)", str(error))  # and a foreign body
+        status = int(answer[1]) if answer else None
     else:
         status = next(filter(None, map(_http_status, chain)), None)
     return status is not None and 400 <= status < 500 and status not in _PASSING
