@@ -52,9 +52,18 @@ class CharLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, symbols)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (N, T, symbols) of the character after each of `tokens`, int64 (N, T)."""
-        return self.advance(tokens)[0]
+    def forward(self, tokens: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
+        """Return logits (N, T, symbols) of the character after each of `tokens`, int64 (N, T).
+
+        With a state, return what `advance` does.
+        """
+        logits, after = self.advance(tokens, state)
+        return logits if state is None else (logits, after)
+
+    def start(self, streams: int) -> State:
+        """Return the zero state of `streams` streams."""
+        zeros = self.out.weight.new_zeros(self.lstm.num_layers, streams, self.lstm.hidden_size)
+        return zeros, zeros
 
     def advance(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Continue from a state.
@@ -100,9 +109,10 @@ class TruncatedLoop:
     def train(self, epoch: int) -> Iterator[Step]:
         """Train for one epoch; losses are in nats per character, and a sample is a character."""
         network, device = self._network, self._network.out.weight.device
-        state = None
+        state = network.start(self._data.train.streams)
         for inputs, targets in self.loader:
-            logits, (hidden, cell) = network.advance(inputs.to(device), state)
+            # Not `advance`, so that hooks and wrappers of the network see its inputs.
+            logits, (hidden, cell) = network(inputs.to(device), state)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
             self.optimizer.zero_grad()
             loss.backward()

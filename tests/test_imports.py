@@ -21,10 +21,11 @@ LAYERS = {
     "views": {"base", "training", "capture"},
     "delivery": {"base", "journal", "store", "views"},
     "run": {"base", "training", "capture", "journal", "store", "views", "delivery"},
+    "first_batch": {"base", "capture", "views", "run"},
     "managed_runs": {"base", "training", "store", "delivery", "run"},
     "manager": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
-        *("run", "managed_runs", "grid"),
+        *("run", "first_batch", "managed_runs", "grid"),
     },
     "grid": {"base"},
     "deploy": {"base"},

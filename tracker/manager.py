@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.capture.dataset import inputs_of, sample_batch
 from tracker.capture.facts import training_facts
-from tracker.capture.images import image_grid
 from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
+from tracker.first_batch import FirstBatch
 from tracker.grid import hyperparameters, run_name
 from tracker.journal.records import Point, now
 from tracker.managed_runs import ManagedRuns
@@ -41,8 +40,6 @@ from tracker.views.tensorboard import TensorBoard
 if TYPE_CHECKING:
     from tracker.capture.model import Predictor
 
-_SAMPLES = 64  # pictures in the sample grid
-
 
 class RunManager:
     """Tracks one run after another as MLflow runs with a common tag `tracker.session`.
@@ -60,6 +57,8 @@ class RunManager:
         batch_loss: bool = False,
         histograms: bool = True,
         model: bool = True,
+        samples: bool = True,
+        digest: bool = True,
         checkpoints: Keep = Keep(),  # noqa: B008 - immutable
         tensorboard: str | Path | None = None,
         stop_on_nonfinite: bool = False,
@@ -78,6 +77,8 @@ class RunManager:
             batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
             histograms: Log the histograms of all weights and gradients in each epoch.
             model: Log the trained network at the end of a run.
+            samples: Keep samples of the first batch: as pictures, and as the model's example.
+            digest: Log a digest of the data that the data set holds in memory.
             checkpoints: Which checkpoints of `save_checkpoint` to keep.
             tensorboard: Also write event files below this folder.
             stop_on_nonfinite: Raise NonFiniteLossError if an epoch's loss is NaN or infinite.
@@ -102,14 +103,19 @@ class RunManager:
             self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
         self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
-        self._keep, self._stop_on_nonfinite = checkpoints, stop_on_nonfinite
-        self._batch_loss, self._histograms, self._model = batch_loss, histograms, model
+        self._keep = checkpoints
+        self._batch_loss = batch_loss
+        self._histograms = histograms
+        self._model = model
+        self._samples = samples
+        self._digest = digest
+        self._stop_on_nonfinite = stop_on_nonfinite
         self._results = ResultTable()
         shown = live_views(self._results.rows) if run is None else []
         if tensorboard is not None:
             shown.append(TensorBoard(tensorboard))
         self._views = Views(self._results, *shown)
-        self._example: Tensor | None = None
+        self._first: FirstBatch | None = None
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()  # of the current epoch, or of the last one
         self._steps, self._is_main = 0, True
@@ -157,10 +163,10 @@ class RunManager:
         return manager
 
     def begin_run(self, run: Any, network: nn.Module, loader: Any) -> Run:
-        """Begin a run, and log its hyperparameters, data set, sample pictures and network.
+        """Begin a run, and log its hyperparameters and data set.
 
-        The loader's order, all random generators and the network's buffers do not change. A run
-        that is still open is closed with the status of an abandoned one.
+        No sample is drawn: pictures, graph and the model's example are taken from the loop's first
+        batch. A run that is still open is closed with the status of an abandoned one.
 
         Args:
             run: Hyperparameters, as a named tuple or a mapping.
@@ -191,11 +197,13 @@ class RunManager:
         self._metrics = {}
         self._retention = Retention(self._keep)
         self._run_started = time.perf_counter()
-        self._example = inputs_of(sample_batch(loader, _SAMPLES), _SAMPLES)
+        self._views.begin_run(self.run_count, params)
+        if (dataset := getattr(loader, "dataset", None)) is not None and self._is_main:
+            tracked.log_dataset(dataset, digest=self._digest)
         if self._is_main:
             is_new = resume_state is None or self._runs.joined is not None
-            self._describe(tracked, network, loader, is_new=is_new)
-        self._views.begin_run(self.run_count, params, network, self._example)
+            self._first = FirstBatch(tracked, network, self._views, is_new, self._samples)
+            self._see(loader[0] if isinstance(loader, (list, tuple)) and loader else None)
         if resume_state is not None:
             self._continue(resume_state)
         tracked.deliver()
@@ -211,15 +219,6 @@ class RunManager:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self._results.end_epoch(row["epoch"], metrics, None)
             self._run_started = time.perf_counter() - metrics.get("run_duration", 0.0)
-
-    def _describe(self, run: Run, network: nn.Module, loader: Any, *, is_new: bool) -> None:
-        if (dataset := getattr(loader, "dataset", None)) is not None:
-            run.log_dataset(dataset)
-        if not is_new:
-            return
-        if self._example is not None and (grid := image_grid(self._example)) is not None:
-            run.log_image(grid, "samples.png")
-        run.log_network(network, self._example)
 
     def end_run(
         self, model_files: Mapping[str, str] | None = None, predictor: Predictor | None = None
@@ -238,9 +237,10 @@ class RunManager:
             ended = Outcome("FAILED", f"The run ended within epoch {self.epoch_count}.")
         try:
             run.log_facts({"epochs": self.epoch_count - (self._epoch is not None)})
-            has_model = self._model and self._is_main and ended.status == "FINISHED"
-            if has_model and self.network is not None:
-                run.log_model(self.network, self._example, step=self.epoch_count, **model_extras)
+            if self._first is not None:
+                example = self._first.close(finished=ended.status == "FINISHED")
+                if self._model and ended.status == "FINISHED" and self.network is not None:
+                    run.log_model(self.network, example, step=self.epoch_count, **model_extras)
         except BaseException as error:
             ended = ended if isinstance(error, Exception) else outcome(error)
             raise
@@ -296,6 +296,11 @@ class RunManager:
         if self._batch_loss and self._runs.open_run is not None:
             self._runs.open_run.log_points((Point("batch_loss", scalar, self._steps, now()),))
         self._views.batch()
+        self._see(batch)
+
+    def _see(self, batch: Any = None) -> None:
+        if self._first is not None:
+            self._first.see(batch)
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
         """Add the number of correct predictions of a batch without waiting for the device.
@@ -351,10 +356,11 @@ class RunManager:
             loader: Yields the batches.
             length: Number of batches; default that of the loader, if it has one.
         """
-        return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length)
+        return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length, self._see)
 
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         run, epoch = self._runs.current("end_epoch"), self.epoch_count
+        self._see()
         metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
         self._metrics = metrics
         run.log_metrics(metrics, epoch)

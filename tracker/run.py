@@ -233,20 +233,23 @@ class Run(Recorder):
             self._log_file(path, content.save)
         self.set_tags({"mlflow.loggedImages": True})
 
-    def log_dataset(self, dataset: Any, context: str = "training", name: str | None = None) -> None:
-        """Record a torch data set as an input of the run, with a digest of its content.
+    def log_dataset(
+        self, dataset: Any, context: str = "training", name: str | None = None, digest: bool = True
+    ) -> None:
+        """Record a torch data set as an input of the run, without drawing a sample from it.
 
         Args:
             context: Its use: training, validation or test.
             name: Its name; default from the data set.
+            digest: Whether its digest covers its data too, not only class and length.
         """
-        description = describe_dataset(dataset)
+        described = describe_dataset(dataset, content=digest)
         fields = {
             "name": (name or dataset_name(dataset))[:500],  # MLflow keeps no more
-            "digest": description.digest,
+            "digest": described.digest,
             "source_type": "code",
             "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
-            "profile": json_text(description.profile),
+            "profile": json_text(described.profile),
         }
         self._append(records.Dataset(fields, context))
 

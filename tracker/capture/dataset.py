@@ -1,13 +1,11 @@
-"""Samples, name and digest of a data set, read without side effects."""
+"""Name, length and digest of a data set, without drawing a sample from it."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import itertools
+import inspect
 import logging
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,57 +13,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
-
-from tracker.training.rng import preserve_rng
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 logger = logging.getLogger(__name__)
 
-_DIGEST_SAMPLES = 64  # enough to distinguish data sets whose samples must be decoded
-
-
-def sample_batch(loader: Any, size: int) -> Any:
-    """Return the first samples, batched the way `loader` does it.
-
-    Reads the data set, not the loader: this advances no order, starts no workers and leaves all
-    random generators unchanged.
-
-    Args:
-        loader: A DataLoader, or a list or tuple of batches.
-        size: Maximum number of samples. If each item is a batch already, one item is returned.
-
-    Returns:
-        The batch; None if there are no samples, if the data set fails, or for a stream
-        (IterableDataset, generator), which would lose what is read.
-    """
-    if isinstance(loader, (list, tuple)):
-        return loader[0] if loader else None
-    dataset: Any = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or not _is_finite(dataset):
-        return None
-    with _preserve_generators(dataset):
-        try:
-            if loader.batch_size is None and loader.batch_sampler is None:  # items are batches
-                return loader.collate_fn(dataset[0]) if len(dataset) else None
-            samples = [dataset[index] for index in range(min(size, len(dataset)))]
-            return loader.collate_fn(samples) if samples else None
-        except Exception as error:  # noqa: BLE001 - the user's data set may raise anything
-            logger.warning("Sample pictures are not logged: the data set raised %r.", error)
-            return None
-
-
-def inputs_of(batch: Any, size: int) -> Tensor | None:
-    """Return the first `size` samples of a batch's first tensor, (N, …); None without one."""
-    while isinstance(batch, (list, tuple)) and batch:
-        batch = batch[0]
-    return batch[:size] if isinstance(batch, Tensor) and batch.dim() > 0 else None
+_SLICE = 1 << 24  # bytes of an array that are read at once
+_SLICES = 64  # read of one array: of one above 1 GiB, slices spread over it
+_ITEMS = 1 << 16  # of a list that are read at once
+_DEPTH = 16  # of nested lists
+_SCALARS = {str, bytes, bool, int, float, complex}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dataset_name(dataset: Any) -> str:
     """Return the data set's `name`, else its class; a Subset is named after the whole."""
     if isinstance(dataset, Subset):
         return dataset_name(dataset.dataset)
-    name = getattr(dataset, "name", None)
+    name = _said(dataset, "name")
     return name if isinstance(name, str) else type(dataset).__name__
 
 
@@ -78,110 +42,191 @@ class DatasetInput(NamedTuple):
     """Class and, if known, number of samples."""
 
 
-def describe_dataset(dataset: Any) -> DatasetInput:
+def describe_dataset(dataset: Any, *, content: bool = True) -> DatasetInput:
     """Return a digest of the data set's content, and its class and length.
 
-    Tensors are hashed completely. Of a data set that creates its samples one by one, the length
-    and 64 samples are hashed, created with seeded generators that are restored afterwards. If a
-    data set has an attribute `digest_of`, that is hashed instead: a text rather than its codes.
+    No sample is drawn. The digest covers class, length, and the tensors, arrays, and lists of
+    numbers and texts that the data set or the data sets that it wraps hold as attributes. If it
+    has an attribute `digest_of`, that is hashed instead: a text rather than its codes.
+
+    Args:
+        dataset: The data set.
+        content: Whether the digest covers more than class and length.
     """
-    hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(type(dataset).__name__.encode())
-    _hash(hasher, _content(dataset))
     profile: dict[str, Any] = {"class": type(dataset).__name__}
-    if hasattr(dataset, "__len__"):
-        profile["samples"] = len(dataset)
-    return DatasetInput(hasher.hexdigest(), profile)
+    if (samples := _length(dataset)) is not None:
+        profile["samples"] = samples
+
+    def digest(described: Any) -> str:
+        hasher = hashlib.blake2b(type(dataset).__name__.encode(), digest_size=16)
+        _hash(hasher, described)
+        return hasher.hexdigest()
+
+    if content:
+        try:
+            return DatasetInput(digest(_content(dataset)), profile)
+        except Exception as error:  # noqa: BLE001 - the data set may hold anything
+            logger.warning("The data set's digest covers only its class and length: %r.", error)
+    return DatasetInput(digest(samples), profile)
+
+
+@contextmanager
+def undisturbed(*owners: Any) -> Iterator[None]:
+    """Restore the attributes of data sets and loaders, and of those that they wrap, on exit.
+
+    Even a length may open a file lazily, which the loader's workers must not inherit.
+    """
+    before = [(held, dict(held)) for owner in owners for held in _wrapped(owner, set())]
+    try:
+        yield
+    finally:
+        for held, entries in before:
+            same = held.keys() == entries.keys() and all(held[k] is entries[k] for k in entries)
+            if not same:
+                held.clear()
+                held.update(entries)
+
+
+def _wrapped(owner: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
+    """Yield the attributes of `owner`, and of the data sets, loaders and samplers in them."""
+    held = _attributes(owner)
+    if id(held) in seen or len(seen) > _ITEMS:
+        return
+    seen.add(id(held))
+    yield held
+    for value in list(held.values()):
+        for part in value if type(value) in (list, tuple) and len(value) < _ITEMS else (value,):
+            if isinstance(part, (Dataset, DataLoader, Sampler)):
+                yield from _wrapped(part, seen)
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """The instance's own attributes, without calling any of its code."""
+    try:
+        held = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _said(dataset: Any, name: str) -> Any:
+    """An attribute or property, None without it; `__getattr__` might open a file."""
+    if inspect.getattr_static(dataset, name, None) is None:
+        return None
+    with undisturbed(dataset):
+        try:
+            return getattr(dataset, name)
+        except Exception:  # noqa: BLE001 - a property may raise anything
+            return None
+
+
+def _length(dataset: Any) -> int | None:
+    with undisturbed(dataset):
+        try:
+            return len(dataset)
+        except Exception:  # noqa: BLE001 - the user's own method may raise anything
+            return None
 
 
 def _content(dataset: Any) -> Any:
     """The values that identify a data set."""
-    if (source := getattr(dataset, "digest_of", None)) is not None:
+    if (source := _said(dataset, "digest_of")) is not None:
         return source
+    held = _attributes(dataset)
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors
+        return held.get("tensors")
     if isinstance(dataset, Subset):
-        return _content(dataset.dataset), list(dataset.indices)
-    data, targets = getattr(dataset, "data", None), getattr(dataset, "targets", None)
+        indices = held.get("indices")
+        return held.get("dataset"), list(indices) if type(indices) is range else indices
+    data, targets = held.get("data"), held.get("targets")
     if isinstance(data, (Tensor, np.ndarray)) and targets is not None:  # torchvision
         return data, targets
-    if not _is_finite(dataset):
-        return None
-    length = len(dataset)
-    step = -(-length // _DIGEST_SAMPLES) or 1
-    with _preserve_generators(dataset):
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA too
-        indices = itertools.islice(range(0, length, step), _DIGEST_SAMPLES)
-        try:
-            return length, [dataset[index] for index in indices]
-        except Exception:  # noqa: BLE001 - the user's data set may raise anything
-            return length
+    if type(dataset) in (list, tuple, dict):
+        return dataset
+    return _length(dataset), {name: held[name] for name in sorted(held) if _is_content(held[name])}
 
 
-def _is_finite(dataset: Any) -> bool:
-    """Whether samples can be read by index, and their number is known."""
-    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+def _is_content(value: Any) -> bool:
+    """Whether an attribute is data; other objects, and lists of them, may be caches."""
+    if type(value) in (list, tuple):
+        return bool(value) and (_is_plain(value) or all(isinstance(v, Dataset) for v in value))
+    return isinstance(value, (Tensor, np.ndarray, Dataset))
 
 
-@contextmanager
-def _preserve_generators(dataset: Any) -> Iterator[None]:
-    """Restore the global generators, and those held by the data set, on exit."""
-    held = list(_generators(dataset))
-    states = [copy.deepcopy(_state(generator)) for generator in held]
-    try:
-        with preserve_rng():
-            yield
-    finally:
-        for generator, state in zip(held, states, strict=True):
-            _state(generator, state)
+def _is_plain(value: Any, numpy: bool = True, depth: int = 0) -> bool:
+    """Whether a list holds numbers and texts only, in lists or not."""
+    kinds = set(map(type, value)) - _SCALARS
+    if kinds - {list, tuple} and not (
+        numpy and all(issubclass(kind, np.generic) for kind in kinds - {list, tuple})
+    ):
+        return False
+    nested = (item for item in value if type(item) in (list, tuple)) if kinds else ()
+    return depth < _DEPTH and all(_is_plain(item, numpy, depth + 1) for item in nested)
 
 
-def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
-    """Random generators in the attributes of a data set, its parts and its transforms."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    values = owner if isinstance(owner, (list, tuple)) else getattr(owner, "__dict__", {}).values()
-    for value in list(values)[:_DIGEST_SAMPLES]:
-        if isinstance(value, kinds):
-            yield value
-        elif depth and (hasattr(value, "__dict__") or isinstance(value, (list, tuple))):
-            yield from _generators(value, depth - 1)
-
-
-def _state(generator: Any, state: Any = None) -> Any:
-    """Return the state of a generator of any of these kinds; with `state`, set it."""
-    if isinstance(generator, np.random.Generator):
-        if state is not None:
-            generator.bit_generator.state = state
-        return generator.bit_generator.state
-    if isinstance(generator, random.Random):
-        return generator.getstate() if state is None else generator.setstate(state)
-    return generator.get_state() if state is None else generator.set_state(state)
-
-
-def _hash(hasher: Any, value: Any) -> None:
-    """Add the content and the type of `value` to the digest."""
-    if isinstance(value, Tensor):
-        dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
-        plain = dense.cpu().resolve_conj().resolve_neg().contiguous()
+def _hash(hasher: Any, value: Any, depth: int = 0) -> None:
+    """Add the content and the type of `value` to the digest, without calling its own code."""
+    if depth > _DEPTH:
+        hasher.update(b"deeper;")
+    elif isinstance(value, Tensor):
         hasher.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        hasher.update(plain.reshape(-1).view(torch.uint8).numpy())
+        _hash_tensor(hasher, value.detach())
     elif isinstance(value, np.ndarray) and value.dtype == object:
-        _hash(hasher, [value.shape, value.tolist()])
+        _hash(hasher, [value.shape, value.tolist()], depth + 1)
     elif isinstance(value, (np.ndarray, np.generic)):
         hasher.update(f"array {value.dtype} {value.shape};".encode())
-        hasher.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Image.Image):
+        _hash_array(hasher, np.asarray(value))
+    elif type(value) is Image.Image:  # in memory; Pillow's other classes read files when used
         hasher.update(f"image {value.mode} {value.size} {value.getpalette()};".encode())
         hasher.update(value.tobytes())
-    elif isinstance(value, Mapping):
-        _hash(hasher, list(value.items()))
+    elif isinstance(value, dict):
+        _hash(hasher, list(dict.items(value)), depth + 1)
     elif isinstance(value, (list, tuple)):
-        hasher.update(f"{len(value)} items;".encode())
-        for item in value:
-            _hash(hasher, item)
-    elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        items = list(list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value))
+        hasher.update(f"{len(items)} items;".encode())
+        for start in range(0, len(items), _ITEMS):
+            some = items[start : start + _ITEMS]
+            if _is_plain(some, numpy=False):  # ten times faster
+                hasher.update(repr(some).encode())
+                continue
+            for item in some:
+                _hash(hasher, item, depth + 1)
+    elif value is None or type(value) in _SCALARS:
         hasher.update(f"{type(value).__name__} {value!r};".encode())
     else:  # its repr may contain an address
         hasher.update(f"{type(value).__qualname__};".encode())
+        if isinstance(value, Dataset):
+            _hash(hasher, _content(value), depth + 1)
+
+
+def _hash_tensor(hasher: Any, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        return
+    if tensor.layout != torch.strided:
+        sparse = tensor.to_sparse().coalesce()
+        _hash_tensor(hasher, sparse.indices())
+        tensor = sparse.values()
+    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = tensor.view(_INTEGERS[tensor.itemsize])  # NumPy lacks bfloat16 and others
+    if tensor.is_cpu:
+        _hash_array(hasher, tensor.numpy())
+        return
+    flat = tensor.reshape(-1)
+    for part in _slices(flat.numel(), flat.itemsize):
+        hasher.update(flat[part].cpu().numpy().tobytes())
+
+
+def _hash_array(hasher: Any, array: np.ndarray[Any, Any]) -> None:
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.flat
+    for part in _slices(array.size, array.itemsize):
+        hasher.update(flat[part].tobytes())
+
+
+def _slices(size: int, itemsize: int) -> Iterator[slice]:
+    """Slices of a flat array of `size` elements: all of it, or some if it is very large."""
+    step = max(1, _SLICE // max(1, itemsize))
+    starts = range(0, size, step)
+    for start in starts[:: max(1, -(-len(starts) // _SLICES))]:
+        yield slice(start, start + step)

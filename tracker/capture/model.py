@@ -80,7 +80,7 @@ def save_model(
     weights and modes and all random generators stay unchanged.
 
     Args:
-        network: Takes and returns one tensor.
+        network: Takes one tensor, and returns tensors.
         example: A batch of inputs, (N, …); the first samples are used.
         folder: Must not exist yet.
         files: Texts by name, saved in the model's folder `extra_files`.
@@ -107,10 +107,11 @@ def save_model(
                 output = model(inputs)
         except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
             return f"a copy of the network fails on a batch of {EXAMPLE_SIZE}: {first_line(error)}"
-        if not isinstance(output, Tensor):
-            return f"the network returns {type(output).__name__}, but MLflow needs one tensor"
+        outputs = _leaves(output)
+        if not outputs or not all(isinstance(part, Tensor) for part in outputs):
+            return f"the network returns {type(output).__name__}, which holds more than tensors"
 
-        if torch.bfloat16 in (inputs.dtype, output.dtype):
+        if torch.bfloat16 in (inputs.dtype, *(part.dtype for part in outputs)):
             return "the network takes or returns bfloat16, which MLflow's signatures do not support"
 
         def spec(tensor: Tensor) -> TensorSpec:
@@ -121,7 +122,11 @@ def save_model(
                 model,
                 str(folder),
                 input_example=inputs.numpy(),
-                signature=ModelSignature(Schema([spec(inputs)]), Schema([spec(output)])),
+                # MLflow describes one tensor, not several.
+                signature=ModelSignature(
+                    Schema([spec(inputs)]),
+                    Schema([spec(output)]) if isinstance(output, Tensor) else None,
+                ),
                 serialization_format="pt2",
                 pip_requirements=_requirements(),
             )
@@ -224,15 +229,25 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
         inputs = _batch(example, size)
         try:
             with evaluation_mode(network), torch.no_grad():
-                live = network(inputs.to(device)).cpu()
-            loaded = saved(inputs)
+                live = [part.cpu() for part in _leaves(network(inputs.to(device)))]
+            loaded = _leaves(saved(inputs))
         except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
             return f"it fails on a batch of {size}: {first_line(error)}"
         tolerance = _tolerance(device)
-        if not torch.allclose(live, loaded, rtol=tolerance, atol=tolerance, equal_nan=True):
-            worst = (live - loaded).abs().max().item()
-            return f"the saved model's output differs by {worst:.2g} on a batch of {size}"
+        for one, other in zip(live, loaded, strict=True):
+            if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
+                worst = (one - other).abs().max().item()
+                return f"the saved model's output differs by {worst:.2g} on a batch of {size}"
     return None
+
+
+def _leaves(output: Any) -> list[Any]:
+    """The tensors, and anything else, in nested tuples, lists and mappings."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if not isinstance(output, (tuple, list)):
+        return [output]
+    return [leaf for part in output for leaf in _leaves(part)]
 
 
 def _tolerance(device: torch.device) -> float:

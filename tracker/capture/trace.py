@@ -72,8 +72,9 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     Outside leaf modules, every torch function that returns a tensor is a call.
 
     The network stays unchanged even if forward raises: modes, parameters, gradients, buffers, hooks
-    and attributes, as well as all random states. Only attributes modified in place change, and the
-    user's own hooks are called. The pass copies parameters and buffers.
+    and attributes, as well as all random states. Only objects in attributes other than tensors can
+    change, if forward modifies them, and the user's own hooks are called. The pass copies
+    parameters, buffers and other tensors.
 
     Args:
         network: Wrapped or not.
@@ -203,6 +204,11 @@ def _preserve_attributes(network: nn.Module) -> Iterator[None]:
         if isinstance(mapping, dict)
     ]
     before = [(mapping, dict(mapping)) for mapping in mappings]
+    tensors = {id(tensor) for each in (network.parameters(), network.buffers()) for tensor in each}
+    for mapping, entries in before:  # forward may modify them, and a backward pass may need them
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and id(value) not in tensors:
+                mapping[name] = value.detach().clone()
     try:
         yield
     finally:

@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from tracker.capture.dataset import undisturbed
+
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -15,16 +18,21 @@ logger = logging.getLogger(__name__)
 class View:
     """Shows a manager's runs while they last; subclasses override the events they need."""
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
+    def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Receive the start of a run.
 
         Args:
             number: Number of the run in its manager, from 1.
             params: Hyperparameters of the run.
-            network: The network, before training.
-            example: A batch of inputs; None if the loader yields no tensors.
+        """
+
+    def first_batch(self, network: nn.Module, example: Tensor, pictures: Image | None) -> None:
+        """Receive the first batch of a run.
+
+        Args:
+            network: The network, which may have made one step.
+            example: Some inputs of the network, on the CPU.
+            pictures: The samples as a grid, if they are pictures.
         """
 
     def begin_epoch(self, epoch: int, batches: int | None) -> None:
@@ -76,10 +84,12 @@ class Views(View):
     def __init__(self, *views: View) -> None:
         self._handlers = {
             name: [view for view in views if getattr(type(view), name) is not getattr(View, name)]
-            for name in ("begin_run", "begin_epoch", "batch", "end_epoch", "end_run")
+            for name, event in vars(View).items()
+            if callable(event)
         }
 
     begin_run = _to_each(View.begin_run)
+    first_batch = _to_each(View.first_batch)
     begin_epoch = _to_each(View.begin_epoch)
     batch = _to_each(View.batch)
     end_epoch = _to_each(View.end_epoch)
@@ -94,12 +104,26 @@ class ShownLoader:
     """A loader whose every pass is shown as an epoch."""
 
     def __init__(
-        self, loader: Iterable[Any], view: View, epoch: Callable[[], int], batches: int | None
+        self,
+        loader: Iterable[Any],
+        view: View,
+        epoch: Callable[[], int],
+        batches: int | None,
+        after: Callable[[], None],
     ) -> None:
-        """Wrap `loader`; `epoch` returns the number of the epoch that begins with a pass."""
+        """Wrap `loader`.
+
+        Args:
+            loader: Yields the batches.
+            view: Shows them.
+            epoch: Returns the number of the epoch that begins with a pass.
+            batches: Number of batches; default that of the loader, if it has one.
+            after: Called after each batch.
+        """
         self._loader = loader
         self._view = view
         self._epoch = epoch
+        self._after = after
         self._batches = batches or length_of(loader)
 
     def __iter__(self) -> Iterator[Any]:
@@ -107,11 +131,13 @@ class ShownLoader:
         for batch in self._loader:
             yield batch
             self._view.batch()
+            self._after()
 
 
 def length_of(loader: Any) -> int | None:
     """Return the number of batches of `loader`; None if it is not known."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
+    with undisturbed(loader):
+        try:
+            return len(loader)
+        except Exception:  # noqa: BLE001 - the data set's own length may raise anything
+            return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tracker.views.base import View
 
 if TYPE_CHECKING:  # the uploader writes tables too, and does not load torch
-    from torch import Tensor, nn
+    pass
 
 Row = Mapping[str, Any]
 
@@ -27,9 +27,7 @@ class ResultTable(View):
         self._number = 0
         self._params: dict[str, Any] = {}
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
+    def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Note what the rows of this run have in common."""
         self._number = number
         self._params = dict(params)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tracker.views.base import View
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
 
 
 def live_views(rows: list[dict[str, Any]]) -> list[View]:
@@ -32,9 +32,7 @@ class NotebookTable(View):
         self._handle: Any = None
         self._cell: int | None = None
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
+    def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Start a new table if another cell is running."""
         cell = sys.modules["IPython"].get_ipython().execution_count
         if cell != self._cell:
@@ -61,9 +59,7 @@ class TerminalLines(View):
         self._number = 0
         self._bar: tqdm[Any] | None = None
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
+    def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Print a line with the run's hyperparameters."""
         self._number = number
         shown = " ".join(f"{name}={value}" for name, value in params.items())

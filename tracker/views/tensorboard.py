@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from tracker.capture.histograms import bin_edges
-from tracker.capture.images import image_grid
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, unwrap
 from tracker.training.rng import preserve_rng
@@ -43,21 +43,19 @@ class TensorBoard(View):
         self._params: Mapping[str, Any] = {}
         self._last: dict[str, float] = {}
 
-    def begin_run(
-        self, number: int, params: Mapping[str, Any], network: nn.Module, example: Tensor | None
-    ) -> None:
-        """Write the sample pictures and the graph to a new folder."""
+    def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
+        """Open a new folder."""
         name = "-".join([f"run{number:03d}", *(f"{k}={v}" for k, v in params.items())])
         safe = "".join(c if c.isalnum() or c in "-_=.," else "_" for c in name)[:120]
         self._writer = self._make_writer(str(_unused(self._folder / safe)))
         self._params = params
         self._last = {}
-        if example is None:
-            return
-        if (grid := image_grid(example)) is not None:
-            self._writer.add_image(
-                "images", np.asarray(grid), dataformats="HWC" if grid.mode == "RGB" else "HW"
-            )
+
+    def first_batch(self, network: nn.Module, example: Tensor, pictures: Image | None) -> None:
+        """Write the sample pictures and the graph."""
+        if pictures is not None:
+            formats = "HWC" if pictures.mode == "RGB" else "HW"
+            self._writer.add_image("images", np.asarray(pictures), dataformats=formats)
         with preserve_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
             try:
