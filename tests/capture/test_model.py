@@ -120,9 +120,15 @@ def test_the_saved_model_is_in_evaluation_mode(tmp_path: Path) -> None:
     assert torch.equal(loaded(images), loaded(images))
 
 
-class TwoOutputs(nn.Module):
+class Outputs(nn.Module):
+    """A linear layer whose output is wrapped."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(5, 2), wrap
+
     def forward(self, x: torch.Tensor) -> Any:
-        return x, x
+        return self.wrap(self.linear(x))
 
 
 class FixedBatch(nn.Module):
@@ -133,7 +139,7 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("network", "problem"),
     [
-        (TwoOutputs(), "the network returns tuple"),
+        (Outputs(lambda y: (y, "text")), "the network returns tuple, which holds more than"),
         (nn.Linear(3, 3), "a copy of the network fails on a batch of 2"),
         (FixedBatch(), "it fails on a batch of 3"),
     ],
@@ -146,6 +152,19 @@ def test_an_unsupported_network_is_reported_in_one_line(
     assert result is not None
     assert problem in result
     assert "\n" not in result
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: (y, y.sum()), lambda y: {"scores": y, "more": [y * 2]}],
+    ids=["tuple", "dict"],
+)
+def test_a_network_that_returns_several_tensors_is_saved(wrap: Any, tmp_path: Path) -> None:
+    network = Outputs(wrap)
+    assert save_model(network, torch.rand(3, 5), tmp_path / "m") is None
+    inputs = torch.rand(4, 5)
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "m"))(inputs)
+    torch.testing.assert_close(loaded, network(inputs))
 
 
 def test_a_compiled_network_is_saved_as_the_network_inside(tmp_path: Path) -> None:

@@ -622,6 +622,7 @@ def test_a_run_without_a_char_lstm_cannot_be_sampled(
     for has_model, files, message in expected:
         with RunManager(model=has_model) as manager:
             manager.begin_run({}, network, loader)
+            network(torch.rand(8, 4))
             manager.end_run(model_files=files)
         run_id = store.runs()[-1].info.run_id
         assert sampling.main([run_id]) == 2
