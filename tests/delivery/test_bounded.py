@@ -49,7 +49,8 @@ def test_a_request_is_limited_in_points(writer: JournalWriter) -> None:
         writer.append("a", Metrics([("loss", 1.0, step, 1) for step in range(size)]))
     writer.append("a", End("FINISHED"))
     writer.flush()
-    store, looks = Batches(), []
+    store = Batches()
+    looks: list[int] = []
     with closing(Journal(writer.folder)) as journal:
         Uploader(journal, store, looks.append).drain()  # type: ignore[arg-type]
     assert store.sizes == [10_000, 10_000, 5_000, 6_000, 6_000]
@@ -120,13 +121,15 @@ def test_sync_waits_for_the_process_that_delivers_and_takes_over_if_it_dies(
         lock.release()
 
     real = Journal.remaining
-    monkeypatch.setattr(Journal, "remaining", lambda self: (waiting.set(), real(self))[1])
+
+    def remaining(journal: Journal) -> int:
+        waiting.set()
+        return real(journal)
+
+    monkeypatch.setattr(Journal, "remaining", remaining)
     other = threading.Thread(target=deliver)
-    with closing(Journal(folder)) as journal:
-        assert journal.pending()
     monkeypatch.setattr("tracker.delivery.leftovers._WAIT_SECONDS", 0.01)
     other.start()
-    waiting.clear()
     assert main(["sync", str(folder)]) == 0
     other.join()
     assert not folder.exists()

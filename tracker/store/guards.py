@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import ErrorCode
 from mlflow.store.entities import PagedList
 from mlflow.utils import request_utils
+from urllib3.connectionpool import ConnectionPool
 from urllib3.response import BaseHTTPResponse
 from urllib3.util.retry import Retry
 
@@ -62,16 +64,17 @@ class _Answers(Retry):
 
     retry_after = 0.0
 
-    def increment(  # type: ignore[override]
+    def increment(
         self,
         method: str | None = None,
         url: str | None = None,
         response: BaseHTTPResponse | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Retry:
+        error: Exception | None = None,
+        _pool: ConnectionPool | None = None,
+        _stacktrace: TracebackType | None = None,
+    ) -> Self:
         _Answers.retry_after = _seconds(response.headers.get("Retry-After") if response else None)
-        return super().increment(method, url, response, *args, **kwargs)
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 def note_retry_after() -> None:
