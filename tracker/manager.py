@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tracker.capture.facts import training_facts
 from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
-from tracker.errors import ArgumentError, CallOrderError, NonFiniteLossError
+from tracker.errors import CallOrderError, NonFiniteLossError
 from tracker.first_batch import FirstBatch
 from tracker.grid import hyperparameters, run_name
 from tracker.journal.records import Point, now
@@ -156,9 +156,8 @@ class RunManager:
             StoreError: The run does not exist, or its process may still be running.
         """
         manager = cls(**settings)
-        runs = manager._runs
-        settle_run(run_id, runs.tracking_uri, runs.directory)
-        manager._resume_state = load_resume_state(run_id, runs.tracking_uri)
+        settle_run(run_id, manager._runs.tracking_uri, manager._runs.directory)
+        manager._resume_state = load_resume_state(run_id, manager._runs.tracking_uri)
         manager.checkpoint = manager._resume_state.checkpoint
         return manager
 
@@ -195,12 +194,12 @@ class RunManager:
         self._epoch = None
         self._meter = EpochMeter(loader)
         self._metrics = {}
-        self._retention = Retention(self._keep)
+        self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
         self._run_started = time.perf_counter()
         self._views.begin_run(self.run_count, params)
-        if (dataset := getattr(loader, "dataset", None)) is not None and self._is_main:
-            tracked.log_dataset(dataset, digest=self._digest)
         if self._is_main:
+            if (dataset := getattr(loader, "dataset", None)) is not None:
+                tracked.log_dataset(dataset, digest=self._digest)
             is_new = resume_state is None or self._runs.joined is not None
             self._first = FirstBatch(tracked, network, self._views, is_new, self._samples)
             self._see(loader[0] if isinstance(loader, (list, tuple)) and loader else None)
@@ -214,7 +213,6 @@ class RunManager:
             self.epoch_count = state.checkpoint.epoch
             self._steps = state.checkpoint.step
             self._metrics = dict(state.checkpoint.metrics)
-        self._retention = Retention(self._keep, state.kept)
         for row in state.rows:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self._results.end_epoch(row["epoch"], metrics, None)
@@ -226,8 +224,7 @@ class RunManager:
         """End the run as FINISHED, and log the trained model.
 
         Args:
-            model_files: Texts by name that are logged with the model; see `Run.log_model`.
-            predictor: Makes predictions from raw inputs; see `Run.log_model`.
+            model_files, predictor: `files` and `predictor` of `Run.log_model`.
         """
         self._end(outcome(None), files=model_files, predictor=predictor)
 
@@ -306,8 +303,7 @@ class RunManager:
         """Add the number of correct predictions of a batch without waiting for the device.
 
         Args:
-            preds: Scores, shape (N, classes, …).
-            labels: Class numbers, shape (N, …).
+            preds, labels: Scores, shape (N, classes, …), and class numbers, shape (N, …).
 
         Raises:
             ArgumentError: The shapes do not fit.
@@ -370,8 +366,7 @@ class RunManager:
             histograms = run.log_histograms(self.network, epoch)
         run.deliver()
         self._views.end_epoch(epoch, metrics, histograms)
-        loss = metrics.get("loss", 0.0)
-        if self._stop_on_nonfinite and not math.isfinite(loss):
+        if self._stop_on_nonfinite and not math.isfinite(loss := metrics.get("loss", 0.0)):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")
 
     def save_checkpoint(
@@ -387,9 +382,7 @@ class RunManager:
         of all random generators are always included.
 
         Args:
-            optimizer: Its state is saved, if given.
-            scheduler: Its state is saved, if given.
-            scaler: Its state is saved, if given.
+            optimizer, scheduler, scaler: Their states are saved, if given.
 
         Raises:
             ArgumentError: A state holds more than tensors, numbers and text.
@@ -418,7 +411,6 @@ class RunManager:
         return self.loader if checkpoint is None else checkpoint.remaining(self.loader)
 
     def _mid_epoch_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint that the current epoch continues in its middle, if any."""
         saved = self.checkpoint
         return saved if saved and saved.position and self._steps == saved.step else None
 
@@ -454,8 +446,5 @@ class RunManager:
 
     def save(self, name: str | Path) -> None:
         """Write `run_data` to `name.csv` and `name.json`; raises ArgumentError if it cannot."""
-        try:
-            if is_main():
-                self._results.save(name)
-        except OSError as error:
-            raise ArgumentError(f"name={str(name)!r} cannot be written: {error}.") from error
+        if is_main():
+            self._results.save(name)

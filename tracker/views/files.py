@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracker.errors import ArgumentError
 from tracker.views.base import View
 
 if TYPE_CHECKING:  # the uploader writes tables too, and does not load torch
@@ -43,9 +44,16 @@ class ResultTable(View):
         self.rows.append(row | {key: v for key, v in metrics.items() if key not in titles})
 
     def save(self, name: str | Path) -> None:
-        """Write the table to `name.csv` and `name.json`."""
-        write_atomically(Path(f"{name}.csv"), csv_text(self.rows))
-        write_atomically(Path(f"{name}.json"), json_text(self.rows))
+        """Write the table to `name.csv` and `name.json`.
+
+        Raises:
+            ArgumentError: They cannot be written.
+        """
+        try:
+            write_atomically(Path(f"{name}.csv"), csv_text(self.rows))
+            write_atomically(Path(f"{name}.json"), json_text(self.rows))
+        except OSError as error:
+            raise ArgumentError(f"name={str(name)!r} cannot be written: {error}.") from error
 
 
 def csv_text(rows: Sequence[Row]) -> str:
