@@ -11,6 +11,7 @@ import math
 import os
 import posixpath
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,11 +60,13 @@ class MlflowStore:
         self._created: set[str] = set()  # runs whose only params are those logged here
         warn = is_file_store(self.tracking_uri) and _allow_file_store()
         try:
-            if self._is_sqlite():
-                create_sqlite(self.tracking_uri)
-            self.client: MlflowClient = MlflowClient(self.tracking_uri)
-            """MLflow's own client; wrap its calls in `translated`."""
-            self.client.search_experiments(max_results=1)
+            with warnings.catch_warnings():  # `-W error` would raise SQLAlchemy's deprecations
+                warnings.simplefilter("ignore", DeprecationWarning)
+                if self._is_sqlite():
+                    create_sqlite(self.tracking_uri)
+                self.client: MlflowClient = MlflowClient(self.tracking_uri)
+                """MLflow's own client; wrap its calls in `translated`."""
+                self.client.search_experiments(max_results=1)
         except Exception as error:  # a third party's store may raise anything on a bad URI
             raise StoreError(self._cannot_be_opened(first_line(error))) from error
         self.models = ModelStore(self.client, self.tracking_uri)

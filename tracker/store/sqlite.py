@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tracker.store.uri import local_path
+from tracker.store.uri import local_path, sqlite_uri
 
 
 def create_sqlite(uri: str) -> None:
@@ -23,7 +23,7 @@ def create_sqlite(uri: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         fresh = Path(folder) / path.name
-        SqlAlchemyStore(f"sqlite:///{fresh}", str(_artifacts(uri))).engine.dispose()
+        SqlAlchemyStore(sqlite_uri(fresh), _artifacts(uri).as_uri()).engine.dispose()
         try:
             os.link(fresh, path)
         except FileExistsError:

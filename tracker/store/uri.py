@@ -43,8 +43,8 @@ def resolve(uri: str | None) -> str:
     scheme, colon, rest = uri.strip().partition(":")
     uri = f"{scheme.lower()}:{rest}" if colon else scheme
     if uri.startswith("sqlite:///") and ":memory:" not in uri:
-        query = urllib.parse.urlsplit(uri).query
-        return f"sqlite:///{_at_home(local_path(uri)).absolute()}{query and '?'}{query}"
+        query = uri.partition("?")[2]
+        return f"{sqlite_uri(_at_home(local_path(uri)).absolute())}{query and '?'}{query}"
     if is_file_store(uri) and _file_problem(uri) is None:
         return _at_home(local_path(uri)).absolute().as_uri()
     return uri
@@ -133,9 +133,17 @@ def is_file_store(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     """Return the path in a `sqlite:` or `file:` URI, relative if it is relative there."""
-    path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path)
-    # sqlite:///relative.db and sqlite:////absolute.db; file:///absolute and file:relative
-    return Path(path.removeprefix("/") if uri.startswith("sqlite:") else path)
+    if uri.startswith("sqlite:"):  # sqlite:///relative.db and sqlite:////absolute.db
+        path = uri.partition("?")[0].removeprefix("sqlite:").removeprefix("///")
+        return Path(urllib.parse.unquote(path))  # as SQLAlchemy 2.1 does
+    if not uri.startswith("file:"):
+        return Path(uri)
+    return Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path))
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a SQLite file, whatever signs its path has."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
 
 
 def unreachable_reason(uri: str) -> str | None:
