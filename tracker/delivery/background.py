@@ -139,7 +139,8 @@ class BackgroundDelivery:
             logger.warning(
                 "%d records are still being uploaded, which continues in the background; "
                 "see: tracker status %s",
-                *(self._reader.remaining(), self.journal.folder),
+                self._reader.remaining(),
+                self.journal.folder,
             )
             self._reader.close()
             self._watcher.close()
