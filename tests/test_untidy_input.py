@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from argparse import Namespace
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import Store
-from tracker import ArgumentError, RunManager, start_run
+from tracker import ArgumentError, RunBuilder, RunManager, start_run
 from tracker.delivery.base import leave_all
 from tracker.journal.records import Point
 from tracker.run import Run
@@ -46,6 +49,38 @@ REFUSED_POINTS: dict[str, tuple[Any, Any, Any]] = {
     "a huge time": (1.0, 1, 2**70),
     "no name": (1.0, 1, 1000),
 }
+
+
+@dataclass
+class Options:
+    lr: float = 0.1
+    act: Any = torch.relu
+
+
+def swish(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sigmoid()
+
+
+PARAMS = {
+    "mapping": {"lr": 0.1, "act": swish},
+    "named tuple": RunBuilder.get_runs({"lr": np.array([0.1]), "act": [swish]})[0],
+    "dataclass": Options(act=swish),
+    "namespace": Namespace(lr=Decimal("0.1"), act=swish),
+    "simple namespace": SimpleNamespace(lr=0.1, act=swish),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_hyperparameters_come_in_many_kinds_and_without_addresses(kind: str, store: Store) -> None:
+    with start_run(params=PARAMS[kind]):
+        pass
+    assert store.run().data.params == {"lr": "0.1", "act": "<function swish>"}
+
+
+def test_what_holds_no_hyperparameters_is_refused_in_a_sentence(tracking_uri: str) -> None:
+    for given in (3, "lr=0.1", [1], Options):
+        with pytest.raises(ArgumentError, match=r"params=.* has no hyperparameters; it must be a"):
+            start_run(params=given)
 
 
 @pytest.mark.parametrize("kind", ODD_POINTS)

@@ -39,22 +39,6 @@ class RunBuilder:
         return [run_type(*combination) for combination in product(*grid.values())]
 
 
-def hyperparameters(run: Any) -> dict[str, Any]:
-    """Return the hyperparameters in `run`, a mapping or named tuple.
-
-    Raises:
-        ArgumentError: `run` is neither.
-    """
-    if isinstance(run, Mapping):
-        return dict(run)
-    if hasattr(run, "_asdict"):
-        return dict(run._asdict())
-    raise ArgumentError(
-        f"run={run!r} has no hyperparameters; allowed are a named tuple of RunBuilder.get_runs() "
-        "and a mapping."
-    )
-
-
 def run_name(params: Mapping[str, Any]) -> str | None:
     """Return the hyperparameters as a run name; None if that is empty or too long to read."""
     name = " ".join(f"{key}={value}" for key, value in params.items())

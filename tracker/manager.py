@@ -19,7 +19,7 @@ from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import CallOrderError, NonFiniteLossError
 from tracker.first_batch import FirstBatch
-from tracker.grid import hyperparameters, run_name
+from tracker.grid import run_name
 from tracker.journal.records import Point, now
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
@@ -31,7 +31,7 @@ from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.validation import DIRECTORY, checked_name, checked_number
+from tracker.validation import DIRECTORY, checked_name, checked_number, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
 from tracker.views.table import live_views
@@ -168,7 +168,7 @@ class RunManager:
         batch. A run that is still open is closed with the status of an abandoned one.
 
         Args:
-            run: Hyperparameters, as a named tuple or a mapping.
+            run: Hyperparameters: a named tuple, mapping, dataclass or namespace.
             network: The network to train.
             loader: Yields the batches.
 
@@ -176,7 +176,7 @@ class RunManager:
             ArgumentError: A hyperparameter is not allowed; nothing has begun.
             StoreError: The store cannot be opened; nothing has begun.
         """
-        params = hyperparameters(run)
+        params = named_values(run, "run")
         self._abandon("when the next run began")
         tags = self._tags | {"tracker.device": describe_device(device_of(network))}
         resume_state, self._resume_state = self._resume_state, None

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 def start_run(
     *,
-    params: Mapping[str, Any] | None = None,
+    params: Any = None,
     experiment: str | None = None,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
@@ -67,7 +67,7 @@ def start_run(
     """Start one run, to be used in a `with` block, which sets its final status.
 
     Args:
-        params: Hyperparameters to log.
+        params: Hyperparameters to log: a mapping, named tuple, dataclass or namespace.
         experiment: Name of the experiment; default as in MLflow.
         name: Name of the run; default one that MLflow chooses.
         tags: Tags to set.
@@ -100,7 +100,7 @@ class Run(Recorder):
     def __init__(
         self,
         delivery: Delivery,
-        params: Mapping[str, Any] | None = None,
+        params: Any = None,
         experiment: str | None = None,
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
@@ -116,7 +116,7 @@ class Run(Recorder):
 
         Args:
             delivery: Delivers the run to MLflow.
-            params: Hyperparameters to log.
+            params: Hyperparameters to log: a mapping, named tuple, dataclass or namespace.
             experiment: Name of the experiment.
             name: Name of the run.
             tags: Tags to set.

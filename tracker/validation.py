@@ -5,11 +5,14 @@ Every function returns the checked value, and raises ArgumentError if it is not 
 
 from __future__ import annotations
 
+import argparse
 import operator
 import posixpath
 import re
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 from tracker.errors import ArgumentError
@@ -35,9 +38,34 @@ def checked_name(name: str, what: str) -> str:
     return name
 
 
-def checked_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Check params and convert their values to text, as MLflow stores them."""
-    return _checked_texts(params, "param", _MAX_PARAM)
+def named_values(given: Any, argument: str) -> dict[str, Any]:
+    """Return the values by name in a mapping, named tuple, dataclass or namespace.
+
+    Raises:
+        ArgumentError: `given`, the value of `argument`, is none of these.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    if hasattr(given, "_asdict"):
+        return dict(given._asdict())
+    if is_dataclass(given) and not isinstance(given, type):
+        return {field.name: getattr(given, field.name) for field in fields(given)}
+    if isinstance(given, (argparse.Namespace, SimpleNamespace)):
+        return dict(vars(given))
+    raise ArgumentError(
+        f"{argument}={given!r} has no hyperparameters; it must be a mapping, a named tuple, a "
+        "dataclass or a namespace."
+    )
+
+
+def checked_params(params: Any) -> dict[str, str]:
+    """Check params, see `named_values`, and convert them to text, as MLflow stores them.
+
+    Functions and objects lose their address, which differs in every process.
+    """
+    named = named_values(params, "params").items()
+    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in named}
+    return _checked_texts(texts, "param", _MAX_PARAM)
 
 
 def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:

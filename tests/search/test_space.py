@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import (
@@ -362,3 +363,21 @@ def test_a_grid_cannot_grow_by_numbers_of_another_type(old: list[Any], new: list
 
 def test_the_order_of_names_is_not_a_difference() -> None:
     assert difference(STORED, dict(reversed(STORED.items())), grid=True) is None
+
+
+@pytest.mark.parametrize(
+    ("array", "wanted"),
+    [
+        (np.logspace(-3, -1, 3), [0.001, 0.01, 0.1]),
+        (np.arange(1, 4), [1, 2, 3]),
+        (np.linspace(0, 1, 3, dtype="float32"), [0.0, 0.5, 1.0]),
+        (np.array([True, False]), [True, False]),
+        (torch.tensor([1, 2]), [1, 2]),
+        (np.array(["a", "b"]), ["a", "b"]),
+    ],
+    ids=["logspace", "arange", "float32", "bool", "tensor", "text"],
+)
+def test_arrays_are_lists_of_python_s_own_values(array: Any, wanted: list[Any]) -> None:
+    (values,) = checked_space({"x": array}).values()
+    assert values == pytest.approx(wanted) if isinstance(wanted[0], float) else values == wanted
+    assert {type(value) for value in values} == {type(wanted[0])}

@@ -97,6 +97,13 @@ def journal_status(folder: Path) -> JournalStatus:
         return JournalStatus(folder, "unreadable", problem=str(error))
 
 
+def honour_retry_after() -> None:
+    """Let `sync` wait as long as a server asks, in a process that does nothing else."""
+    from tracker.store.guards import note_retry_after  # importing mlflow takes seconds
+
+    note_retry_after()
+
+
 def sync(
     folder: Path,
     tracking_uri: str | None = None,

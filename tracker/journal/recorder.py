@@ -98,8 +98,8 @@ class Recorder:
         """The params logged so far, as text."""
         return dict(self._params)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log hyperparameters; their values are stored as text.
+    def log_params(self, params: Any) -> None:
+        """Log hyperparameters, a mapping, dataclass or namespace; values are stored as text.
 
         Raises:
             ArgumentError: A name or value is not allowed, or a param has another value already.

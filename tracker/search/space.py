@@ -66,6 +66,8 @@ def _checked_values(name: str, values: list[Any]) -> list[Value]:
     if not values:
         raise ArgumentError(f"space[{name!r}] is empty; it must have at least one value.")
     seen: set[Value] = set()
+    # Scalars of NumPy and torch as Python's, which Optuna can store.
+    values = [v.item() if getattr(v, "ndim", None) == 0 else v for v in values]
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ArgumentError(
