@@ -87,9 +87,6 @@ def measure(seconds: float, niceness: int | None) -> Figures:
                     lags.append(time.time() - newest / 1000)
                 time.sleep(0.1)
             end = float(said.readline())
-            for child in psutil.Process(training.pid).children():
-                with suppress(psutil.NoSuchProcess):
-                    child.wait()
         _wait_for_uploader(Path(folder))
     return Figures(exists, median(lags) if lags else float("inf"), end)
 
@@ -114,7 +111,7 @@ def _newest_point(store: Path) -> int | None:
 
 
 def _wait_for_uploader(folder: Path) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 60
     while list(folder.glob(".tracker/2*")) and time.monotonic() < until:
         time.sleep(0.1)
 
