@@ -154,7 +154,7 @@ def test_the_users_value_of_a_param_is_kept_and_ours_is_a_tag(
     ended = store.run()
     assert ended.info.status == "FINISHED"
     assert ended.data.params[name] == "mine"
-    assert ended.data.tags[f"tracker.param.{name}"] != "mine"
+    assert ended.data.tags[f"tracker.fact.{name}"] != "mine"
 
 
 def test_a_failure_at_the_end_leaves_the_run_with_its_status(

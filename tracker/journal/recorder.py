@@ -124,12 +124,12 @@ class Recorder:
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Log params about the training; one that the user has given stays, ours becomes a tag.
 
-        The tag is `tracker.param.NAME`.
+        The tag is `tracker.fact.NAME`.
         """
         checked = checked_params(facts)
         self._log_params({k: v for k, v in checked.items() if self._params.get(k, v) == v})
         if differ := {k: v for k, v in checked.items() if self._params[k] != v}:
-            self.set_tags({f"tracker.param.{name}": value for name, value in differ.items()})
+            self.set_tags({f"tracker.fact.{name}": value for name, value in differ.items()})
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log numbers at the time of this call, without waiting for a device.

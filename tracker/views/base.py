@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tracker.capture.dataset import undisturbed
-
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
@@ -136,6 +134,8 @@ class ShownLoader:
 
 def length_of(loader: Any) -> int | None:
     """Return the number of batches of `loader`; None if it is not known."""
+    from tracker.capture.dataset import undisturbed  # imports torch; the uploader must not
+
     with undisturbed(loader):
         try:
             return len(loader)
