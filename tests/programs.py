@@ -53,8 +53,9 @@ flags = os.O_WRONLY | os.O_CREAT
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.dup2(os.open(request["files"] + "/stdout", flags), 1)
 os.dup2(os.open(request["files"] + "/stderr", flags), 2)
-# A test run started in the background inherits that Ctrl-C is ignored.
+# A test run started in the background inherits that these are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.argv = request["arguments"]
 main = sys.modules["__main__"]
 main.__file__ = sys.argv[0]  # so that multiprocessing finds the program's functions

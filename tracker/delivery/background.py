@@ -219,17 +219,20 @@ class BackgroundDelivery:
             "folder": str(self.journal.folder),
             "tracking_uri": self.tracking_uri,  # not an argument: all users see command lines
         }
-        with (self.journal.folder / "uploader.log").open("ab") as log:
-            process = subprocess.Popen(
+        # Written before the start: a signal may kill this process at any moment after it.
+        ours, theirs = os.pipe()
+        with open(theirs, "wb") as pipe:
+            pipe.write(json.dumps(settings).encode())
+        with (
+            open(ours, "rb") as settings_pipe,
+            (self.journal.folder / "uploader.log").open("ab") as log,
+        ):
+            self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])],
-                stdin=subprocess.PIPE,
+                stdin=settings_pipe,
                 stdout=log,
                 stderr=log,
             )
-        assert process.stdin is not None
-        with process.stdin as stdin:
-            stdin.write(json.dumps(settings).encode())
-        self._process = process
 
     def _last_words(self) -> str:
         log = self.journal.folder / "uploader.log"
