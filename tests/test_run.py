@@ -180,7 +180,7 @@ def test_a_record_that_the_store_refuses_does_not_affect_others(
         run.log_metrics({"loss": 1.0})
     lost = [r.getMessage() for r in caplog.records if r.name == "tracker.delivery.inline"]
     assert len(lost) == 1
-    assert lost[0].startswith("A record (file) is lost: ")
+    assert lost[0].startswith("A record (file) is set aside in ")
     assert store.run().info.status == "FINISHED"
     assert store.run().data.metrics == {"loss": 1.0}
 

@@ -87,9 +87,9 @@ def _journals(paths: Sequence[Path]) -> list[Path]:
 def _sync(given: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from tracker.delivery.leftovers import honour_retry_after, journal_status, sweep, sync
+    from tracker.delivery.leftovers import deliver_only, journal_status, sweep, sync
 
-    honour_retry_after()
+    deliver_only()
     # MLflow's own retries block a call for minutes; the user can repeat the command.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     for path in given.path:

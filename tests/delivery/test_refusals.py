@@ -16,7 +16,7 @@ from tracker.cli import main
 from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.base import _close_all
 from tracker.store.client import MlflowStore
-from tracker.store.guards import note_retry_after
+from tracker.store.guards import note_answers
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_sync_waits_as_long_as_a_busy_server_asks_for(server: StandIn, status: i
 
 
 def test_retry_after_is_seconds_or_a_date_and_bounded(server: StandIn) -> None:
-    note_retry_after()
+    note_answers()
     store = MlflowStore(server.uri)
     for header, low, high in (
         ("7", 7, 7),

@@ -97,11 +97,11 @@ def journal_status(folder: Path) -> JournalStatus:
         return JournalStatus(folder, "unreadable", problem=str(error))
 
 
-def honour_retry_after() -> None:
-    """Let `sync` wait as long as a server asks, in a process that does nothing else."""
-    from tracker.store.guards import note_retry_after  # importing mlflow takes seconds
+def deliver_only() -> None:
+    """Prepare a process that does nothing but deliver; see `tracker.store.guards.note_answers`."""
+    from tracker.store.guards import note_answers  # importing mlflow takes seconds
 
-    note_retry_after()
+    note_answers()
 
 
 def sync(

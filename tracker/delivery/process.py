@@ -188,9 +188,9 @@ class UploaderProcess:
     def _open(self) -> Uploader:
         if self._store is None or self._uploader is None:
             from tracker.store.client import MlflowStore  # importing mlflow takes seconds
-            from tracker.store.guards import note_retry_after
+            from tracker.store.guards import note_answers
 
-            note_retry_after()
+            note_answers()
 
             self._store = MlflowStore(self._uri)
             self._uploader = Uploader(self._journal, self._store, self._progressed)

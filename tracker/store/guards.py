@@ -45,7 +45,7 @@ def translated(action: str) -> Iterator[None]:
         GoneError: What it names does not exist, which may mean that it is the wrong store.
         StoreError: The request failed in another way.
     """
-    _Answers.retry_after = 0.0
+    _Answers.status, _Answers.retry_after = None, 0.0
     try:
         yield
     except StoreError:
@@ -60,9 +60,14 @@ def translated(action: str) -> Iterator[None]:
 
 
 class _Answers(Retry):
-    """Notes how long the last answer of a server asked to wait."""
+    """Notes the status of the last answer of a server, and how long it asked to wait."""
 
+    status: int | None = None
     retry_after = 0.0
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        _Answers.status = status_code
+        return super().is_retry(method, status_code, has_retry_after)
 
     def increment(
         self,
@@ -77,8 +82,8 @@ class _Answers(Retry):
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
-def note_retry_after() -> None:
-    """Let errors say how long a server asked to wait, which MLflow's own do not.
+def note_answers() -> None:
+    """Let errors follow from the status and Retry-After of answers, which MLflow's own omit.
 
     It replaces a class in MLflow's client, so it is only for processes that do nothing but deliver.
     """
@@ -116,7 +121,7 @@ def _is_refusal(error: Exception) -> bool:
             is_value = re.search(r"\b(DataError|IntegrityError)\b", str(error)) is not None
             return error.error_code == _UNCERTAIN and is_value
         answer = re.search(r"failed with error code (\d+)", str(error))  # and a foreign body
-        status = int(answer[1]) if answer else None
+        status = int(answer[1]) if answer else _Answers.status
     else:
         status = next(filter(None, map(_http_status, chain)), None)
     return status is not None and 400 <= status < 500 and status not in _PASSING
