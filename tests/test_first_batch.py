@@ -411,7 +411,7 @@ def test_a_network_that_takes_no_hook_is_trained_with_one_warning(
         manager.track_loss(network(torch.rand(2, 4)).sum(), 2)
         manager.end_epoch()
         manager.end_run()
-    record, _ = [record for record in caplog.records if record.levelno == logging.WARNING]
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "The inputs of Closed cannot be seen (closed)" in record.getMessage()
 
 

@@ -160,7 +160,7 @@ def test_two_runs_with_the_same_params_have_separate_tensorboard_folders(
 def test_the_error_without_tensorboard_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ArgumentError, match="needs the package tensorboard: pip install "):
         RunManager(tensorboard="runs")
 

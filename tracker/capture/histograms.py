@@ -259,6 +259,8 @@ class HistogramState:
     """Norm and sum of each parameter that requires no gradient."""
     said: set[str] = field(default_factory=set)
     """Tensors whose absence was warned about."""
+    weights: int | None = None
+    """A hash of the weights' histograms, to see whether they are trained."""
 
 
 def network_histograms(
@@ -305,7 +307,15 @@ def network_histograms(
     no_gradients = all(one.grad is None for one in trained) or (
         len(gradients) > 0 and not any(map(_any, gradients))
     )
-    if trained and no_gradients and _NO_GRADIENTS not in state.said:
+    shapes = [
+        (one.bins.tobytes(), one.counts.tobytes())
+        for key, one in counted.items()
+        if key[1] == "weight"
+    ]
+    weights = hash(tuple(shapes))
+    has_trained = state.weights is not None and state.weights != weights
+    state.weights = weights
+    if has_trained and trained and no_gradients and _NO_GRADIENTS not in state.said:
         state.said.add(_NO_GRADIENTS)
         logger.warning(_NO_GRADIENTS)
     return {

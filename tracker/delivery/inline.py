@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,8 @@ class InlineDelivery:
             self._drain()
         except StoreError as error:
             self._warn(error)
-        self._pass_on_notices()
+        with suppress(StoreError):  # the journal is unreadable, of which the line above warned
+            self._pass_on_notices()
 
     def flush(self, timeout: float) -> bool:
         """Deliver what is pending, without a time limit; return whether it worked."""

@@ -127,7 +127,8 @@ class Recorder:
         The tag is `tracker.fact.NAME`.
         """
         checked = checked_params(facts)
-        self._log_params({k: v for k, v in checked.items() if self._params.get(k, v) == v})
+        free = self._resumed_params.keys() | (checked.keys() - self._params.keys())
+        self._log_params({name: checked[name] for name in checked if name in free})
         if differ := {k: v for k, v in checked.items() if self._params[k] != v}:
             self.set_tags({f"tracker.fact.{name}": value for name, value in differ.items()})
 
