@@ -44,7 +44,7 @@ STOP_SECONDS = 5.0
 """How long it continues to deliver after SIGTERM."""
 SAMPLE_SECONDS = 10.0
 """Between two samples of the system metrics."""
-FIRST_SAMPLE_SECONDS = 1.0
+FIRST_SAMPLE_SECONDS = 0.1
 REQUEST_SECONDS = 20
 """The timeout of a request, doubled after each failure …"""
 LONGEST_REQUEST_SECONDS = 640
