@@ -248,7 +248,7 @@ class Uploader:
     def _parent_id(self, key: str) -> str:
         run_id = self._journal.run_id(key) or self._parents.get(key) or self._store.find_run(key)
         if run_id is None:
-            raise GoneError("The parent of the run is not delivered yet.")
+            raise StoreError("the parent of a run is not delivered yet")
         self._parents[key] = run_id
         return run_id
 
