@@ -34,7 +34,8 @@ class FirstBatch:
         """
         self._run, self._network, self._view = run, network, view
         self._is_new, self._samples = is_new, samples
-        self._is_seen = False
+        self.is_seen = False
+        """Whether the run is described."""
         self._example: Tensor | None = None
         self._first = FirstInputs(network)
         weakref.finalize(self, self._first.remove).atexit = False
@@ -45,16 +46,16 @@ class FirstBatch:
         The pictures are those of the batch, and the graph and the logged model have the inputs
         that the network was called with, which may be something else.
         """
-        if self._is_seen:
+        if self.is_seen:
             return
         try:
             drawn, passed = inputs_of(batch), self._first.inputs
             if drawn is None and passed is None:
                 return
-            self._is_seen, self._first.is_wanted, self._first.inputs = True, False, None
+            self.is_seen, self._first.is_wanted, self._first.inputs = True, False, None
             self._describe(*(t if t is None else t.cpu() for t in (drawn, passed)))
         except Exception as error:  # noqa: BLE001 - training must go on
-            self._is_seen = True
+            self.is_seen = True
             logger.warning("The first batch is not logged: %r.", error)
 
     def _describe(self, drawn: Tensor | None, passed: Tensor | None) -> None:
@@ -82,7 +83,7 @@ class FirstBatch:
         if finished:
             self.see()
         self._first.remove()
-        if not self._is_seen and self._is_new:
+        if not self.is_seen and self._is_new:
             self._run.log_network(self._network, None)
-        self._is_seen = True
+        self.is_seen = True
         return self._example

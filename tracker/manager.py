@@ -291,12 +291,12 @@ class RunManager:
         scalar = meter.add_loss(loss, meter.size_of(batch))
         self._steps += 1
         if self._batch_loss and self._runs.open_run is not None:
-            self._runs.open_run.log_points((Point("batch_loss", scalar, self._steps, now()),))
+            self._runs.open_run.append_points((Point("batch_loss", scalar, self._steps, now()),))
         self._views.batch()
         self._see(batch)
 
     def _see(self, batch: Any = None) -> None:
-        if self._first is not None:
+        if self._first is not None and not self._first.is_seen:
             self._first.see(batch)
 
     def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
@@ -341,7 +341,7 @@ class RunManager:
         self.epoch_count += 1
         if self._batch_loss:
             batches = zip(count(self._steps + 1), epoch.batch_losses.tolist(), epoch.batch_times)
-            run.log_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
+            run.append_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
         self._steps += len(epoch.batch_losses)
         self._log_metrics(epoch.metrics)
 

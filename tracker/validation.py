@@ -87,6 +87,8 @@ def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str,
 
 def checked_step(step: Any, what: str = "step") -> int:
     """Check a 64-bit integer, the argument `what`; 1.0 and NumPy's and torch's integers are one."""
+    if type(step) is int and -(2**63) <= step < 2**63:  # in every step of a loop
+        return step
     try:
         number = step.item() if hasattr(step, "item") else step
         is_whole = isinstance(number, float) and number.is_integer()

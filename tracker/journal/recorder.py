@@ -146,16 +146,33 @@ class Recorder:
             ArgumentError: A name, a value or the step is not allowed.
         """
         at, step = now(), checked_step(step)
-        self.log_points([Point(name, _own(value), step, at) for name, value in metrics.items()])
+        points = []
+        for name, value in metrics.items():
+            number = value if type(value) is float else _number(name, value)
+            points.append(Point(checked_name(name, "metric"), number, step, at))
+        self.append_points(points)
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Log points whose tensors on a device nothing changes.
+        """Log points with steps and times of their own.
 
         Raises:
             ArgumentError: A name, a value, a step or a time is not allowed; none is logged.
         """
+        self.append_points(
+            [
+                Point(
+                    checked_name(name, "metric"),
+                    _number(name, value),
+                    checked_step(step),
+                    checked_step(time, "time"),
+                )
+                for name, value, step, time in points
+            ]
+        )
+
+    def append_points(self, points: Sequence[Point]) -> None:
+        """Log points that are checked already, and whose tensors nothing changes."""
         self._check_open()
-        points = [_checked_point(*point) for point in points]
         if last := self._last_steps:  # a resumed run does not log a step again
             points = [point for point in points if point.step > last.get(point.name, -math.inf)]
         self._journal.append_points(self._key, points)
@@ -233,25 +250,14 @@ class Recorder:
         self._append(records.Epoch(dict(row)))
 
 
-def _own(value: Any) -> Any:
-    """Copy a tensor on its device: the loop may change it before it is read."""
-    is_elsewhere = isinstance(value, Tensor) and not value.is_cpu and value.numel() == 1
-    return value.detach().clone() if is_elsewhere else value
-
-
-def _checked_point(name: str, value: Any, step: Any, time: Any) -> Point:
-    """Convert a point; a number on a device, for which one would wait, stays there."""
+def _number(name: str, value: Any) -> float | Tensor:
+    """Convert a metric to a float, or copy it on a device that it would have to wait for."""
     if isinstance(value, Tensor):
         value = value.detach()
         if not value.is_cpu and value.numel() == 1 and not value.is_complex():
-            value = value.reshape(())
-        else:
-            value = checked_number(name, value)
-    elif type(value) is not float:
-        value = checked_number(name, value)
-    return Point(
-        checked_name(name, "metric"), value, checked_step(step), checked_step(time, "time")
-    )
+            copy: Tensor = value.reshape(()).clone()  # the loop may change it in place
+            return copy
+    return checked_number(name, value)
 
 
 def _is_disk_error(error: OSError) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,8 +105,10 @@ class EpochMeter:
         Raises:
             ArgumentError: The batch has no size.
         """
-        guess = "the batch can be read in several ways and is taken for %d samples"
-        return None if batch is None else batch_size(batch, partial(self._say, guess))
+        return None if batch is None else batch_size(batch, self._say_guess)
+
+    def _say_guess(self, samples: int) -> None:
+        self._say("the batch can be read in several ways and is taken for %d samples", samples)
 
     def _say(self, what: str, *values: object) -> None:
         if what not in self.said:
