@@ -12,7 +12,7 @@ Start = Callable[..., Program]
 
 
 def workers_of(search: Program) -> list[psutil.Process]:
-    """The worker processes of a search, which a process of its own forks."""
+    """The worker processes of a search; a separate process forks them."""
     servers = search.children("forkserver")
     return [worker for server in servers for worker in children_of(server.pid)]
 

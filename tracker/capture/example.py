@@ -64,7 +64,8 @@ class FirstInputs:
         except Exception as error:  # noqa: BLE001 - a network may be any module
             logger.warning(
                 "The inputs of %s cannot be seen (%s); pass the batch to track_loss().",
-                *(type(network).__name__, error),
+                type(network).__name__,
+                error,
             )
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:

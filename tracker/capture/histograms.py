@@ -341,7 +341,9 @@ def _say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:
         others = f" and {len(new) - 1} more" if len(new) > 1 else ""
         logger.warning(
             "The histograms of %s%s are left out: %s.",
-            *(new[0], others, first_line(problems[new[0]])),
+            new[0],
+            others,
+            first_line(problems[new[0]]),
         )
         said.update(new)
 

@@ -172,12 +172,10 @@ def sync(
                 for run, reason in journal.held().items()
             )
             notices = tuple(text for _, text in journal.notices() if not held)
-            if held:
-                pass
-            elif damage is None:
-                journal.remove()
-            else:
+            if damage is not None and not held:
                 notices += (damage,)
+            elif not held:
+                journal.remove()
     return SyncResult(runs, records, notices, held)
 
 
@@ -225,7 +223,7 @@ def _drain_patiently(uploader: Uploader) -> int:
         except StoreError as error:
             if not error.retry_after or time.monotonic() + error.retry_after > until:
                 raise
-            delivered += uploader.interrupted_at
+            delivered += uploader.delivered
             time.sleep(error.retry_after)
 
 

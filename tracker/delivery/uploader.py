@@ -62,7 +62,7 @@ class Uploader:
         self._experiments: dict[tuple[str, str | None], str] = {}  # ids, during one drain
         self._lost: Counter[str] = Counter()
         self._stop: Callable[[], bool] = lambda: False
-        self.interrupted_at = 0
+        self.delivered = 0
         """How many records the last drain delivered, though it may have failed."""
 
     def drain(self, stop: Callable[[], bool] = lambda: False, *, retry_held: bool = True) -> int:
@@ -81,22 +81,22 @@ class Uploader:
         Raises:
             StoreError: A record cannot be delivered now.
         """
-        self.interrupted_at = 0
+        self.delivered = 0
         self._stop = stop
         self._experiments.clear()
-        if self._drain(None, stop):
+        if self._drain():
             self._journal.pass_over_held()
             for run in self._journal.held() if retry_held else ():
-                if self._drain(run, stop):
+                if self._drain(run):
                     self._journal.release(run)
-        return self.interrupted_at
+        return self.delivered
 
-    def _drain(self, held: str | None, stop: Callable[[], bool]) -> bool:
+    def _drain(self, held: str | None = None) -> bool:
         """Deliver the records of a held run, or of all others; return whether all are."""
         while entries := self._journal.undelivered(_CHUNK, held):
             stopped_runs: set[str] = set()
             for group in _groups(entries):
-                if stop():
+                if self._stop():
                     return False
                 if group[0].run in stopped_runs:
                     continue
@@ -105,7 +105,7 @@ class Uploader:
                         return False
                     stopped_runs.add(group[0].run)
                     continue
-                self.interrupted_at += len(group)
+                self.delivered += len(group)
                 if self._on_progress is not None:
                     self._on_progress(len(group))
         return True

@@ -150,7 +150,9 @@ class Journal:
         while rows := self._read(
             "SELECT seq, CAST(body AS BLOB) FROM records WHERE run = ? AND kind = ? AND seq > ?"
             " ORDER BY seq LIMIT 1",
-            *(run, kind.kind, seq),
+            run,
+            kind.kind,
+            seq,
         ):
             ((seq, body),) = rows
             record = decode(kind.kind, body)
@@ -284,7 +286,10 @@ class Journal:
         self._change(
             "INSERT INTO held VALUES (?, ?, ?, ?)"
             " ON CONFLICT (run) DO UPDATE SET reason = excluded.reason",
-            *(run, first - 1, last, public_uri(reason)),
+            run,
+            first - 1,
+            last,
+            public_uri(reason),
         )
         return is_new
 

@@ -28,8 +28,14 @@ _ALIVE_SECONDS = 1.0  # how often a waiting caller looks whether the thread live
 _MAX_HELD = 200_000  # records kept in memory while the disk fails
 _INSERT = "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)"
 _BAD_ROW = (  # raised for a row's values, not for the disk
-    *(sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError, sqlite3.IntegrityError),
-    *(OverflowError, UnicodeError, TypeError, ValueError),
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    OverflowError,
+    UnicodeError,
+    TypeError,
+    ValueError,
 )
 
 _Row: TypeAlias = tuple[str, int, str, str]  # run, time, kind and body
