@@ -82,6 +82,8 @@ class BackgroundDelivery:
         if not self.journal.flush(timeout):
             return False
         last = self._reader.last()
+        if self._wants_uploader:
+            self._reader.hurry()
         while self._wants_uploader and self._reader.delivered < last:
             problem = self._reader.problem
             if time.monotonic() > until or (problem and time.time() > problem.since + timeout):

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 NICENESS = 5
 """Training comes first, but on busy cores niceness 19 would get no time at all."""
 POLL_SECONDS = 0.1
+CPU_SHARE = 0.02
+"""Of one core: what the delivery of metrics may take while training runs …"""
+LONGEST_PACE_SECONDS = 2.0
+"""… unless they would be older than this in the store."""
 LOOK_SECONDS = 0.25
 """Between two checks whether the training process lives."""
 RETRY_SECONDS = 5.0
@@ -66,6 +70,7 @@ class UploaderProcess:
         self._first_sample: dict[str, int] = {}  # when step 0 of each run's samples was
         self._failures = 0
         self._retry_at = 0.0
+        self._pace_until = 0.0
         self._stop_at: float | None = None
         self._gone_at: float | None = None  # when the training process was seen to be gone
         self._look_at = 0.0
@@ -86,7 +91,7 @@ class UploaderProcess:
         while True:
             self._look()
             self._sample()
-            delivered = self._deliver()
+            delivered = self.deliver()
             moment = time.monotonic()
             if delivered:
                 busy_at = moment
@@ -124,11 +129,18 @@ class UploaderProcess:
             self._gone_at = time.monotonic()
             close_unended(self._journal)
 
-    def _deliver(self) -> int:
-        """Deliver what is pending, unless a retry has to wait; return the number of records."""
+    def deliver(self) -> int:
+        """Deliver what is pending, unless it has to wait; return the number of records.
+
+        A failing store waits for its retry, and metrics for more of them.
+        """
         retry_held = time.monotonic() > self._held_at and bool(self._journal.held())
         if time.monotonic() < self._retry_at or not (retry_held or self._journal.pending()):
             return 0
+        if time.monotonic() < self._pace_until and not (self._is_ending or self._journal.urgent()):
+            return 0
+        self._journal.take_hurry()
+        started = time.process_time()
         try:
             # MLflow's client would try a dead server for minutes.
             reason = self._store.unreachable_reason() if self._store and self._failures else None
@@ -138,6 +150,9 @@ class UploaderProcess:
             if retry_held:
                 self._held_pause = min(2 * self._held_pause, RETRY_SECONDS)
                 self._held_at = time.monotonic() + self._held_pause
+            # A request costs the same for one point as for a hundred, and that is CPU of training.
+            pace = min((time.process_time() - started) / CPU_SHARE, LONGEST_PACE_SECONDS)
+            self._pace_until = time.monotonic() + pace
             return delivered
         except StoreError as error:
             self._be_nice()
@@ -169,6 +184,10 @@ class UploaderProcess:
         if not self._is_nice:
             self._is_nice = True
             os.nice(NICENESS)
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._stop_at is not None or self._gone_at is not None
 
     def _busy(self) -> bool:
         return self._stopped() or self._journal.pending()

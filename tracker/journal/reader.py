@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +28,7 @@ OFFLINE = "offline"
 """A file of this name in a journal reserves its delivery for `tracker sync`."""
 DONE = ".done"
 """The end of the name of a delivered journal while it is removed."""
+_HURRY = "hurry"  # a file of this name says that somebody waits for the delivery
 
 _MOST_BYTES = 1_000_000  # of records read at a time; as objects they take twenty times as much
 
@@ -236,6 +237,26 @@ class Journal:
     def pending(self) -> bool:
         """Return whether any record is not delivered, apart from those of held runs."""
         return self.last() > self.delivered
+
+    def urgent(self) -> bool:
+        """Return whether more than metrics is undelivered, or somebody waits for the delivery."""
+        if (self.folder / _HURRY).exists():
+            return True
+        query = (
+            "SELECT count(*) FROM (SELECT 1 FROM records WHERE kind <> 'metrics'"
+            " AND seq > (SELECT delivered FROM progress) LIMIT 1)"
+        )
+        return bool(self._read_integer(query))
+
+    def hurry(self) -> None:
+        """Say that somebody waits for the delivery of what is on disk."""
+        with suppress(OSError):  # a full disk: the delivery is only slower
+            (self.folder / _HURRY).touch()
+
+    def take_hurry(self) -> None:
+        """Forget `hurry`, before the delivery that it asked for."""
+        with suppress(OSError):
+            (self.folder / _HURRY).unlink(missing_ok=True)
 
     def remaining(self) -> int:
         """Return how many records are not delivered."""

@@ -1,0 +1,73 @@
+"""Metrics are sent in few requests; what somebody waits for is sent at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tracker.delivery import process
+from tracker.delivery.background import BackgroundDelivery
+from tracker.delivery.process import UploaderProcess
+from tracker.run import Run
+
+
+@pytest.fixture
+def delivery(tracking_uri: str, tmp_path: Path) -> BackgroundDelivery:
+    return BackgroundDelivery(tmp_path / "journals", tracking_uri, uploader=False)
+
+
+@pytest.fixture
+def run(delivery: BackgroundDelivery) -> Run:
+    return Run(delivery)
+
+
+@pytest.fixture
+def uploader(
+    run: Run, delivery: BackgroundDelivery, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[UploaderProcess]:
+    """An uploader that has delivered the beginning of `run`, and waits forever for metrics."""
+    monkeypatch.setattr(process, "NICENESS", 0)
+    monkeypatch.setattr(process, "LONGEST_PACE_SECONDS", 1e6)
+    monkeypatch.setattr(process, "CPU_SHARE", 1e-12)
+    run.log_params({"lr": 0.1})
+    delivery.journal.flush()
+    uploader = UploaderProcess(delivery.journal.folder, tracking_uri)
+    assert uploader.deliver() > 0
+    yield uploader
+    uploader.close()
+
+
+def test_metrics_wait_for_more_of_them(
+    run: Run, uploader: UploaderProcess, delivery: BackgroundDelivery
+) -> None:
+    run.log_metrics({"loss": 1.0}, 1)
+    delivery.journal.flush()
+    assert uploader.deliver() == 0
+    run.log_metrics({"loss": 0.5}, 2)
+    run.log_params({"epochs": 3})
+    delivery.journal.flush()
+    assert uploader.deliver() > 1
+
+
+def test_metrics_that_somebody_waits_for_are_sent_at_once(
+    run: Run,
+    uploader: UploaderProcess,
+    delivery: BackgroundDelivery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run.log_metrics({"loss": 1.0}, 1)
+    delivery.journal.flush()
+    monkeypatch.setattr(delivery, "_wants_uploader", True)  # the uploader is the one above
+    assert not delivery.flush(timeout=1.0)
+    assert uploader.deliver() > 0
+
+
+def test_metrics_are_sent_at_once_when_the_uploader_must_stop(
+    run: Run, uploader: UploaderProcess, delivery: BackgroundDelivery
+) -> None:
+    run.log_metrics({"loss": 1.0}, 1)
+    delivery.journal.flush()
+    uploader.stop()
+    assert uploader.deliver() > 0
