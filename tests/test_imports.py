@@ -51,6 +51,12 @@ BASE = {
 }
 """Modules at the top that every layer may import, and that import only each other."""
 
+SECOND_PROCESSES = {
+    *("tracker.delivery.process", "tracker.store.client", "tracker.store.system_metrics"),
+    *("tracker.search.keeper", "tracker.search.mirror"),
+}
+"""The modules that the uploader and the keeper start with, and those they import later."""
+
 MLFLOW = {"store", "capture/model.py", "testing.py"}
 
 
@@ -152,6 +158,15 @@ def test_mlflow_is_imported_only_in_store_capture_model_and_testing() -> None:
     assert {name for name in importers if name not in MLFLOW and name.split("/")[0] != "store"} == (
         set()
     )
+
+
+def test_the_second_processes_do_not_import_torch() -> None:
+    """It takes seconds and 700 MB, beside each training and each study."""
+    graph, reached = edges(lazy=False), set(SECOND_PROCESSES)
+    while more := set().union(*(graph[name] for name in reached)) - reached:
+        reached |= more
+    paths = modules()
+    assert [name for name in reached if "torch" in imports(paths[name], lazy=False)] == []
 
 
 def test_optuna_is_imported_only_by_the_search() -> None:

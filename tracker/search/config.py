@@ -12,6 +12,8 @@ from tracker.search.sampler import pruner, sampler
 from tracker.search.space import Space, grid
 from tracker.validation import checked_name
 
+MODEL = "model"
+"""The name of a trial's model that the study keeps or deletes."""
 _ALIAS = re.compile(r"(?!(latest|v\d+)$)[\w\-]{1,255}", re.IGNORECASE)  # mlflow.utils.validation
 
 

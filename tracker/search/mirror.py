@@ -25,6 +25,7 @@ from tracker.journal.records import Begin, Params, now
 from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
 from tracker.search.best import best_trials
+from tracker.search.config import MODEL
 from tracker.search.leases import Leases, searches
 from tracker.search.missing import Missing, missing_records, status_of_study
 from tracker.search.plan import SEARCH, times
@@ -32,7 +33,6 @@ from tracker.search.report.page import study_page
 from tracker.search.storage import Storage
 from tracker.search.stored_study import StoredStudy
 from tracker.search.tables import rows, saved
-from tracker.search.trial_run import MODEL
 from tracker.store.client import MlflowStore
 from tracker.store.runs import RunSnapshot, read_run, runs_by_tag_prefix
 from tracker.validation import RUN_TAG

@@ -16,13 +16,11 @@ from tracker.errors import StoreError
 from tracker.grid import run_name
 from tracker.run import Run
 from tracker.search.channel import Task
+from tracker.search.config import MODEL
 from tracker.search.executors.base import TrialSpec
 from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tracker.views.files import json_text, write_atomically
-
-MODEL = "model"
-"""The name of the model that the study keeps or deletes."""
 
 
 class TrialRun(Run):
