@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tracker.delivery.background import checked_timeout
 from tracker.delivery.base import Delivery, Mode, NoDelivery, open_delivery
 from tracker.errors import CallOrderError
 from tracker.run import Run
@@ -28,6 +29,7 @@ class ManagedRuns:
         tracking_uri: str | None,
         directory: Path,
         mode: Mode,
+        exit_timeout: float | None,
         parent: Run | str | None,
         joined: Run | None,
     ) -> None:
@@ -38,9 +40,15 @@ class ManagedRuns:
             tracking_uri: Where runs are delivered.
             directory: Holds the journal while a run lasts.
             mode: How runs are delivered.
+            exit_timeout: How long ends wait for the delivery, in seconds.
             parent: Parent of every run, or its id.
             joined: The only run, which the caller has begun and will end.
+
+        Raises:
+            ArgumentError: `exit_timeout` is not allowed.
         """
+        if exit_timeout is not None:
+            checked_timeout("exit_timeout", exit_timeout)
         self.tracking_uri = tracking_uri
         self.directory = directory
         self.open_run: Run | None = None
@@ -48,6 +56,7 @@ class ManagedRuns:
         self.joined = joined
         self._experiment = experiment
         self._mode = mode
+        self._exit_timeout = exit_timeout
         self._parent = parent
         self._has_joined = False
         self._delivery: Delivery | None = None
@@ -114,7 +123,7 @@ class ManagedRuns:
     def _new_delivery(self) -> Delivery:
         if not is_main():  # under torchrun, only rank 0 writes
             return NoDelivery()
-        return open_delivery(self.directory, self.tracking_uri, self._mode)
+        return open_delivery(self.directory, self.tracking_uri, self._mode, self._exit_timeout)
 
     def current(self, verb: str) -> Run:
         """Return the open run.

@@ -66,6 +66,7 @@ class RunManager:
         run: Run | None = None,
         inline: bool | None = None,
         offline: bool | None = None,
+        exit_timeout: float | None = None,
     ) -> None:
         """Configure the runs; nothing is opened before the first one begins.
 
@@ -86,6 +87,7 @@ class RunManager:
             run: Log to this open run, which the caller ends, instead of to new ones.
             inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
             offline: Keep runs on disk until `tracker sync`; default TRACKER_OFFLINE.
+            exit_timeout: Seconds that ends wait for the delivery; default TRACKER_EXIT_TIMEOUT.
 
         Raises:
             ArgumentError: Two arguments exclude each other, or TensorBoard is not installed.
@@ -95,6 +97,7 @@ class RunManager:
             tracking_uri=tracking_uri,
             directory=Path(directory),
             mode=mode_of(inline=inline, offline=offline),
+            exit_timeout=exit_timeout,
             parent=parent,
             joined=run,
         )
@@ -186,9 +189,7 @@ class RunManager:
         name = tags.get("mlflow.runName") or run_name(params)
         facts = training_facts(network, loader)
         tracked = self._runs.begin(params, facts, name, tags, resume_state)
-        self.network = network
-        self.loader = loader
-        self.run_params = run
+        self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
         self._epoch = None
@@ -390,7 +391,7 @@ class RunManager:
         run = self._runs.current("save_checkpoint")
         if not self._is_main or self.network is None:
             return
-        is_saved = run.log_checkpoint(
+        if run.log_checkpoint(
             self._steps,
             network=self.network,
             optimizer=optimizer,
@@ -400,8 +401,7 @@ class RunManager:
             epoch=self.epoch_count - (self._epoch is not None),
             metrics=self._metrics,
             **({} if self._epoch is None else self._epoch.checkpoint_fields()),
-        )
-        if is_saved:  # on a full disk, the older ones must stay
+        ):  # else the disk is full, and the older ones must stay
             for step in self._retention.add(self._steps, self._metrics):
                 run.delete_checkpoint(step)
 

@@ -63,6 +63,7 @@ def start_run(
     directory: str | Path = DIRECTORY,
     inline: bool | None = None,
     offline: bool | None = None,
+    exit_timeout: float | None = None,
 ) -> Run:
     """Start one run, to be used in a `with` block, which sets its final status.
 
@@ -76,13 +77,15 @@ def start_run(
         directory: Holds the journal while the run lasts.
         inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
         offline: Keep the run on disk until `tracker sync`; default TRACKER_OFFLINE.
+        exit_timeout: Seconds to wait for the delivery when the run and the program end; default
+            TRACKER_EXIT_TIMEOUT, then 10.
 
     Raises:
         ArgumentError: An argument is not allowed; nothing has begun.
         StoreError: The store cannot be used; nothing has begun.
     """
     mode = mode_of(inline=inline, offline=offline)
-    delivery = open_delivery(Path(directory), tracking_uri, mode)
+    delivery = open_delivery(Path(directory), tracking_uri, mode, exit_timeout)
     try:
         return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C must not leave a journal open either

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import Store
 from tests.programs import ForkServer
-from tracker import start_run
+from tracker import RunManager, start_run
 from tracker.errors import ArgumentError
 
 
@@ -34,17 +35,20 @@ def test_a_signal_to_all_processes_while_the_uploader_starts_leaves_nothing_unde
     assert list((tmp_path / ".tracker").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("argument", "variable"), [("None", "0"), ("0", "1000")], ids=["variable", "argument"]
+)
 def test_a_healthy_upload_continues_after_the_program_has_ended(
-    store: Store, tmp_path: Path, trainers: ForkServer
+    argument: str, variable: str, store: Store, tmp_path: Path, trainers: ForkServer
 ) -> None:
     program = trainers.start(
         "import psutil, time\n"
         "from tracker import start_run\n"
-        "with start_run() as run:\n"
+        f"with start_run(exit_timeout={argument}) as run:\n"
         "    run.log_metrics({'loss': 1.0}, 1)\n"
         "    while not psutil.Process().children(): time.sleep(0.001)\n",
         TRACKER_INLINE="0",
-        TRACKER_EXIT_TIMEOUT="0",
+        TRACKER_EXIT_TIMEOUT=variable,
     )
     program.wait_for_all()
     assert program.code == 0
@@ -52,6 +56,14 @@ def test_a_healthy_upload_continues_after_the_program_has_ended(
     assert "are still being uploaded, which continues in the background" in program.stderr
     assert "tracker status" in program.stderr
     assert list((tmp_path / ".tracker").iterdir()) == []
+
+
+@pytest.mark.parametrize("begin", [start_run, RunManager])
+def test_the_patience_as_an_argument_is_a_number_of_seconds(
+    begin: Callable[..., object], tracking_uri: str
+) -> None:
+    with pytest.raises(ArgumentError, match="exit_timeout=-1 is not allowed"):
+        begin(exit_timeout=-1)
 
 
 @pytest.mark.parametrize("seconds", ["soon", "-1", "nan", "inf"])

@@ -46,7 +46,8 @@ class BackgroundDelivery:
         self._wants_uploader = uploader
         self._process: subprocess.Popen[bytes] | None = None
         self._starting: threading.Thread | None = None
-        self._deadline = _exit_timeout()
+        self.deadline = _exit_timeout()
+        """How many seconds the end of a run, and of the program, waits."""
         self._start_at = 0.0
         self._deaths = 0
         self._look_at = 0.0
@@ -98,7 +99,7 @@ class BackgroundDelivery:
         if not wait:
             return
         try:  # offline too, after which the run is on disk
-            if not self._flush(self._deadline) and self._wants_uploader:
+            if not self._flush(self.deadline) and self._wants_uploader:
                 problem = self._reader.problem
                 self._warn(problem.text if problem else "the store is slow")
         except StoreError as error:  # the journal was removed, which must not stop the training
@@ -131,7 +132,7 @@ class BackgroundDelivery:
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
             is_stuck = self._stuck_at == self._reader.delivered  # an earlier wait has timed out
-            delivered = self._flush(0.0 if is_stuck else self._deadline)
+            delivered = self._flush(0.0 if is_stuck else self.deadline)
         except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
             pass
         self._active_runs.forget()
@@ -151,7 +152,7 @@ class BackgroundDelivery:
             if not delivered:
                 self._process.terminate()
             try:
-                self._process.wait(self._deadline if delivered else _STOP_SECONDS)
+                self._process.wait(self.deadline if delivered else _STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -263,12 +264,23 @@ class BackgroundDelivery:
 
 def _exit_timeout() -> float:
     text = os.environ.get("TRACKER_EXIT_TIMEOUT", "").strip()
+    return checked_timeout("TRACKER_EXIT_TIMEOUT", text or DEADLINE_SECONDS)
+
+
+def checked_timeout(name: str, value: float | str) -> float:
+    """Return a timeout as a number of seconds.
+
+    Args:
+        name: Its name in the error.
+        value: The number, or a text that holds it.
+
+    Raises:
+        ArgumentError: It is not a finite number from 0.
+    """
     try:
-        seconds = float(text or DEADLINE_SECONDS)
-    except ValueError:
+        seconds = float(value)
+    except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ArgumentError(
-            f"TRACKER_EXIT_TIMEOUT={text!r} is not allowed; it must be a number of seconds."
-        )
+        raise ArgumentError(f"{name}={value!r} is not allowed; it must be a number of seconds.")
     return seconds

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tracker.delivery.background import BackgroundDelivery
+from tracker.delivery.background import BackgroundDelivery, checked_timeout
 from tracker.delivery.inline import InlineDelivery
 from tracker.errors import ArgumentError
 from tracker.journal.writer import JournalWriter
@@ -60,17 +60,23 @@ class Delivery(Protocol):
         """Called when the owner no longer needs this delivery."""
 
 
-def open_delivery(directory: Path, tracking_uri: str | None, mode: Mode) -> Delivery:
+def open_delivery(
+    directory: Path, tracking_uri: str | None, mode: Mode, exit_timeout: float | None = None
+) -> Delivery:
     """Return the delivery of this process to a store.
 
     Args:
         directory: The folder of the journals.
         tracking_uri: By default the one that MLflow itself would use.
         mode: Deliver by a second process, in the training thread, or only by `tracker sync`.
+        exit_timeout: How many seconds ends wait for the second process; the latest call counts.
 
     Raises:
+        ArgumentError: `exit_timeout` is not allowed.
         StoreError: The URI or the folder cannot be used.
     """
+    if exit_timeout is not None:
+        exit_timeout = checked_timeout("exit_timeout", exit_timeout)
     if mode == "inline":
         return InlineDelivery(directory, tracking_uri)
     uri = resolve(tracking_uri)
@@ -81,6 +87,8 @@ def open_delivery(directory: Path, tracking_uri: str | None, mode: Mode) -> Deli
             _open[key] = BackgroundDelivery(directory, uri, uploader=mode == "process")
             if len(_open) == 1:
                 atexit.register(_close_all, BackgroundDelivery.shut_down)
+        if exit_timeout is not None:
+            _open[key].deadline = exit_timeout
         return _open[key]
 
 
