@@ -57,6 +57,28 @@ class Options:
     act: Any = torch.relu
 
 
+REFUSED_ARGUMENTS: list[tuple[str, Any]] = [
+    ("name", 3),
+    ("name", Path("x")),
+    ("name", "x" * 251),
+    ("name", "half of a character: \ud800"),
+    ("name", "a\0b"),
+    ("experiment", 3),
+    ("experiment", b"x"),
+    ("experiment", "x" * 501),
+    ("experiment", "\ud800"),
+    ("parent", 3),
+    ("parent", ""),
+    ("tags", "abc"),
+    ("tracking_uri", 3),
+    ("tracking_uri", b"x"),
+    ("tracking_uri", "\ud800"),
+    ("directory", 3),
+    ("directory", "\ud800"),
+    ("directory", "a\0b"),
+]
+
+
 def swish(x: torch.Tensor) -> torch.Tensor:
     return x * x.sigmoid()
 
@@ -107,6 +129,45 @@ def test_a_point_that_cannot_be_stored_is_refused_at_the_call(kind: str, store: 
         run.log_metrics({"later": 2.0}, 2)
 
     assert store.run().data.metrics == {"later": 2.0}
+
+
+@pytest.mark.parametrize(("argument", "value"), REFUSED_ARGUMENTS)
+def test_a_wrong_argument_is_refused_before_anything_begins(
+    argument: str, value: Any, store: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=f"^{argument}.* is not (allowed|valid)"):
+        start_run(**{argument: value})
+    assert list(tmp_path.glob(".tracker/*")) == []
+
+
+@pytest.mark.parametrize("argument", ["x" * 20_000, "caf\udce9.csv"], ids=["long", "not UTF-8"])
+def test_any_command_line_can_be_tracked(
+    argument: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["python", "train.py", argument])
+    monkeypatch.setattr("sys.argv", ["train.py", argument])
+    with start_run() as run:
+        run.log_dataset(TensorDataset(torch.ones(2)))
+    tags = store.run().data.tags
+    assert tags["tracker.command"].startswith("python train.py ")
+    assert len(tags["tracker.command"]) <= 6_000
+    assert store.run().inputs.dataset_inputs
+
+
+@pytest.mark.parametrize("name", ["x" * 9_000, "half of a character: \ud800"])
+def test_a_data_set_may_have_any_name(name: str, store: Store) -> None:
+    class Named(TensorDataset):
+        pass
+
+    dataset = Named(torch.ones(4, 2))
+    dataset.name = name
+    with RunManager() as manager:
+        manager.begin_run({}, torch.nn.Linear(2, 2), DataLoader(dataset))
+        manager.end_run()
+    run = store.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["dataset"][:10] == name[:10]
+    assert run.inputs.dataset_inputs[0].dataset.name[:10] == name[:10]
 
 
 def test_an_exception_with_a_file_name_that_is_not_utf_8_is_the_reason(store: Store) -> None:

@@ -31,7 +31,7 @@ from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.validation import DIRECTORY, checked_name, checked_number, named_values
+from tracker.validation import DIRECTORY, checked_folder, checked_name, checked_number, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
 from tracker.views.table import live_views
@@ -95,7 +95,7 @@ class RunManager:
         self._runs = ManagedRuns(
             experiment=experiment,
             tracking_uri=tracking_uri,
-            directory=Path(directory),
+            directory=checked_folder(directory, "directory"),
             mode=mode_of(inline=inline, offline=offline),
             exit_timeout=exit_timeout,
             parent=parent,

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -35,13 +34,17 @@ from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
 from tracker.validation import (
     DIRECTORY,
+    MAX_EXPERIMENT_NAME,
+    MAX_RUN_NAME,
     RUN_TAG,
+    checked_folder,
     checked_model_name,
     checked_params,
     checked_path,
     checked_tags,
+    checked_text,
+    fitted,
 )
-from tracker.views.files import json_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +88,8 @@ def start_run(
         StoreError: The store cannot be used; nothing has begun.
     """
     mode = mode_of(inline=inline, offline=offline)
-    delivery = open_delivery(Path(directory), tracking_uri, mode, exit_timeout)
+    folder = checked_folder(directory, "directory")
+    delivery = open_delivery(folder, tracking_uri, mode, exit_timeout)
     try:
         return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C must not leave a journal open either
@@ -151,8 +155,10 @@ class Run(Recorder):
         checked = checked_params(params or {})
         if environment is None:
             environment = {"tracker.resumed": "true"} if resume else environment_tags()
-        tags = checked_tags({**environment, **(tags or {}), RUN_TAG: self._key})
+        tags = {**fitted(environment), **checked_tags(tags or {}), RUN_TAG: self._key}
+        checked_text(name or "-", "name", MAX_RUN_NAME)
         experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        checked_text(experiment or "-", "experiment", MAX_EXPERIMENT_NAME)
         self._append(
             records.Begin(
                 experiment=experiment or "Default",
@@ -175,8 +181,10 @@ class Run(Recorder):
         delivery.hold(self._key, self.abandon)
 
     def _parent(self, parent: Run | str | None) -> records.Parent | None:
+        if parent is None:
+            return None
         if not isinstance(parent, Run):
-            return None if parent is None else {"run_id": parent}
+            return {"run_id": checked_text(parent, "parent", MAX_RUN_NAME)}
         if parent.tracking_uri != self.tracking_uri:
             raise ArgumentError(
                 f"parent={parent.run_id!r} is in {public_uri(parent.tracking_uri)!r}; it must be "
@@ -247,13 +255,7 @@ class Run(Recorder):
             digest: Whether its digest covers its data too, not only class and length.
         """
         described = describe_dataset(dataset, content=digest)
-        fields = {
-            "name": (name or dataset_name(dataset))[:500],  # MLflow keeps no more
-            "digest": described.digest,
-            "source_type": "code",
-            "source": json_text({"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}),
-            "profile": json_text(described.profile),
-        }
+        fields = described.fields(str(name or dataset_name(dataset)))
         self._append(records.Dataset(fields, context))
 
     def log_network(self, network: nn.Module, example: Tensor | None) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import operator
+import os
 import posixpath
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +28,9 @@ RUN_TAG = "tracker.run"
 _NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
 _MAX_PARAM = 6_000  # characters that MLflow keeps
 _MAX_TAG = 8_000
+MAX_RUN_NAME = 250
+"""Characters that a database of MLflow keeps of a run's name."""
+MAX_EXPERIMENT_NAME = 500
 
 
 @lru_cache(maxsize=10_000)  # the same metric names come back in every step
@@ -70,6 +76,8 @@ def checked_params(params: Any) -> dict[str, str]:
 
 def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
     """Check tags and convert their values to text, as MLflow stores them."""
+    if not isinstance(tags, Mapping):
+        raise ArgumentError(f"tags={tags!r} is not allowed; it must be a mapping.")
     return _checked_texts(tags, "tag", _MAX_TAG)
 
 
@@ -119,6 +127,43 @@ def checked_model_name(name: str) -> str:
     if not name or any(sign in name for sign in "/:.%\"'"):  # mlflow.utils.validation, 3.17
         raise ArgumentError(f"name={name!r} is not allowed; it must not contain / : . % \" '.")
     return _checked_encoding(name, "name")
+
+
+def checked_text(value: Any, argument: str, most: int) -> str:
+    """Check a text that is an argument, such as the name of a run.
+
+    Args:
+        value: The text.
+        argument: The argument's name, for the error.
+        most: How many characters are allowed.
+    """
+    if not isinstance(value, str) or not value or len(value) > most or "\0" in value:
+        raise ArgumentError(
+            f"{argument}={reprlib.repr(value)} is not allowed; it must be a text of up to {most} "
+            "characters, without NUL."
+        )
+    return _checked_encoding(value, argument)
+
+
+def checked_folder(value: Any, argument: str) -> Path:
+    """Check the path of a folder; whether it can be written is found out later."""
+    try:
+        path = Path(value)
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{argument}={value!r} is not allowed; it must be the path of a folder."
+        ) from error
+    return path
+
+
+def fitted(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the tracker itself says of a run, cut so that it never stops a training."""
+    # File names may not be UTF-8.
+    texts = {k: str(v).encode(errors="backslashreplace").decode() for k, v in values.items()}
+    most = _MAX_PARAM
+    return {k: v if len(v) <= most else f"{v[: most - 1]}…" for k, v in texts.items()}
 
 
 def _checked_encoding(text: str, what: str) -> str:

@@ -25,6 +25,11 @@ def test_any_json_is_read_back_as_it_was(row: dict[str, Any]) -> None:
     assert decode("epoch", encode(Epoch(row))) == Epoch(row)
 
 
+def test_half_a_character_does_not_cost_its_record() -> None:
+    emoji, half = "\N{GRINNING FACE}", "\ud83d"
+    assert decode("epoch", encode(Epoch({emoji: half + emoji}))) == Epoch({emoji: "?" + emoji})
+
+
 def test_nan_and_infinity_are_valid_numbers() -> None:
     record = decode("metrics", encode(Metrics([("a", math.nan, 0, 1), ("b", -math.inf, 0, 1)])))
     assert isinstance(record, Metrics)

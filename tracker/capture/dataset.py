@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,6 +42,17 @@ class DatasetInput(NamedTuple):
     """Up to 36 hexadecimal digits."""
     profile: dict[str, Any]
     """Class and, if known, number of samples."""
+
+    def fields(self, name: str) -> dict[str, str]:
+        """Return the fields of mlflow.entities.Dataset; `name` is cut to what MLflow keeps."""
+        source = {"tags": {"mlflow.source.name": sys.argv[0] or "notebook"}}
+        return {
+            "name": name[:500],
+            "digest": self.digest,
+            "source_type": "code",
+            "source": json.dumps(source),
+            "profile": json.dumps(self.profile),
+        }
 
 
 def describe_dataset(dataset: Any, *, content: bool = True) -> DatasetInput:

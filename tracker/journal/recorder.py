@@ -27,6 +27,7 @@ from tracker.validation import (
     checked_path,
     checked_step,
     checked_tags,
+    fitted,
 )
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -126,7 +127,7 @@ class Recorder:
 
         The tag is `tracker.fact.NAME`.
         """
-        checked = checked_params(facts)
+        checked = fitted(facts)
         free = self._resumed_params.keys() | (checked.keys() - self._params.keys())
         self._log_params({name: checked[name] for name in checked if name in free})
         if differ := {k: v for k, v in checked.items() if self._params[k] != v}:

@@ -228,7 +228,11 @@ def encode(record: Record) -> str:
     Raises:
         TypeError: A value is neither JSON nor a NumPy scalar or tensor of one number.
     """
-    return json.dumps(vars(record), default=_python_scalar)
+    text = json.dumps(vars(record), default=_python_scalar)
+    if "\\ud" in text:  # perhaps half of a character, which `decode` refuses
+        plain = json.dumps(json.loads(text), ensure_ascii=False)
+        text = plain.encode(errors="replace").decode()
+    return text
 
 
 def decode(kind: str, body: bytes | str, at: Any = 0) -> Record | Invalid:

@@ -15,7 +15,7 @@ from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from tracker.errors import StoreError
+from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 
 ANSWER_SECONDS = 3.0
@@ -28,14 +28,21 @@ _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")  # mlflow.store.db.db_ty
 _OTHERS = ("http", "https", "file", "databricks", "databricks-uc", "uc")
 
 
-def resolve(uri: str | None) -> str:
+def resolve(uri: str | os.PathLike[str] | None) -> str:
     """Return a tracking URI with its relative path made absolute.
 
     A program may change its directory, and another process may deliver what it tracked.
 
     Args:
-        uri: The URI; None stands for the one that MLflow itself would use.
+        uri: The URI or a path; None stands for the one that MLflow itself would use.
+
+    Raises:
+        ArgumentError: It is neither a text nor a path.
     """
+    if isinstance(uri, os.PathLike):
+        uri = os.fspath(uri)
+    if uri is not None and not (isinstance(uri, str) and _is_utf8(uri)):
+        raise ArgumentError(f"tracking_uri={uri!r} is not allowed; it must be a text or a path.")
     if uri is None:
         mlflow = sys.modules.get("mlflow.tracking")  # the program may have set it there
         uri = str(mlflow.get_tracking_uri()).strip() if mlflow else ""
@@ -48,6 +55,10 @@ def resolve(uri: str | None) -> str:
     if is_file_store(uri) and _file_problem(uri) is None:
         return _at_home(local_path(uri)).absolute().as_uri()
     return uri
+
+
+def _is_utf8(text: str) -> bool:
+    return text == text.encode(errors="ignore").decode()
 
 
 def _at_home(path: Path) -> Path:
