@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import Store
-from tracker import ArgumentError, RunBuilder, RunManager, start_run
+from tracker import ArgumentError, RunBuilder, RunManager, fit, start_run
 from tracker.delivery.base import leave_all
 from tracker.journal.records import Point
 from tracker.run import Run
@@ -76,6 +76,25 @@ REFUSED_ARGUMENTS: list[tuple[str, Any]] = [
     ("directory", 3),
     ("directory", "\ud800"),
     ("directory", "a\0b"),
+]
+
+
+REFUSED_CALLS: list[tuple[str, tuple[Any, ...]]] = [
+    ("log_metrics", (3, 1)),
+    ("set_tags", ("abc",)),
+    ("log_params", ("abc",)),
+    ("log_text", (3, "a.txt")),
+    ("log_text", ("abc", 3)),
+    ("log_text", ("abc", "a\0b")),
+    ("log_artifact", (3,)),
+    ("log_artifact", ("missing.txt",)),
+    ("log_artifact", (".", "a\0b")),
+    ("log_image", (torch.ones(3, 4, 4), 3)),
+    ("log_histograms", ("network", 1)),
+    ("log_histograms", (torch.nn.Linear(2, 2), "step")),
+    ("log_histograms", (torch.nn.Linear(2, 2), None)),
+    ("log_network", (3, None)),
+    ("log_model", (3, None)),
 ]
 
 
@@ -138,6 +157,82 @@ def test_a_wrong_argument_is_refused_before_anything_begins(
     with pytest.raises(ArgumentError, match=f"^{argument}.* is not (allowed|valid)"):
         start_run(**{argument: value})
     assert list(tmp_path.glob(".tracker/*")) == []
+
+
+@pytest.mark.parametrize("argument", ["tags", "directory", "tensorboard", "tracking_uri"])
+def test_a_manager_names_a_wrong_argument(argument: str, store: Store) -> None:
+    with (
+        pytest.raises(ArgumentError, match=f"^{argument}=3 is not allowed"),
+        RunManager(**{argument: 3}) as manager,
+    ):
+        manager.begin_run({}, torch.nn.Linear(2, 2), [])
+
+
+def test_a_wrong_argument_within_an_epoch_leaves_it_open(store: Store) -> None:
+    network = torch.nn.Linear(2, 2)
+    scores, labels = torch.eye(2), torch.tensor([0, 1])
+    with RunManager() as manager:
+        with pytest.raises(ArgumentError, match="network is a str"):
+            manager.begin_run({}, "network", [])  # type: ignore[arg-type]
+        manager.begin_run({}, network, [])
+        manager.begin_epoch()
+        for loss in ("x", "", [], {}, network, object()):
+            with pytest.raises(ArgumentError, match=r"^loss "):
+                manager.track_loss(loss, labels)  # type: ignore[arg-type]
+        for wrong in (None, 3, [0, 1], network):
+            with pytest.raises(ArgumentError, match="they must be tensors"):
+                manager.track_num_correct(scores, wrong)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="metrics=3 is not allowed"):
+            manager.end_epoch(3)  # type: ignore[arg-type]
+        manager.track_loss(1.0, labels)
+        manager.track_num_correct(scores, labels)
+        manager.end_epoch({"val_loss": 2})
+        manager.end_run()
+    assert {
+        "loss": 1.0,
+        "accuracy": 1.0,
+        "val_loss": 2.0,
+    }.items() <= store.run().data.metrics.items()
+
+
+def test_a_grid_is_made_of_a_mapping() -> None:
+    with pytest.raises(ArgumentError, match="params=3 is not allowed"):
+        RunBuilder.get_runs(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("epochs", [None, "3", 2.5, 0])
+def test_the_number_of_epochs_is_an_integer(epochs: Any) -> None:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    with pytest.raises(ArgumentError, match=f"epochs={epochs} is not allowed"):
+        list(fit(network, [], optimizer, torch.nn.functional.mse_loss, epochs=epochs))
+
+
+@pytest.mark.parametrize(("verb", "arguments"), REFUSED_CALLS)
+def test_a_call_with_a_wrong_argument_is_refused_in_a_sentence(
+    verb: str, arguments: tuple[Any, ...], store: Store
+) -> None:
+    with start_run() as run, pytest.raises(ArgumentError):
+        getattr(run, verb)(*arguments)
+    assert store.run().info.status == "FINISHED"
+    assert store.artifacts(store.run()) == set()
+
+
+def test_the_working_folder_is_logged_without_the_journals(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text("print()")
+    with start_run() as run:
+        run.log_artifact(".", "all")
+    logged = store.artifacts(store.run())
+    assert [path for path in logged if "train.py" in path]
+    assert [path for path in logged if ".tracker" in path] == []
+
+
+def test_a_folder_that_cannot_be_read_is_named(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "gone.py").symlink_to("missing.py")
+    with start_run() as run, pytest.raises(ArgumentError, match="path='code' cannot be read"):
+        run.log_artifact("code")
 
 
 @pytest.mark.parametrize("argument", ["x" * 20_000, "caf\udce9.csv"], ids=["long", "not UTF-8"])

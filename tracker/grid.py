@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from tracker.errors import ArgumentError
+from tracker.validation import checked_mapping
 
 _MAX_NAME = 80  # characters of a run name that is made of hyperparameters
 
@@ -23,9 +24,10 @@ class RunBuilder:
             params: A list of values for each hyperparameter; the first one varies slowest.
 
         Raises:
-            ArgumentError: A name is not a Python name, or a value is not a list.
+            ArgumentError: `params` is not a mapping, a name is not a Python name, or a value is
+                not a list.
         """
-        for name, values in params.items():
+        for name, values in checked_mapping(params, "params").items():
             if isinstance(values, str) or not isinstance(values, Iterable):
                 raise ArgumentError(f"params[{name!r}]={values!r} must be a list of values.")
         grid = {name: list(values) for name, values in params.items()}

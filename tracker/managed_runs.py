@@ -14,6 +14,7 @@ from tracker.run import Run
 from tracker.statuses import Outcome
 from tracker.store.history import ResumeState
 from tracker.training.distributed import is_main
+from tracker.validation import checked_local_path
 
 
 class ManagedRuns:
@@ -27,7 +28,7 @@ class ManagedRuns:
         *,
         experiment: str | None,
         tracking_uri: str | None,
-        directory: Path,
+        directory: str | Path,
         mode: Mode,
         exit_timeout: float | None,
         parent: Run | str | None,
@@ -45,12 +46,12 @@ class ManagedRuns:
             joined: The only run, which the caller has begun and will end.
 
         Raises:
-            ArgumentError: `exit_timeout` is not allowed.
+            ArgumentError: `directory` or `exit_timeout` is not allowed.
         """
         if exit_timeout is not None:
             checked_timeout("exit_timeout", exit_timeout)
         self.tracking_uri = tracking_uri
-        self.directory = directory
+        self.directory = checked_local_path(directory, "directory")
         self.open_run: Run | None = None
         """The open run."""
         self.joined = joined

@@ -31,7 +31,7 @@ from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.validation import DIRECTORY, checked_folder, checked_name, checked_number, named_values
+from tracker.validation import DIRECTORY, checked_metrics, checked_tags, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
 from tracker.views.table import live_views
@@ -95,7 +95,7 @@ class RunManager:
         self._runs = ManagedRuns(
             experiment=experiment,
             tracking_uri=tracking_uri,
-            directory=checked_folder(directory, "directory"),
+            directory=directory,
             mode=mode_of(inline=inline, offline=offline),
             exit_timeout=exit_timeout,
             parent=parent,
@@ -105,7 +105,7 @@ class RunManager:
         self._finalizer = weakref.finalize(
             self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
-        self._tags = {"tracker.session": uuid.uuid4().hex, **(tags or {})}
+        self._tags = {"tracker.session": uuid.uuid4().hex, **checked_tags(tags or {})}
         self._keep = checkpoints
         self._batch_loss = batch_loss
         self._histograms = histograms
@@ -328,8 +328,7 @@ class RunManager:
         """
         epoch = self._current_epoch("end_epoch")
         epoch_metrics = epoch.meter.compute()  # waits for the device and for the other ranks
-        for name, value in (metrics or {}).items():
-            epoch_metrics[checked_name(name, "metric")] = checked_number(name, value)
+        epoch_metrics |= checked_metrics(metrics or {})
         epoch_metrics["epoch_duration"] = epoch.seconds
         self._epoch = None
         self._log_metrics(epoch_metrics)

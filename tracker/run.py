@@ -37,10 +37,11 @@ from tracker.validation import (
     MAX_EXPERIMENT_NAME,
     MAX_RUN_NAME,
     RUN_TAG,
-    checked_folder,
+    checked_local_path,
     checked_model_name,
     checked_params,
     checked_path,
+    checked_step,
     checked_tags,
     checked_text,
     fitted,
@@ -88,7 +89,7 @@ def start_run(
         StoreError: The store cannot be used; nothing has begun.
     """
     mode = mode_of(inline=inline, offline=offline)
-    folder = checked_folder(directory, "directory")
+    folder = checked_local_path(directory, "directory")
     delivery = open_delivery(folder, tracking_uri, mode, exit_timeout)
     try:
         return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
@@ -304,7 +305,7 @@ class Run(Recorder):
             network: The network. Frozen weights are logged again only if their norm or sum changes.
             step: Step of the histograms, usually an epoch.
         """
-        record = network_histograms(network, step, self._histogram_state)
+        record = network_histograms(network, checked_step(step), self._histogram_state)
         self._append(records.Histograms(**record))
         return record
 

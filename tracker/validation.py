@@ -64,6 +64,13 @@ def named_values(given: Any, argument: str) -> dict[str, Any]:
     )
 
 
+def checked_mapping(value: Any, argument: str) -> Mapping[str, Any]:
+    """Check that the argument is a mapping."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{argument}={value!r} is not allowed; it must be a mapping.")
+    return value
+
+
 def checked_params(params: Any) -> dict[str, str]:
     """Check params, see `named_values`, and convert them to text, as MLflow stores them.
 
@@ -76,9 +83,7 @@ def checked_params(params: Any) -> dict[str, str]:
 
 def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
     """Check tags and convert their values to text, as MLflow stores them."""
-    if not isinstance(tags, Mapping):
-        raise ArgumentError(f"tags={tags!r} is not allowed; it must be a mapping.")
-    return _checked_texts(tags, "tag", _MAX_TAG)
+    return _checked_texts(checked_mapping(tags, "tags"), "tag", _MAX_TAG)
 
 
 def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str, str]:
@@ -108,9 +113,9 @@ def checked_step(step: Any, what: str = "step") -> int:
     raise ArgumentError(f"{what}={step!r} is not allowed; it must be a 64-bit integer.")
 
 
-def checked_path(path: str, what: str) -> str:
+def checked_path(path: Any, what: str) -> str:
     """Check that the path of an artifact, the argument `what`, is plain and relative."""
-    if not _is_plain(path):
+    if not isinstance(path, str) or not _is_plain(path) or "\0" in path:
         raise ArgumentError(
             f"{what}={path!r} is not allowed; it must be a plain relative path inside the run's "
             "artifacts, such as folder/file.txt."
@@ -145,16 +150,14 @@ def checked_text(value: Any, argument: str, most: int) -> str:
     return _checked_encoding(value, argument)
 
 
-def checked_folder(value: Any, argument: str) -> Path:
-    """Check the path of a folder; whether it can be written is found out later."""
+def checked_local_path(value: Any, argument: str) -> Path:
+    """Check the path of a file or folder, which need not exist."""
     try:
         path = Path(value)
         if b"\0" in os.fsencode(path):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{argument}={value!r} is not allowed; it must be the path of a folder."
-        ) from error
+        raise ArgumentError(f"{argument}={value!r} is not allowed; it must be a path.") from error
     return path
 
 
@@ -172,6 +175,12 @@ def _checked_encoding(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise ArgumentError(f"{what} {text!r} is not valid text: {error.reason}.") from error
     return text
+
+
+def checked_metrics(metrics: Any) -> dict[str, float]:
+    """Check a mapping of metrics, and convert their values to floats, waiting for devices."""
+    pairs = checked_mapping(metrics, "metrics").items()
+    return {checked_name(name, "metric"): checked_number(name, value) for name, value in pairs}
 
 
 def checked_number(name: str, value: Any) -> float:

@@ -96,6 +96,8 @@ def save_model(
         from mlflow.types import Schema, TensorSpec
 
     network = unwrap(network)
+    if not isinstance(example, Tensor) or not example.dim():
+        return "its example is not a batch in one tensor"
     if len(example) == 0:
         return "the example batch is empty"
     with _EXPORTING, preserve_rng(), warnings.catch_warnings():

@@ -21,6 +21,8 @@ from tracker.journal.writer import JournalWriter
 from tracker.redaction import is_secret_name, public_values
 from tracker.statuses import Status
 from tracker.validation import (
+    checked_local_path,
+    checked_mapping,
     checked_name,
     checked_number,
     checked_params,
@@ -148,6 +150,8 @@ class Recorder:
         """
         at, step = now(), checked_step(step)
         points = []
+        if type(metrics) is not dict:
+            metrics = checked_mapping(metrics, "metrics")
         for name, value in metrics.items():
             number = value if type(value) is float else _number(name, value)
             points.append(Point(checked_name(name, "metric"), number, step, at))
@@ -196,24 +200,40 @@ class Recorder:
             folder: Folder of the run's artifacts; default their root.
 
         Raises:
-            ArgumentError: `path` does not exist, or `folder` is not allowed.
+            ArgumentError: `path` does not exist or cannot be read, or `folder` is not allowed.
         """
-        source = Path(path).absolute()
+        source = Path(os.path.abspath(checked_local_path(path, "path")))
         if not source.exists():
             raise ArgumentError(f"path={str(path)!r} does not exist.")
         target = posixpath.join(checked_path(folder, "folder") if folder else "", source.name)
+
+        def copy(staged: Path) -> None:
+            if source.is_dir():
+                shutil.copytree(source, staged, ignore=self._journals_in)
+            else:
+                shutil.copyfile(source, staged)
+
         if source.is_dir():
-            inside = posixpath.join(target, source.name)  # of a folder, the content is logged
-            self._log_file(inside, lambda staged: shutil.copytree(source, staged))
-        else:
-            self._log_file(target, lambda staged: shutil.copyfile(source, staged))
+            target = posixpath.join(target, source.name)  # of a folder, the content is logged
+        try:
+            self._log_file(target, copy)
+        except OSError as error:
+            raise ArgumentError(f"path={str(path)!r} cannot be read: {error}.") from error
+
+    def _journals_in(self, folder: str, names: Sequence[str]) -> list[str]:
+        """The folder of the journals, if it is in `folder`: a copy of it would have no end."""
+        journals = self._journal.folder.parent
+        is_here = os.path.realpath(folder) == os.path.realpath(journals.parent)
+        return [journals.name] if is_here else []
 
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`, such as `folder/file.txt`.
 
         Raises:
-            ArgumentError: The path is not allowed.
+            ArgumentError: `text` is not text, or the path is not allowed.
         """
+        if not isinstance(text, str):
+            raise ArgumentError(f"text is a {type(text).__name__}; it must be text.")
         content = text.encode("utf-8", errors="surrogatepass")
         self._log_file(checked_path(path, "path"), lambda staged: staged.write_bytes(content))
 

@@ -51,7 +51,7 @@ from tracker.search.stored_study import StoredStudy, load, open_study
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
 from tracker.store.uri import check_uri, resolve
-from tracker.validation import DIRECTORY, checked_folder
+from tracker.validation import DIRECTORY, checked_local_path
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Study:
         self._objective = objective
         self._storage_url = storage
         self._tracking_uri = tracking_uri
-        self._directory = checked_folder(directory, "directory")
+        self._directory = checked_local_path(directory, "directory")
         self._grace = float(grace_seconds)
         self._mode = mode_of(inline=inline, offline=offline)
         self._config = StudyConfig(

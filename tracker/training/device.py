@@ -34,6 +34,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def device_of(network: nn.Module) -> torch.device:
     """Return the device of the network's first parameter or buffer, or the CPU."""
+    network = unwrap(network)
     for tensor in (*network.parameters(), *network.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -59,7 +60,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel."""
+    """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Raises:
+        ArgumentError: `network` is not a module.
+    """
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise ArgumentError(f"network is a {kind}; it must be a torch.nn.Module.")
     while True:
         inner = getattr(network, "_orig_mod", None)
         if inner is None and isinstance(

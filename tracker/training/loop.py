@@ -132,7 +132,7 @@ def run_epochs(
 
 def _numbers(epochs: int, done: int) -> range:
     for name, value, least in (("epochs", epochs, 1), ("done", done, 0)):
-        if value < least:
+        if not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name}={value} is not allowed; it must be at least {least}.")
     return range(done + 1, epochs + 1)
 

@@ -39,6 +39,9 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ArgumentError: The shapes do not match. Comparing them might broadcast.
     """
+    if not (isinstance(preds, Tensor) and isinstance(labels, Tensor)):
+        kinds = f"preds is a {type(preds).__name__} and labels a {type(labels).__name__}"
+        raise ArgumentError(f"{kinds}; they must be tensors.")
     if preds.dim() < 2 or preds.shape[1] < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
         raise ArgumentError(
             f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
@@ -129,7 +132,11 @@ class EpochMeter:
             ArgumentError: The loss is not one number.
         """
         if not isinstance(loss, Tensor):
-            loss = torch.from_numpy(np.array(loss, dtype=float))
+            try:
+                loss = torch.from_numpy(np.array(loss, dtype=float))
+            except (TypeError, ValueError) as error:
+                kind = type(loss).__name__
+                raise ArgumentError(f"loss is a {kind}; it must be one number.") from error
         if loss.dim():
             if loss.numel() != 1:
                 raise ArgumentError(

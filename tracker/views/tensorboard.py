@@ -17,6 +17,7 @@ from tracker.capture.histograms import bin_edges
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, unwrap
 from tracker.training.rng import preserve_rng
+from tracker.validation import checked_local_path
 from tracker.views.base import View
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class TensorBoard(View):
     """Writes one folder of event files per run below `folder`.
 
     Raises:
-        ArgumentError: The package tensorboard is not installed.
+        ArgumentError: `folder` is not a path, or the package tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,7 +39,7 @@ class TensorBoard(View):
                 'pip install ".[tensorboard]" in the clone.'
             ) from error
         self._make_writer = SummaryWriter
-        self._folder = Path(folder)
+        self._folder = checked_local_path(folder, "tensorboard")
         self._writer: Any = None
         self._params: Mapping[str, Any] = {}
         self._last: dict[str, float] = {}
