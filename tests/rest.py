@@ -112,7 +112,8 @@ class StandIn:
         return {}
 
     def _run(self, run_id: str) -> dict[str, Any]:
-        return {"info": self.runs[run_id], "data": {}, "inputs": {}}
+        info = {**self.runs[run_id]}
+        return {"info": info, "data": {"metrics": info.pop("latest", [])}, "inputs": {}}
 
     @property
     def statuses(self) -> list[str]:

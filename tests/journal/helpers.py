@@ -70,6 +70,9 @@ class Recorder:
         for name in tags or {}:
             self._called("tag", name)
 
+    def without_logged(self, run_id: str, metrics: Sequence[Any]) -> Sequence[Any]:
+        return [point for point in metrics if ("metric", point) not in self.calls]
+
     def log_text(self, run_id: str, text: str, name: str) -> None:
         self._called("text", name)
 

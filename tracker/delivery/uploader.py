@@ -275,6 +275,8 @@ class Uploader:
                     params |= pairs
                 case records.Tags(pairs):
                     tags |= pairs
+        if in_doubt and len(points) > _MAX_POINTS:  # sent in parts, each of which may be there
+            points = list(self._store.without_logged(run_id, points))
         for at in range(0, max(1, len(points)), _MAX_POINTS):
             if at and self._on_progress is not None:
                 self._on_progress(0)  # the training process is looked at

@@ -7,10 +7,8 @@ nothing above this folder knows them.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import posixpath
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from tracker.errors import GoneError, RefusedError, StoreError, first_line
 from tracker.redaction import public_uri
+from tracker.store.doubt import MetricPoint, without_logged
 from tracker.store.guards import all_pages, quiet, translated, without_retries
 from tracker.store.models import ModelStore
 from tracker.store.sqlite import create_experiment, create_sqlite
@@ -34,11 +33,6 @@ PLACEHOLDER_TAG = "tracker.placeholder"
 """The tag of a run that another run with the same key replaces."""
 LATER_PARAM = "tracker.param."
 """MLflow never changes a param: a later value of NAME goes to the tag `tracker.param.NAME`."""
-
-_LARGEST = sys.float_info.max
-
-MetricPoint = tuple[str, float, int, int]
-"""Name, value, step, and time in milliseconds since 1970."""
 
 
 class MlflowStore:
@@ -266,10 +260,8 @@ class MlflowStore:
     def last_steps(self, run_id: str) -> dict[str, int]:
         """Return the largest step of each metric of a run."""
         with translated(f"read run {run_id}"):
-            return {
-                name: max(p.step for p in self.client.get_metric_history(run_id, name))
-                for name in self.client.get_run(run_id).data.metrics
-            }
+            latest = self.client.get_run(run_id).data.to_proto().metrics  # by step, then time
+            return {str(point.key): int(point.step) for point in latest}
 
     # -- what a run logs ---------------------------------------------------------------------
 
@@ -292,14 +284,11 @@ class MlflowStore:
             metrics: The points to log.
             params: Params by name.
             tags: Tags by name.
-            in_doubt: Leave out what an earlier attempt has logged. SQL stores do so with metrics by
-                themselves; a file store would keep them twice, and a server may have either.
+            in_doubt: Leave out what an earlier attempt has logged.
         """
         params, tags = params or {}, tags or {}
         with translated(f"log to run {run_id}"), without_retries():
-            points = metrics
-            if in_doubt and not self._is_sqlite():
-                points = self._without_logged(run_id, metrics)
+            points = self.without_logged(run_id, metrics) if in_doubt else metrics
             new_params = params
             if params and (in_doubt or run_id not in self._created):
                 old = self.client.get_run(run_id).data.params
@@ -321,13 +310,10 @@ class MlflowStore:
                 # Another process has logged a param since we looked, which MLflow refuses.
                 self.log_batch(run_id, metrics, params, tags, in_doubt=True)
 
-    def _without_logged(self, run_id: str, metrics: Sequence[MetricPoint]) -> list[MetricPoint]:
-        logged = {
-            (name, _as_stored(point.value), point.step, point.timestamp)
-            for name in {name for name, *_ in metrics}
-            for point in self.client.get_metric_history(run_id, name)
-        }
-        return [m for m in metrics if (m[0], _as_stored(m[1]), *m[2:]) not in logged]
+    def without_logged(self, run_id: str, metrics: Sequence[MetricPoint]) -> Sequence[MetricPoint]:
+        """Leave out the points that an earlier request may have logged; see `doubt.py`."""
+        with translated(f"read the metrics of run {run_id}"), without_retries():
+            return without_logged(self.client, self.tracking_uri, run_id, metrics)
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None) -> None:
         """Upload a file, or a folder's content.
@@ -393,11 +379,6 @@ class MlflowStore:
             parent = posixpath.dirname(path) or None
             if path in [item.path for item in self.client.list_artifacts(run_id, parent)]:
                 get_artifact_repository(root, self.tracking_uri).delete_artifacts(path)
-
-
-def _as_stored(value: float) -> float | str:
-    """Return a metric's value as it compares after MLflow stored it: NaN equal, infinity cut."""
-    return "nan" if math.isnan(value) else max(-_LARGEST, min(value, _LARGEST))
 
 
 def _is_same(old: str, new: str) -> bool:

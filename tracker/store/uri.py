@@ -137,6 +137,11 @@ def is_http(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
+def is_database(uri: str) -> bool:
+    """Return whether `uri` is a SQL database's, which this process opens itself."""
+    return uri.partition(":")[0].partition("+")[0] in _DATABASES
+
+
 def is_file_store(uri: str) -> bool:
     """Return whether `uri` is a folder of MLflow's file store."""
     return uri.startswith("file:") or (":" not in uri and uri not in _OTHERS)
