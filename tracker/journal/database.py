@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 FORMAT = 2
 """The version of the schema, kept as PRAGMA user_version."""
 _APPLICATION = 0x54524B52  # PRAGMA application_id: "TRKR"
 _BUSY_SECONDS = 10.0  # the writer and the deliverer take turns, each for milliseconds
+_LOG_BYTES = 4_000_000  # of the log that stays after a large transaction
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 PRAGMA application_id = {_APPLICATION};
@@ -33,6 +34,15 @@ CREATE TABLE IF NOT EXISTS held (
 )
 """
 """The runs that cannot be delivered, each with its own progress; later than the format."""
+
+_PRUNE = """
+DELETE FROM records WHERE run = ?1 AND kind = 'metrics' AND seq <= ?2
+AND seq < (SELECT max(seq) FROM records WHERE run = ?1 AND kind = 'metrics')
+"""
+_SPARE_PAGES = 1_000
+"""Free pages that stay in the file, for the next records."""
+_MOST_PAGES = 25_000
+"""The most pages that are copied to give back others: the writer waits a second."""
 
 
 def path_of(folder: Path) -> Path:
@@ -62,6 +72,32 @@ def format_of(folder: Path) -> int | None:
     return int(version) if application == _APPLICATION else None
 
 
+def prune(db: sqlite3.Connection, seq: int) -> None:
+    """Delete the delivered metrics of a run, and end the transaction that is open.
+
+    The last ones stay: they tell when the run was active. Records of other kinds are read when the
+    run ends, and are few.
+
+    Args:
+        db: A journal.
+        seq: The place of the last delivered record of the run.
+    """
+    (run,) = db.execute("SELECT run FROM records WHERE seq = ?", (seq,)).fetchone() or (None,)
+    is_pruned = db.execute(_PRUNE, (run, seq)).rowcount > 0
+    db.commit()
+    if is_pruned:
+        _shrink(db)
+
+
+def _shrink(db: sqlite3.Connection) -> None:
+    """Give free pages back to the disk if most of the file is free, as after a long outage."""
+    (free,) = db.execute("PRAGMA freelist_count").fetchone()
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    if free > _SPARE_PAGES and 3 * (pages - free) < free and pages - free < _MOST_PAGES:
+        with suppress(sqlite3.OperationalError):  # the disk is full
+            db.execute("VACUUM")
+
+
 def connect(folder: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
     """Open the database of the journal in `folder`.
 
@@ -81,5 +117,6 @@ def connect(folder: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
     if is_damaged:
         db.execute("PRAGMA writable_schema = ON")  # must be first
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode, safe when a process dies
+    db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     db.text_factory = lambda text: text.decode(errors="replace")  # tolerate undecodable bytes
     return db

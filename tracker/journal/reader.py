@@ -1,9 +1,10 @@
 """The read side of a journal, which delivers it and reports its state.
 
 A journal is a folder that one process writes: `journal.sqlite` with the records, `files/` with the
-files that they refer to, and the locks of `ownership.py`. Records are only appended, and carry the
-time at which they were made: a record that is delivered twice is the same record. The progress of
-the delivery is kept in the database too, so that any process can continue it.
+files that they refer to, and the locks of `ownership.py`. Records carry the time at which they were
+made: a record that is delivered twice is the same record. The progress of the delivery is kept in
+the database too, so that any process can continue it. Delivered metrics are deleted; all other
+records stay until their run has ended, because its tables and pages are made from them.
 """
 
 from __future__ import annotations
@@ -283,11 +284,17 @@ class Journal:
         return bool(in_doubt)
 
     def mark_delivered(self, seq: int, held: str | None = None) -> None:
-        """Remember that all records up to `seq` are delivered, or those of a held run."""
-        if held is None:
-            self._change("UPDATE progress SET delivered = ?, sending = max(sending, ?)", seq, seq)
-        else:
-            self._change("UPDATE held SET delivered = ? WHERE run = ?", seq, held)
+        """Remember that all records up to `seq` are delivered, or those of a held run.
+
+        The delivered metrics of the run are deleted, which are most of a journal.
+        """
+        with self._lock, self._translated(), self._db:
+            if held is None:
+                query = "UPDATE progress SET delivered = ?1, sending = max(sending, ?1)"
+                self._db.execute(query, (seq,))
+            else:
+                self._db.execute("UPDATE held SET delivered = ? WHERE run = ?", (seq, held))
+            database.prune(self._db, seq)
 
     # -- runs that cannot be delivered, while the others are -----------------------------------
 
@@ -345,6 +352,11 @@ class Journal:
             fresh := replace(begins[0], experiment=experiment, **fields)
         ):
             return
+        if (run_id := self.run_id(run)) is not None:
+            self.notice(
+                f"The metrics that were delivered to the run {run_id} stay there; the new run in "
+                f"experiment={experiment!r} has the later ones."
+            )
         with self._lock, self._translated(), self._db:
             self._db.execute(
                 "UPDATE records SET body = ? WHERE run = ? AND kind = 'begin'", (encode(fresh), run)
