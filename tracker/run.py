@@ -158,19 +158,21 @@ class Run(Recorder):
             environment = {"tracker.resumed": "true"} if resume else environment_tags()
         tags = {**fitted(environment), **checked_tags(tags or {}), RUN_TAG: self._key}
         checked_text(name or "-", "name", MAX_RUN_NAME)
-        experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        checked_text(experiment or "-", "experiment", MAX_EXPERIMENT_NAME)
+        environ = os.environ
+        named = experiment or environ.get("MLFLOW_EXPERIMENT_NAME")
+        checked_text(named or "-", "experiment", MAX_EXPERIMENT_NAME)
         self._append(
             records.Begin(
-                experiment=experiment or "Default",
-                experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
+                experiment=named or "Default",
+                experiment_id=None if experiment else environ.get("MLFLOW_EXPERIMENT_ID") or None,
                 name=name,
                 tags=self._without_secrets(tags, "tag"),
                 parent={"key": parent_key} if parent_key else self._parent(parent),
-                adopt=os.environ.get("MLFLOW_RUN_ID") if key is None else None,
+                adopt=environ.get("MLFLOW_RUN_ID") or None if key is None else None,
                 keyed=key is not None,
                 resume=resume.run_id if resume else None,
                 samples=resume.samples if resume else 0,
+                named=bool(named),
             )
         )
         if resume:

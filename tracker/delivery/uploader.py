@@ -231,15 +231,21 @@ class Uploader:
         if begin.parent is not None:
             parent = begin.parent
             tags["mlflow.parentRunId"] = parent.get("run_id") or self._parent_id(parent["key"])
+        named = begin.experiment if begin.named else None
+        if begin.adopt is not None and self._store.adopt_run(
+            begin.adopt, tags, named, begin.experiment_id, keyed=begin.keyed
+        ):
+            return begin.adopt
         experiment = begin.experiment, begin.experiment_id
         if experiment not in self._experiments:
+            if named is not None and begin.experiment_id is not None:
+                self._store.check_experiment(named, begin.experiment_id)
             self._experiments[experiment] = self._store.experiment_id(*experiment)
         return self._store.begin_run(
             experiment_id=self._experiments[experiment],
             name=begin.name,
             start_time=start_time,
             tags=tags,
-            adopt=begin.adopt,
             in_doubt=in_doubt,
             keyed=begin.keyed,
             placeholder=begin.placeholder,

@@ -87,12 +87,12 @@ class Begin(Record):
 
     experiment: str
     experiment_id: str | None
-    """The experiment's id, if it was given instead of a name."""
+    """The experiment's id, if it was given."""
     name: str | None
     tags: Annotated[dict[str, str], _must(lambda tags: RUN_TAG in tags, f"{RUN_TAG} is missing")]
     parent: Annotated[Parent, _must(bool, "it names no run")] | None = None
     adopt: str | None = None
-    """The id of the run that `mlflow run` created for this one."""
+    """The id of the run that `mlflow run` created for this one, or that MLFLOW_RUN_ID names."""
     resume: str | None = None
     """The id of the run that continues as this one."""
     samples: float = 0
@@ -101,6 +101,8 @@ class Begin(Record):
     """Whether the caller chose the run's key: other processes may create a run under it too."""
     placeholder: bool = False
     """Whether another run with the same key replaces this one."""
+    named: bool = False
+    """Whether the user named the experiment: its id and an adopted run must agree with that."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,16 @@ class MlflowStore:
             )
         return str(experiment.experiment_id)
 
+    def check_experiment(self, name: str, by_id: str) -> None:
+        """Raise RefusedError if the experiment with the id has another name."""
+        with translated(f"open the experiment {by_id!r}"):
+            actual = self.client.get_experiment(by_id).name
+        if actual != name:
+            raise RefusedError(
+                f"MLFLOW_EXPERIMENT_ID={by_id!r} is the experiment {actual!r}, but "
+                f"MLFLOW_EXPERIMENT_NAME={name!r}; they must agree."
+            )
+
     def experiment_ids(self) -> list[str]:
         """Return the ids of all experiments that are not deleted."""
         with translated("list the experiments"):
@@ -129,7 +139,6 @@ class MlflowStore:
         name: str | None,
         start_time: int,
         tags: Mapping[str, str],
-        adopt: str | None = None,
         in_doubt: bool = False,
         keyed: bool = False,
         placeholder: bool = False,
@@ -141,8 +150,6 @@ class MlflowStore:
             name: The run's name; None lets MLflow choose one.
             start_time: Milliseconds since 1970.
             tags: The run's tags, with its key under RUN_TAG.
-            adopt: The id of a run that `mlflow run` created for this one: it is used, with the
-                name and tags it has, unless a run of another key has used it before.
             in_doubt: An earlier attempt may have created the run.
             keyed: Other processes may create a run under the key too: exactly one is kept.
             placeholder: Of two runs with the key, the other one is kept.
@@ -151,15 +158,9 @@ class MlflowStore:
             The run's id.
 
         Raises:
-            StoreError: The store cannot be used, or `adopt` does not exist.
+            StoreError: The store cannot be used.
         """
         key = tags[RUN_TAG]
-        if adopt is not None:
-            with translated(f"find the run {adopt} of MLFLOW_RUN_ID"):
-                adopted = self.client.get_run(adopt).data.tags
-            if adopted.get(RUN_TAG, key) == key:
-                self.log_batch(adopt, tags={k: v for k, v in tags.items() if k not in adopted})
-                return adopt
         if keyed:
             # A process knows whether it has created a run, but not what others did meanwhile.
             look = in_doubt or placeholder
@@ -177,6 +178,50 @@ class MlflowStore:
         if only is not None and only != run_id:
             return self._join(only, tags, placeholder=placeholder)
         return run_id
+
+    def adopt_run(
+        self,
+        run_id: str,
+        tags: Mapping[str, str],
+        experiment: str | None,
+        experiment_id: str | None,
+        *,
+        keyed: bool,
+    ) -> bool:
+        """Continue a run that exists, with the name and tags it has.
+
+        Args:
+            run_id: The run's id, mostly of MLFLOW_RUN_ID.
+            tags: More tags, with the key under RUN_TAG.
+            experiment: The name of the experiment that the run must be in; None for any.
+            experiment_id: The id of that experiment; None for any.
+            keyed: Other processes may use the key too: one that has it already may have ended, and
+                the run of a study may be in another experiment than its trials.
+
+        Returns:
+            Whether it is ours: False if a run of another key has used it before.
+
+        Raises:
+            StoreError: It does not exist, or is in another experiment.
+        """
+        with translated(f"find the run {run_id} of MLFLOW_RUN_ID"):
+            run = self.client.get_run(run_id)
+            theirs = run.data.tags
+            if theirs.get(RUN_TAG, tags[RUN_TAG]) != tags[RUN_TAG]:
+                return False
+            actual = self.client.get_experiment(run.info.experiment_id)
+        is_there = experiment in (None, actual.name)
+        if not (is_there and experiment_id in (None, actual.experiment_id)) and not keyed:
+            raise RefusedError(
+                f"MLFLOW_RUN_ID={run_id!r} is a run of the experiment {actual.name!r}, not of "
+                f"{experiment or experiment_id!r}; unset MLFLOW_RUN_ID or choose its experiment."
+            )
+        more = {name: value for name, value in tags.items() if name not in theirs}
+        if run.info.status != "RUNNING" and not (keyed and RUN_TAG in theirs):
+            self.reopen(run_id, more)
+        else:
+            self.log_batch(run_id, tags=more)
+        return True
 
     def _join(self, run_id: str, tags: Mapping[str, str], *, placeholder: bool) -> str:
         """Use another process's run with our key, unless ours is only its placeholder."""
