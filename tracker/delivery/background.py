@@ -136,6 +136,7 @@ class BackgroundDelivery:
         except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
             pass
         self._active_runs.forget()
+        is_gone = self._watcher.is_gone()  # once it is not written, the uploader may remove it
         self._stop_writing()
         self._look()
         if not delivered and self._is_healthy():
@@ -159,7 +160,7 @@ class BackgroundDelivery:
         folder = self.journal.folder
         try:
             self._look()
-            if folder.exists():  # the uploader has not removed it, or there was none
+            if is_gone or folder.exists():  # the uploader has not removed it, or there was none
                 if (summary := self._reader.undelivered_summary()) is not None:
                     logger.warning("%s", summary)
                 else:
@@ -180,6 +181,9 @@ class BackgroundDelivery:
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_SECONDS
+        if self._watcher.is_gone() and self._watcher.pending():
+            self._warn("it was deleted")
+            return
         self._supervise()
         self._look()
 
@@ -252,7 +256,15 @@ class BackgroundDelivery:
             self._warn(problem.text)
 
     def _warn(self, reason: str) -> None:
-        if not self._warned:
+        if self._watcher.is_gone():
+            if self._wants_uploader:
+                self._wants_uploader = False
+                logger.warning(
+                    "The journal %s was deleted: records that are not uploaded yet, and all later "
+                    "ones, are lost; training continues.",
+                    self.journal.folder,
+                )
+        elif not self._warned:
             self._warned = True
             logger.warning(
                 "Saved on disk; upload delayed (%s). It continues in the background. "

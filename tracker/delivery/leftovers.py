@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
 from tracker.journal.damage import DAMAGED, damage_of, set_damage_aside
-from tracker.journal.ownership import Writer, delivery_lock, writer_lives
+from tracker.journal.ownership import NAME, Writer, delivery_lock, writer_lives
 from tracker.journal.reader import DONE, OFFLINE, Journal
 from tracker.redaction import MASK, public_uri
 from tracker.store.uri import wait_for_answer
@@ -62,6 +63,8 @@ def journals(path: Path) -> list[Path]:
     Raises:
         StoreError: `path` is not a folder.
     """
+    if re.fullmatch(NAME, path.name) and not path.exists():
+        raise StoreError(f"{path} is gone: its records are uploaded, or lost if it was deleted.")
     if not path.is_dir():
         raise StoreError(f"{path} is not a folder.")
     if (path / "writer.json").exists() or (path / "journal.sqlite").exists():

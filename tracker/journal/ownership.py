@@ -22,6 +22,8 @@ from tracker.locks import Lock
 
 BEAT_SECONDS = 15.0
 LOST_SECONDS = 600.0
+NAME = r"\d{8}T\d{6}-.+-\d+-[0-9a-f]{8}"
+"""The name of a journal's folder: when, where and by which process it was made."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ records stay until their run has ended, because its tables and pages are made fr
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import threading
@@ -60,6 +61,8 @@ class Journal:
         self.writer = Writer.of(folder)
         self._lock = threading.Lock()
         version = database.format_of(folder)
+        if self.is_gone():
+            raise StoreError(f"{folder} has lost its journal.sqlite, and with it its records.")
         if version is None:
             raise StoreError(f"{folder} is not a tracker journal.")
         if version != database.FORMAT:
@@ -425,11 +428,17 @@ class Journal:
         """Return why something is not delivered; None if no reason is known."""
         return self.problem.text if self.problem else next(iter(self.held().values()), None)
 
+    def is_gone(self) -> bool:
+        """Return whether the file was deleted, which connections of this process do not notice."""
+        return not os.path.lexists(database.path_of(self.folder))
+
     def undelivered_summary(self) -> str | None:
         """Return a message that says what is undelivered and how to deliver it; None if all is."""
         if not (records := self.remaining()):
             return None
         what = f"{records} record{'' if records == 1 else 's'}"
+        if self.is_gone():
+            return f"{what} lost: {self.folder} was deleted before the upload."
         why = self.obstacle()
         reason = f": {why.rstrip('.')}" if why else ""
         return (

@@ -108,7 +108,7 @@ class JournalWriter:
     def stage(self, name: str) -> Path:
         """Return a new path for a file or folder called `name`, for a record to refer to."""
         folder = self.folder / "files" / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        folder.mkdir()  # not its parents: the journal may have been deleted
         return folder / name
 
     def lose(self, what: str, error: Exception) -> None:
