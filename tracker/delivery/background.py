@@ -63,7 +63,7 @@ class BackgroundDelivery:
         if uploader:
             self.journal.on_tick = self._tick
         else:
-            (self.journal.folder / OFFLINE).touch()
+            (self.journal.folder / OFFLINE).touch(mode=0o600)
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
         """Note that `run` is active; the journal's thread starts its uploader."""

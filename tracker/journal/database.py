@@ -51,9 +51,22 @@ def path_of(folder: Path) -> Path:
 
 
 def create(path: Path) -> None:
-    """Create the empty database of a journal."""
+    """Create the empty database of a journal, which its owner alone can read."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)  # whatever the umask; SQLite gives its log the same mode
     with closing(sqlite3.connect(path)) as db:
         db.executescript(_SCHEMA)
+
+
+def restrict(folder: Path) -> None:
+    """Let only the owner read a journal, whatever the umask and the version that made it.
+
+    Staged files keep their modes, which their artifacts have too.
+    """
+    for path in (folder, *folder.glob("*")):
+        if not path.is_symlink():
+            with suppress(OSError):  # removed meanwhile, or of another user
+                path.chmod(path.stat().st_mode & 0o700)
 
 
 def format_of(folder: Path) -> int | None:

@@ -70,6 +70,7 @@ class Journal:
                 f"{folder} is a journal of format {version}; this version reads {database.FORMAT}."
             )
         with self._translated():
+            database.restrict(folder)
             self._db = database.connect(folder)
             self._db.execute(database.HELD)
 

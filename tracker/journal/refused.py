@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tracker.journal.database import restrict
 from tracker.journal.reader import Journal
 from tracker.journal.records import Entry, File, Invalid, Model, encode
 
@@ -43,6 +44,7 @@ def set_aside(journal: Journal, entry: Entry, reason: str) -> Path | None:
                 path.parent.rename(folder / path.parent.name)
         with (folder / "records.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
+        restrict(folder)
     except OSError:
         return None
     return folder

@@ -64,6 +64,7 @@ class JournalWriter:
             self._lock.take()
             writer.save(hidden)
             database.create(database.path_of(hidden))
+            database.restrict(hidden)
             hidden.rename(self.folder)
         except (OSError, sqlite3.Error, StoreError) as error:
             shutil.rmtree(hidden, ignore_errors=True)
