@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from tracker.run import Run
 from tracker.search.channel import Task
 from tracker.search.config import MODEL
 from tracker.search.executors.base import TrialSpec
-from tracker.store.history import ResumeState
+from tracker.store.history import ResumeState, epoch_rows
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tracker.views.files import json_text, write_atomically
 
@@ -111,8 +110,8 @@ def _load_resume_state(folder: Path) -> ResumeState | None:
         return None
     last = checkpoints[max(checkpoints)]
     rows = [
-        {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
-        for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        row
+        for row in epoch_rows((folder / "rows.json").read_text(encoding="utf-8"))
         if row["epoch"] <= last.epoch
     ]
     return ResumeState(

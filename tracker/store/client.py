@@ -22,6 +22,7 @@ from tracker.errors import GoneError, RefusedError, StoreError, first_line
 from tracker.redaction import public_uri
 from tracker.store.doubt import MetricPoint, without_logged
 from tracker.store.guards import all_pages, quiet, translated, without_retries
+from tracker.store.listing import check_listing
 from tracker.store.models import ModelStore
 from tracker.store.sqlite import create_experiment, create_sqlite
 from tracker.store.uri import check_uri, is_file_store, is_http, resolve, unreachable_reason
@@ -410,11 +411,12 @@ class MlflowStore:
             Where it is.
 
         Raises:
-            StoreError: It does not exist, or cannot be read.
+            StoreError: It does not exist, cannot be read, or would be written elsewhere.
         """
         if path not in self.artifacts(run_id, posixpath.dirname(path) or None):
             raise StoreError(f"run_id={run_id!r} has no artifact {path!r}.")
         with translated(f"download {path} of run {run_id}"), quiet():
+            check_listing(self.client, run_id, path)
             return Path(self.client.download_artifacts(run_id, path, str(into)))
 
     def delete_artifact(self, run_id: str, path: str) -> None:

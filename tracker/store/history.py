@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.errors import StoreError
+from tracker.errors import StoreError, first_line
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, load_metrics
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def _checkpoints(
     names = (path.rpartition("/")[2] for path in store.artifacts(run_id, CHECKPOINTS))
     kept: dict[int, Mapping[str, float]] = {}
     last = None
-    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+    steps = (int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name))
+    for step in sorted(steps, reverse=True):
         path = f"{CHECKPOINTS}/{step:08d}"
         try:
             if last is None:
@@ -106,12 +109,38 @@ def _checkpoints(
 def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]:
     if "epochs.json" not in store.artifacts(run_id):
         return []
-    text = store.download(run_id, "epochs.json", folder).read_text(encoding="utf-8")
-    # Strings stand for NaN and infinity, which JSON lacks.
-    return [
-        {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
-        for row in json.loads(text)
-    ]
+    with _readable("epochs.json", run_id):
+        return epoch_rows(store.download(run_id, "epochs.json", folder).read_text("utf-8"))
+
+
+def epoch_rows(text: str) -> list[dict[str, Any]]:
+    """Return the rows of `epochs.json`; strings stand for NaN and infinity, which JSON lacks.
+
+    Raises:
+        ValueError: The text is cut off, or is not a table of epochs.
+    """
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("it is not a table of epochs")
+    for row in rows:
+        if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+            raise ValueError("it has a row without an epoch")
+        for key, value in row.items():
+            if not isinstance(value, int | float | str):
+                raise ValueError(f"its {key!r:.50} is not a number")
+            row[key] = float(value) if isinstance(value, str) else value
+    return rows
+
+
+@contextmanager
+def _readable(name: str, run_id: str) -> Iterator[None]:
+    """Raise StoreError where an artifact is cut off or was written by something else."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{name} of run_id={run_id!r} cannot be read: {first_line(error)}."
+        ) from error
 
 
 def load_histogram_records(store: MlflowStore, run_id: str) -> list[Mapping[str, Any]]:
@@ -122,4 +151,29 @@ def load_histogram_records(store: MlflowStore, run_id: str) -> list[Mapping[str,
     """
     with tempfile.TemporaryDirectory() as folder:
         files = store.download(run_id, "histograms", Path(folder))
-        return [json.loads(file.read_text("utf-8")) for file in sorted(files.glob("*.json"))]
+        loaded: list[Mapping[str, Any]] = []
+        for file in sorted(files.glob("*.json")):
+            with _readable(f"histograms/{file.name}", run_id):
+                loaded.append(_histogram_record(file.read_text("utf-8")))
+        return loaded
+
+
+def _histogram_record(text: str) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads(text)
+    try:
+        whole = type(record["step"]) is int and all(map(_is_histogram, record["histograms"]))
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError("it is not a record of histograms")
+    return record
+
+
+def _is_histogram(item: Any) -> bool:
+    numbers = *item["bins"], *item["counts"], item["nan"], item["posinf"], item["neginf"]
+    return (
+        isinstance(item["tensor"], str)
+        and isinstance(item["kind"], str)
+        and len(item["bins"]) == len(item["counts"])
+        and all(type(number) is int for number in numbers)
+    )

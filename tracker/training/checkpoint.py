@@ -13,7 +13,9 @@ everything else. Only tensors are unpickled.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,12 +26,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tracker.errors import ArgumentError
+from tracker.errors import ArgumentError, StoreError
 from tracker.training.checkpoint_files import read_files, read_state, write_files
 from tracker.training.device import unwrap
 from tracker.training.rng import RandomStates
 from tracker.training.states import decode, encode
 from tracker.validation import checked_number
+
+_FOREIGN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, struct.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,10 +277,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             version.
     """
     state, tensors = read_files(folder)
-    metrics, extra = (decode(state[name], tensors) for name in ("metrics", "extra"))
-    return Checkpoint(
-        state["epoch"], state["step"], state["position"], metrics, extra, state, tensors
-    )
+    with _checked(folder):
+        epoch, step, position = (state[name] for name in ("epoch", "step", "position"))
+        if not all(type(number) is int and number >= 0 for number in (epoch, step, position)):
+            raise ValueError("its place is not a number")
+        metrics = _numbers(decode(state["metrics"], tensors))
+        extra = decode(state["extra"], tensors)
+        return Checkpoint(epoch, step, position, metrics, extra, state, tensors)
 
 
 def load_metrics(path: Path) -> dict[str, float]:
@@ -285,7 +292,24 @@ def load_metrics(path: Path) -> dict[str, float]:
     Raises:
         StoreError: The file is missing or damaged.
     """
-    return dict(decode(read_state(path)["metrics"], {}))
+    with _checked(path):
+        return _numbers(decode(read_state(path)["metrics"], {}))
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[None]:
+    """Raise StoreError for a state that another program has written."""
+    try:
+        yield
+    except _FOREIGN as error:
+        raise StoreError(f"{path} is not a checkpoint of tracker.") from error
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    for name, value in dict(metrics).items():
+        if not isinstance(name, str) or not isinstance(value, int | float):
+            raise ValueError(f"{name!r} is not a metric")
+    return dict(metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ _MAPPINGS = {"!dict": dict, "!OrderedDict": OrderedDict, "!Counter": Counter}
 _SCALARS: dict[str, Callable[[Any], Any]] = {
     "!float": lambda bits: struct.unpack(">d", bytes.fromhex(bits))[0],
     "!scalar": lambda parts: np.frombuffer(bytes.fromhex(parts[1]), parts[0])[0],
-    "!dtype": lambda name: getattr(torch, name),
+    "!dtype": lambda name: _dtype(name),
     "!device": torch.device,
     "!bytes": bytes.fromhex,
 }
@@ -94,6 +94,13 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         if tag in _MAPPINGS:
             return _MAPPINGS[tag]({decode(k, tensors): decode(item, tensors) for k, item in body})
     return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):  # a checkpoint may come from anybody
+        raise ValueError(f"{name} is not a dtype")
+    return dtype
 
 
 def _is_plain(dtype: np.dtype[Any]) -> bool:
