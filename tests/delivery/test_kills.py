@@ -60,16 +60,17 @@ def kill_and_check(world: World, moment: Moment, *victims: str) -> int:
     training = world.start(moment.program)
     moment.wait(world, training)
     killed_at = time.time()
-    if "uploader" in victims:
-        kill(training.uploader())
-    if "trainer" in victims:
-        kill(training.pid)
+    pids = {"uploader": training.uploader(), "trainer": training.pid}
+    for victim in victims:
+        if pids[victim] is not None and not training.ended():
+            world.killed.append(victim)
+        kill(pids[victim])
     code = training.wait()
     training.wait_for_all()
     if world.leftovers():  # no process was left to deliver it, or to remove all of it
         world.sync()
     assert world.leftovers() == set(), f"{world.name}: {world.leftovers()} {world.output()}"
-    if not world.store.runs():
+    if not world.runs():
         assert not world.safe(killed_at), f"{world.name}: the run is lost, {world.output()}"
         return 0
     if world.run().info.status == "FINISHED":

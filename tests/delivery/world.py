@@ -72,6 +72,9 @@ class Logged(NamedTuple):
 class World:
     """The folder, the store and the processes of one case."""
 
+    experiment: str | None = None
+    """The experiment of its programs' runs, in a store that other worlds use too."""
+
     def __init__(
         self, folder: Path, uri: str, trainers: ForkServer, deliverers: ForkServer, name: str
     ) -> None:
@@ -81,6 +84,8 @@ class World:
         self._trainers = trainers
         self._deliverers = deliverers
         self._programs: list[Program] = []
+        self.killed: list[str] = []
+        """The names of the processes that were alive when they were killed."""
         self.store = Store(uri)
 
     def start(
@@ -93,6 +98,7 @@ class World:
             program,
             folder=self.folder,
             MLFLOW_TRACKING_URI=self.uri,
+            **({} if self.experiment is None else {"MLFLOW_EXPERIMENT_NAME": self.experiment}),
             TMPDIR=str(self.folder / "tmp"),
             TRACKER_INLINE=str(int(mode == "inline")),
             TRACKER_OFFLINE=str(int(mode == "offline")),
@@ -174,9 +180,14 @@ class World:
     def _in(self, folder: str) -> list[Path]:
         return list((self.folder / folder).glob("*"))
 
+    def runs(self) -> list[MlflowRun]:
+        """The runs of this world; other worlds may share its store."""
+        runs = self.store.runs(self.experiment or "Default")
+        return [run for run in runs if run.info.run_name == self.folder.name]
+
     def run(self) -> MlflowRun:
-        """The only run of this world; other worlds may share its store."""
-        runs = [run for run in self.store.runs() if run.info.run_name == self.folder.name]
+        """The only run of this world."""
+        runs = self.runs()
         assert len(runs) == 1, f"{self.name}: {len(runs)} runs: {self.output()}"
         return runs[0]
 
