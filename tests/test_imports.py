@@ -48,6 +48,7 @@ BASE = {
     "locks",
     "logs",
     "exported",
+    "transfers",
 }
 """Modules at the top that every layer may import, and that import only each other."""
 

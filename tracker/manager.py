@@ -31,6 +31,7 @@ from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
+from tracker.transfers import read_later
 from tracker.validation import DIRECTORY, checked_metrics, checked_tags, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
@@ -108,10 +109,8 @@ class RunManager:
         self._tags = {"tracker.session": uuid.uuid4().hex, **checked_tags(tags or {})}
         self._keep = checkpoints
         self._batch_loss = batch_loss
-        self._histograms = histograms
-        self._model = model
-        self._samples = samples
-        self._digest = digest
+        self._histograms, self._model = histograms, model
+        self._samples, self._digest = samples, digest
         self._stop_on_nonfinite = stop_on_nonfinite
         self._results = ResultTable()
         shown = live_views(self._results.rows) if run is None else []
@@ -291,8 +290,9 @@ class RunManager:
         meter = self._current_epoch("track_loss").meter
         scalar = meter.add_loss(loss, meter.size_of(batch))
         self._steps += 1
-        if self._batch_loss and self._runs.open_run is not None:
-            self._runs.open_run.append_points((Point("batch_loss", scalar, self._steps, now()),))
+        if self._batch_loss and self._is_main and self._runs.open_run is not None:
+            number = scalar if isinstance(scalar, float) else read_later(scalar)
+            self._runs.open_run.append_points((Point("batch_loss", number, self._steps, now()),))
         self._views.batch()
         self._see(batch)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracker.transfers import is_capturing
+
 logger = logging.getLogger(__name__)
 
 _PICTURES = 64  # in the sample grid
@@ -46,7 +48,7 @@ def _can_be_copied(tensor: Tensor) -> bool:
         and tensor.shape[0] > 0
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not is_capturing(tensor.device)
     )
 
 

@@ -20,6 +20,7 @@ from tracker.journal.records import Point, Record, now
 from tracker.journal.writer import JournalWriter
 from tracker.redaction import is_secret_name, public_values
 from tracker.statuses import Status
+from tracker.transfers import Arriving, read_later
 from tracker.validation import (
     checked_local_path,
     checked_mapping,
@@ -141,8 +142,8 @@ class Recorder:
         NaN and infinity are recorded, with one warning per name.
 
         Args:
-            metrics: Numbers by name, or tensors that hold one number. One on a GPU is copied there,
-                and read later.
+            metrics: Numbers by name, or tensors that hold one number. One on a GPU is copied now,
+                and read later; on MPS this waits for it.
             step: Step of all of them, a 64-bit integer.
 
         Raises:
@@ -176,7 +177,7 @@ class Recorder:
         )
 
     def append_points(self, points: Sequence[Point]) -> None:
-        """Log points that are checked already, and whose tensors nothing changes."""
+        """Log points that are checked already."""
         self._check_open()
         if last := self._last_steps:  # a resumed run does not log a step again
             points = [point for point in points if point.step > last.get(point.name, -math.inf)]
@@ -271,13 +272,12 @@ class Recorder:
         self._append(records.Epoch(dict(row)))
 
 
-def _number(name: str, value: Any) -> float | Tensor:
-    """Convert a metric to a float, or copy it on a device that it would have to wait for."""
+def _number(name: str, value: Any) -> float | Arriving:
+    """Convert a metric to a float, or let a device copy it that it would have to wait for."""
     if isinstance(value, Tensor):
         value = value.detach()
-        if not value.is_cpu and value.numel() == 1 and not value.is_complex():
-            copy: Tensor = value.reshape(()).clone()  # the loop may change it in place
-            return copy
+        if not (value.is_cpu or value.is_meta or value.is_complex()) and value.numel() == 1:
+            return read_later(value)
     return checked_number(name, value)
 
 

@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
     name: str
     value: Any
-    """A float, or a tensor of one number that never changes: it is read when it is written."""
+    """A float, or an `Arriving`, which is read when it is written."""
     step: int
     time: int
     """Milliseconds since 1970."""

@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tracker.errors import StoreError, first_line
 from tracker.journal import database
 from tracker.journal.ownership import BEAT_SECONDS, Writer, writer_lock
-from tracker.journal.records import Metrics, Point, Record, encode, now
+from tracker.journal.records import End, Metrics, Point, Record, encode, now
 
 FLUSH_SECONDS = 0.1  # everything is on disk within 0.2 s
 _ALIVE_SECONDS = 1.0  # how often a waiting caller looks whether the thread lives
+_ARRIVAL_SECONDS = 0.002  # how often the thread looks for a device's number that is waited for
+_PATIENCE_SECONDS = 10.0  # for such a number: its device may hang or have failed
 _MAX_HELD = 200_000  # records kept in memory while the disk fails
 _INSERT = "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)"
 _BAD_ROW = (  # raised for a row's values, not for the disk
@@ -39,6 +41,7 @@ _BAD_ROW = (  # raised for a row's values, not for the disk
 )
 
 _Row: TypeAlias = tuple[str, int, str, str]  # run, time, kind and body
+_Pending: TypeAlias = _Row | tuple[str, int, str, Point]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,8 @@ class JournalWriter:
         self.on_tick: Callable[[], None] | None = None
         """Called by the writing thread after each of its turns."""
         self._pid = os.getpid()
-        self._pending: deque[_Row | tuple[str, int, str, Point]] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._late: list[_Pending] = []  # numbers that a device computes, and ends of their runs
         self._held: list[_Row] = []  # encoded, and not on disk yet
         self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
         self._warned: set[str] = set()
@@ -131,7 +135,7 @@ class JournalWriter:
         while not done.wait(max(0.0, min(_ALIVE_SECONDS, until - time.monotonic()))):
             if time.monotonic() >= until or self._has_died():
                 return False
-        return not self._held
+        return not self._held and not self._late
 
     def _has_died(self) -> bool:
         """Whether the thread has ended by itself, with a warning."""
@@ -149,7 +153,7 @@ class JournalWriter:
         if self._in_thread():
             return  # the thread still writes everything; the kernel releases the lock
         self._thread.join()
-        self.lost += len(self._held) + len(self._pending)
+        self.lost += len(self._held) + len(self._pending) + len(self._late)
         if self.lost:
             logger.warning("%d records are lost: they could not be read or written.", self.lost)
         self._lock.release()
@@ -166,24 +170,33 @@ class JournalWriter:
     def _run(self) -> None:
         db: sqlite3.Connection | None = None
         closing = False
-        while not closing:
-            flushes = []
+        flushes: list[threading.Event] = []
+        until: float | None = None  # the end of the wait for numbers on a device
+        while not closing or self._late:
             with suppress(queue.Empty):
-                request = self._requests.get(timeout=FLUSH_SECONDS)
+                turn = FLUSH_SECONDS if until is None else _ARRIVAL_SECONDS
+                request = self._requests.get(timeout=turn)
                 while True:
                     if request is None:
                         closing = True
                     else:
                         flushes.append(request)
                     request = self._requests.get_nowait()
+            is_overdue = until is not None and time.monotonic() > until
             try:
-                self._held += self._take_pending()
+                self._held += self._take_pending(is_overdue, closing)
                 if self._held:
                     db = self._write_held(db)
             except Exception as error:  # noqa: BLE001 - without this thread all is lost
                 self._warn_once("turn", "Records cannot be written: %s.", first_line(error))
-            for done in flushes:
-                done.set()
+            is_waiting = bool(self._late) and (closing or bool(flushes) or bool(_ended(self._late)))
+            if is_overdue or not is_waiting:
+                until = None
+                for done in flushes:
+                    done.set()
+                flushes = []
+            elif until is None:
+                until = time.monotonic() + _PATIENCE_SECONDS
             if time.monotonic() > self._last_beat + BEAT_SECONDS:
                 self._last_beat = time.monotonic()
                 with suppress(OSError):  # the folder was removed, which does not end training
@@ -196,14 +209,11 @@ class JournalWriter:
         if db is not None:
             db.close()
 
-    def _take_pending(self) -> list[_Row]:
+    def _take_pending(self, is_overdue: bool, closing: bool) -> list[_Row]:
         """Encode the pending rows, neighbouring points of a run as one."""
-        pending = []
-        while self._pending:  # one at a time: training may append meanwhile
-            pending.append(self._pending.popleft())
         rows: list[_Row] = []
         for (run, are_points), group in groupby(
-            pending, lambda row: (row[0], isinstance(row[3], Point))
+            self._take_arrived(is_overdue, closing), lambda row: (row[0], isinstance(row[3], Point))
         ):
             if are_points:
                 points = [body for *_, body in group if isinstance(body, Point)]
@@ -211,6 +221,37 @@ class JournalWriter:
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows
+
+    def _take_arrived(self, is_overdue: bool, closing: bool) -> list[_Pending]:
+        """Take the pending rows, but leave what a device still computes, and the ends of its runs.
+
+        Args:
+            is_overdue: Whether to count the numbers of ended runs as lost instead, as the device
+                does not answer.
+            closing: Whether all runs have ended.
+        """
+        pending, self._late = self._late, []
+        while self._pending:  # one at a time: training may append meanwhile
+            pending.append(self._pending.popleft())
+        ended = _ended(pending) if is_overdue else set()
+        taken: list[_Pending] = []
+        late: set[str] = set()
+        for row in pending:
+            run, at, kind, body = row
+            if isinstance(body, Point) and hasattr(body.value, "read_arrived"):
+                number = body.value.read_arrived()
+                if number is not None:
+                    taken.append((run, at, kind, body._replace(value=number)))
+                elif is_overdue and (closing or run in ended):
+                    self._lose_value("its device does not answer")
+                else:
+                    late.add(run)
+                    self._late.append(row)
+            elif kind == End.kind and run in late:
+                self._late.append(row)
+            else:
+                taken.append(row)
+        return taken
 
     def _encode_points(self, run: str, points: list[Point]) -> list[_Row]:
         """Encode points as one record; if that fails, each of them, and count what is lost."""
@@ -229,17 +270,18 @@ class JournalWriter:
 
     def _read_points(self, run: str, points: list[Point]) -> list[tuple[str, float, int, int]]:
         """Read the values of points; those that cannot be read are counted as lost."""
-        values, problem = _read_values([point.value for point in points])
-        if problem is not None:
-            self._warn_once("value", "A metric cannot be read (%s); training continues.", problem)
-        read = [
-            (point.name, value, point.step, point.time)
-            for point, value in zip(points, values, strict=True)
-            if value is not None
-        ]
+        read = []
+        for name, value, step, time_ in points:
+            try:
+                read.append((name, float(value), step, time_))
+            except Exception as error:  # noqa: BLE001 - any object may be in the place of a value
+                self._lose_value(first_line(error))
         self._warn_nonfinite(run, read)
-        self.lost += len(points) - len(read)
         return read
+
+    def _lose_value(self, reason: str) -> None:
+        self.lost += 1
+        self._warn_once("value", "A metric cannot be read (%s); training continues.", reason)
 
     def _warn_nonfinite(self, run: str, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Warn about NaN and infinity once per name: here, as values on a device are read here."""
@@ -283,29 +325,6 @@ class JournalWriter:
                 self._lose_record(error)
 
 
-def _read_values(values: list[Any]) -> tuple[list[float | None], str | None]:
-    """Read floats and scalar tensors, with one transfer per device and dtype.
-
-    Returns:
-        The values as floats, None for each that cannot be read, and why.
-    """
-    floats = [value if isinstance(value, float) else None for value in values]
-    tensors: dict[Any, list[int]] = {}
-    for place, value in enumerate(values):
-        if not isinstance(value, float):
-            tensors.setdefault((value.device, value.dtype), []).append(place)
-    problem = None
-    for (device, _), places in tensors.items():
-        import torch  # imported already, by the code that made the tensors
-
-        try:
-            if device.type == "cuda":  # the values may be computed on another stream
-                torch.cuda.synchronize(device)
-            stacked = torch.stack([values[place].reshape(()) for place in places])
-            for place, value in zip(places, stacked.tolist(), strict=True):
-                floats[place] = float(value)
-        except Exception as error:  # noqa: BLE001 - after a CUDA error nothing can be read, and
-            problem = first_line(error)  # without this thread, training would hang
-            for place in places if len(places) > 1 else ():
-                (floats[place],), _ = _read_values([values[place]])
-    return floats, problem
+def _ended(rows: Iterable[_Pending]) -> set[str]:
+    """The runs that end in these rows."""
+    return {run for run, _, kind, _ in rows if kind == End.kind}

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, evaluation_mode
 from tracker.training.meters import EpochMeter
+from tracker.transfers import to_device
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -193,5 +194,5 @@ def _forward(
     """The network's outputs and the targets of each batch, on the device."""
     target = device_of(network) if device is None else torch.device(device)
     for inputs, targets in loader:
-        outputs = network(inputs.to(target, non_blocking=True))
-        yield outputs, targets.to(target, non_blocking=True)
+        outputs = network(to_device(inputs, target))
+        yield outputs, to_device(targets, target)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tracker.errors import ArgumentError
 from tracker.training.batches import batch_size
 from tracker.training.distributed import sum_over_ranks
+from tracker.transfers import check_computed, to_device
 
 _CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
 
@@ -47,8 +48,9 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
             f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
             "be scores (N, classes, …) of two classes or more, and class numbers (N, …)."
         )
+    check_computed(preds, "preds", "track_num_correct")
     if labels.device != preds.device:
-        labels = labels.to(preds.device, non_blocking=True)
+        labels = to_device(labels, preds.device)
     return preds.argmax(dim=1).eq(labels).sum()
 
 
@@ -129,7 +131,7 @@ class EpochMeter:
             A copy of the loss: a float, or a detached scalar on its device.
 
         Raises:
-            ArgumentError: The loss is not one number.
+            ArgumentError: The loss is not one number, or a graph is being captured.
         """
         if not isinstance(loss, Tensor):
             try:
@@ -145,7 +147,11 @@ class EpochMeter:
                 )
             loss = loss.reshape(())
         # Copy: the loop may modify its loss in place. On the CPU a float is six times faster.
-        copied = float(loss.item()) if loss.is_cpu else loss.detach().clone()
+        if loss.is_cpu:
+            copied: float | Tensor = float(loss.item())
+        else:
+            check_computed(loss, "loss", "track_loss")
+            copied = loss.detach().clone()
         self._losses.append(copied)
         self._sizes.append(size)
         return copied
