@@ -173,13 +173,14 @@ def test_a_batch_s_loss_on_a_device_is_recorded_without_waiting(
         manager.begin_epoch()
         for loss in (0.5, math.nan, 0.25):
             manager.track_loss(away(loss), 2)
+        manager.track_loss(1.0, 2)
         stream.compute()
         stream.refuses_waits = False
         manager.end_epoch()
         manager.end_run()
 
     history = dict(store.history(store.run(), "batch_loss"))
-    assert history == pytest.approx({1: 0.5, 2: math.nan, 3: 0.25}, nan_ok=True)
+    assert history == pytest.approx({1: 0.5, 2: math.nan, 3: 0.25, 4: 1.0}, nan_ok=True)
     assert "batch_loss is nan at step 2." in caplog.messages
 
 

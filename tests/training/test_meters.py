@@ -24,6 +24,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from tests.devices import a_device, away
 from tracker.errors import ArgumentError
 from tracker.training.meters import EpochMeter, num_correct
 
@@ -369,6 +370,47 @@ def test_an_epoch_without_anything_tracked_has_no_metrics() -> None:
     assert (meter.loss_sum, meter.correct) == (0.0, 0)
 
 
+# -- losses on devices ---------------------------------------------------------------------------
+
+
+LOSSES_ANYWHERE = st.lists(
+    st.tuples(st.floats(-6e4, 6e4, width=16), st.sampled_from(["number", "cpu", "away", "half"])),
+    max_size=40,
+)
+
+
+@given(LOSSES_ANYWHERE, st.sampled_from([3, 7, 512]))
+@patient
+def test_numbers_and_losses_of_several_devices_and_dtypes_can_be_mixed(
+    given: list[tuple[float, str]], chunk: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, a_device(patch) as stream:
+        patch.setattr("tracker.training.meters._CHUNK", chunk)
+        meter = EpochMeter()
+        stream.refuses_waits = True
+        for number, place in given:
+            if place == "number":
+                meter.add_loss(number, 2)
+            elif place == "cpu":
+                meter.add_loss(torch.tensor(number), 2)
+            else:
+                meter.add_loss(away(number, torch.float16 if place == "half" else None), 2)
+        stream.refuses_waits = False
+
+        assert meter.losses.tolist() == [number for number, _ in given]
+        again = EpochMeter.of(meter.state(), None, set())
+        again.add_loss(7.0, 2)
+        assert again.losses.tolist() == [*(number for number, _ in given), 7.0]
+
+
+def test_a_loss_that_cannot_be_read_beside_numbers_does_not_raise_in_the_loop() -> None:
+    meter = EpochMeter()
+    for number in range(1300):
+        meter.add_loss(torch.zeros((), device="meta") if number % 3 == 0 else 1.0, 1)
+
+    assert len(meter) == 1300
+
+
 # -- on a GPU ------------------------------------------------------------------------------------
 
 
@@ -404,7 +446,10 @@ def test_labels_may_be_on_the_cpu() -> None:
 @pytest.mark.cuda
 def test_losses_on_different_devices_can_be_mixed() -> None:
     meter = EpochMeter()
-    meter.add_loss(torch.tensor(1.0, device="cuda"), 1)
-    meter.add_loss(3.0, 1)
+    for _ in range(600):
+        meter.add_loss(torch.tensor(1.0, device="cuda"), 1)
+        meter.add_loss(3.0, 1)
+        meter.add_loss(torch.tensor(5.0, device="cuda", dtype=torch.float16), 1)
 
-    assert meter.compute() == {"loss": 2.0}
+    assert meter.losses.tolist() == [1.0, 3.0, 5.0] * 600
+    assert meter.compute() == {"loss": 3.0}

@@ -58,37 +58,53 @@ class _Scalars:
     """A growing series of scalars: numbers, and tensors that stay on their device."""
 
     def __init__(self, values: Tensor | None = None) -> None:
-        self._chunks = [] if values is None else [values]
+        self._joined: list[tuple[Sequence[int], Tensor]] = []  # values and their places
         self._recent: list[Tensor | float] = []
+        self._before = 0  # the number of scalars before the recent ones
+        if values is not None:
+            self._joined.append((range(len(values)), values))
+            self._before = len(values)
 
     def append(self, scalar: Tensor | float) -> None:
         self._recent.append(scalar)
         if len(self._recent) == _CHUNK:
-            self._chunks.append(_joined(self._recent))
+            self._joined += _join(self._recent, self._before)
+            self._before += _CHUNK
             self._recent = []
 
     def __len__(self) -> int:
-        return sum(map(len, self._chunks)) + len(self._recent)
+        return self._before + len(self._recent)
 
     @property
     def device(self) -> torch.device:
-        """The device of the last scalar; the CPU if there is none."""
-        last = (self._recent or self._chunks or [0.0])[-1]
-        return last.device if isinstance(last, Tensor) else torch.device("cpu")
+        """The device of the scalars; the CPU if all of them are numbers."""
+        tensors = (value for value in self._recent if isinstance(value, Tensor))
+        joined = (values for _, values in self._joined)
+        away = (tensor.device for tensor in (*tensors, *joined) if not tensor.is_cpu)
+        return next(away, torch.device("cpu"))
 
     def read(self) -> npt.NDArray[np.float64]:
         """Return all scalars on the host, float64 (len,). Waits for the device."""
-        chunks = [*self._chunks, _joined(self._recent)]
-        return torch.cat([chunk.cpu().double() for chunk in chunks]).numpy()
+        scalars = np.empty(len(self))
+        for places, values in (*self._joined, *_join(self._recent, self._before)):
+            scalars[places] = values.cpu().double().numpy()
+        return scalars
 
 
-def _joined(scalars: Sequence[Tensor | float]) -> Tensor:
-    if all(isinstance(scalar, float) for scalar in scalars):
-        return torch.tensor(scalars, dtype=torch.float64)
-    double = torch.float64
-    return torch.stack(
-        [s if isinstance(s, Tensor) else torch.tensor(s, dtype=double) for s in scalars]
-    )
+def _join(scalars: Sequence[Tensor | float], start: int) -> list[tuple[Sequence[int], Tensor]]:
+    """Join the scalars of each device and dtype as one tensor, with their places from `start`."""
+    if all(isinstance(scalar, float) for scalar in scalars):  # the usual case on the CPU
+        return [(range(start, start + len(scalars)), torch.tensor(scalars, dtype=torch.float64))]
+    kinds: dict[tuple[torch.device, torch.dtype] | None, list[int]] = {}
+    for place, scalar in enumerate(scalars):
+        kind = (scalar.device, scalar.dtype) if isinstance(scalar, Tensor) else None
+        kinds.setdefault(kind, []).append(place)
+    joined: list[tuple[Sequence[int], Tensor]] = []
+    for kind, places in kinds.items():
+        values: list[Any] = [scalars[place] for place in places]
+        tensor = torch.tensor(values, dtype=torch.float64) if kind is None else torch.stack(values)
+        joined.append(([start + place for place in places], tensor))
+    return joined
 
 
 @dataclass
