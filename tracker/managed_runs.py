@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tracker.delivery.background import checked_timeout
-from tracker.delivery.base import Delivery, Mode, NoDelivery, open_delivery
+from tracker.delivery.base import Delivery, Mode, open_delivery
 from tracker.errors import CallOrderError
 from tracker.run import Run
 from tracker.statuses import Outcome
@@ -92,7 +92,9 @@ class ManagedRuns:
         """
         if self.joined is not None:
             return self._join(self.joined, params, facts, tags)
-        route = self._delivery or self._new_delivery()
+        route = self._delivery or open_delivery(
+            self.directory, self.tracking_uri, self._mode, self._exit_timeout, writes=is_main()
+        )
         try:
             self.open_run = Run(
                 route, params, self._experiment, name, tags, self._parent, resume=resume_state
@@ -120,11 +122,6 @@ class ManagedRuns:
         self._has_joined = True
         self.open_run = run
         return run
-
-    def _new_delivery(self) -> Delivery:
-        if not is_main():  # under torchrun, only rank 0 writes
-            return NoDelivery()
-        return open_delivery(self.directory, self.tracking_uri, self._mode, self._exit_timeout)
 
     def current(self, verb: str) -> Run:
         """Return the open run.

@@ -32,6 +32,7 @@ from tracker.statuses import Outcome, Status, abandoned, outcome, uncaught_error
 from tracker.store.history import CHECKPOINTS, ResumeState
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import unwrap
+from tracker.training.distributed import is_main
 from tracker.validation import (
     DIRECTORY,
     MAX_EXPERIMENT_NAME,
@@ -71,6 +72,8 @@ def start_run(
 ) -> Run:
     """Start one run, to be used in a `with` block, which sets its final status.
 
+    Under torchrun only rank 0 writes it; the run of another rank takes every call and drops it.
+
     Args:
         params: Hyperparameters to log: a mapping, named tuple, dataclass or namespace.
         experiment: Name of the experiment; default as in MLflow.
@@ -90,7 +93,7 @@ def start_run(
     """
     mode = mode_of(inline=inline, offline=offline)
     folder = checked_local_path(directory, "directory")
-    delivery = open_delivery(folder, tracking_uri, mode, exit_timeout)
+    delivery = open_delivery(folder, tracking_uri, mode, exit_timeout, writes=is_main())
     try:
         return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
     except BaseException:  # Ctrl-C must not leave a journal open either
@@ -145,8 +148,7 @@ class Run(Recorder):
             resume.params if resume else {},
             resume.last_steps if resume else {},
         )
-        self._delivery = delivery
-        self._owns_delivery = owns_delivery
+        self._delivery, self._owns_delivery = delivery, owns_delivery
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
         self._delivered_id: str | None = None  # set when the run has ended
@@ -224,6 +226,8 @@ class Run(Recorder):
         Raises:
             ArgumentError: The shape or the key is not allowed.
         """
+        if not self._is_kept:
+            return
         if isinstance(image, str):
             image, key = key, image
         if not isinstance(key, str):
@@ -257,6 +261,8 @@ class Run(Recorder):
             name: Its name; default from the data set.
             digest: Whether its digest covers its data too, not only class and length.
         """
+        if not self._is_kept:
+            return
         described = describe_dataset(dataset, content=digest)
         fields = described.fields(str(name or dataset_name(dataset)))
         self._append(records.Dataset(fields, context))
@@ -269,7 +275,7 @@ class Run(Recorder):
         """
         from tracker.capture.files import network_files
 
-        for path, text in network_files(network, example).items():
+        for path, text in network_files(network, example).items() if self._is_kept else ():
             self.log_text(text, path)
 
     def log_mistakes(
@@ -294,12 +300,14 @@ class Run(Recorder):
         """
         from tracker.capture.files import mistake_files
 
+        if not self._is_kept:
+            return
         files = mistake_files(network, loader, classes=classes, scores=scores, shown=shown)
         for path, content in files.items():
             self._log_file(path, partial(Path.write_bytes, data=content))
 
     def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
-        """Log the histograms of all weights and gradients, and return their record.
+        """Log the histograms of all weights and gradients, and return their record, if it is kept.
 
         `tracker.load_histograms` reads them; the artifact `histograms.html` shows them.
 
@@ -307,6 +315,8 @@ class Run(Recorder):
             network: The network. Frozen weights are logged again only if their norm or sum changes.
             step: Step of the histograms, usually an epoch.
         """
+        if not self._is_kept:
+            return {}
         record = network_histograms(network, checked_step(step), self._histogram_state)
         self._append(records.Histograms(**record))
         return record
@@ -362,8 +372,8 @@ class Run(Recorder):
         shutil.rmtree(folder.parent, ignore_errors=True)
         weights = io.BytesIO()
         torch.save(unwrap(network).state_dict(), weights)
-        content = weights.getbuffer()
-        if self._log_file(f"{name}.pt", lambda staged: staged.write_bytes(content)) is not None:
+        write = partial(Path.write_bytes, data=weights.getbuffer())
+        if self._log_file(f"{name}.pt", write) is not None:
             logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
         return False
 
@@ -381,10 +391,7 @@ class Run(Recorder):
             ArgumentError: A state holds more than tensors, numbers and text.
         """
         path = f"{CHECKPOINTS}/{step:08d}"
-
-        def write(folder: Path) -> None:
-            save_checkpoint(folder, step=step, **states)
-
+        write = partial(save_checkpoint, step=step, **states)
         try:  # `passing`: it may be superseded before it is uploaded
             staged = self._log_file(f"{path}/{step:08d}", write, passing=True)
         except StoreError as error:

@@ -73,7 +73,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from shared import classifier, points
 from tests.helpers import train_epoch
-from tracker import RunManager, evaluate, fit
+from tracker import RunManager, evaluate, fit, start_run
 from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
@@ -156,6 +156,8 @@ def tracked():
         manager.save(f"results{me}")
         manager.end_run()
         manager.run_id
+    with start_run(experiment="plain", params={"lr": 0.5}, tags={"writer": me}) as run:
+        run.log_metrics({"loss": 0.5 + me})
 
 if backend == "gloo":
     results["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
@@ -372,6 +374,10 @@ def test_two_ranks_are_one_run_written_by_rank_0(
     assert store.text(run, "writer.txt", tmp_path) == "rank 0"
     assert (folder / "results0.csv").exists()
     assert not (folder / "results1.csv").exists()
+
+    (plain,) = store.runs("plain")
+    assert plain.info.status == "FINISHED"
+    assert (plain.data.tags["writer"], plain.data.metrics) == ("0", {"loss": 0.5})
 
     for name in ("loss", "accuracy"):
         expected = {epoch.number: epoch.metrics[name] for epoch in alone[1]}

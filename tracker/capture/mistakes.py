@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tracker.capture.images import to_pil
 from tracker.errors import ArgumentError
-from tracker.training.device import device_of, evaluation_mode
+from tracker.training.device import device_of, evaluation_mode, unwrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +70,7 @@ def find_mistakes(
         ArgumentError: The number of classes differs from that of the scores.
     """
     device = device_of(network)
+    network = unwrap(network)  # DistributedDataParallel would wait for the other ranks
     counts = torch.zeros(len(classes) ** 2, dtype=torch.long)
     worst: list[_Mistake] = []
     seen = 0

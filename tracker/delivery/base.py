@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal, Protocol
 from tracker.delivery.background import BackgroundDelivery, checked_timeout
 from tracker.delivery.inline import InlineDelivery
 from tracker.errors import ArgumentError
-from tracker.journal.writer import JournalWriter
+from tracker.journal.writer import JournalWriter, NoJournal
 from tracker.store.uri import check_uri, resolve
 
 Mode = Literal["process", "inline", "offline"]
@@ -61,7 +60,12 @@ class Delivery(Protocol):
 
 
 def open_delivery(
-    directory: Path, tracking_uri: str | None, mode: Mode, exit_timeout: float | None = None
+    directory: Path,
+    tracking_uri: str | None,
+    mode: Mode,
+    exit_timeout: float | None = None,
+    *,
+    writes: bool = True,
 ) -> Delivery:
     """Return the delivery of this process to a store.
 
@@ -70,6 +74,7 @@ def open_delivery(
         tracking_uri: By default the one that MLflow itself would use.
         mode: Deliver by a second process, in the training thread, or only by `tracker sync`.
         exit_timeout: How many seconds ends wait for the second process; the latest call counts.
+        writes: Whether this process writes; under torchrun only rank 0 does.
 
     Raises:
         ArgumentError: `exit_timeout` is not allowed.
@@ -77,6 +82,8 @@ def open_delivery(
     """
     if exit_timeout is not None:
         exit_timeout = checked_timeout("exit_timeout", exit_timeout)
+    if not writes:
+        return NoDelivery()
     if mode == "inline":
         return InlineDelivery(directory, tracking_uri)
     uri = resolve(tracking_uri)
@@ -141,8 +148,7 @@ class NoDelivery:
     tracking_uri = "none"
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tracker-rank-")
-        self.journal = JournalWriter(Path(self._folder.name))
+        self.journal: JournalWriter = NoJournal()
 
     def hold(self, run: str, abandon: Callable[[], None]) -> None:
         """Do nothing."""
@@ -162,6 +168,4 @@ class NoDelivery:
         return None
 
     def close(self) -> None:
-        """Remove what was written."""
-        self.journal.close()
-        self._folder.cleanup()
+        """Do nothing."""

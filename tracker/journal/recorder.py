@@ -75,13 +75,19 @@ class Recorder:
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
 
+    @property
+    def _is_kept(self) -> bool:
+        """Whether what is logged now is recorded: under torchrun, it is by rank 0."""
+        self._check_open()
+        return self._journal.is_kept
+
     def _append(self, record: Record) -> None:
         self._check_open()
         self._journal.append(self._key, record)
 
     def _without_secrets(self, pairs: Mapping[str, str], what: str) -> dict[str, str]:
         """Mask values that are secret by their names, with one warning per name."""
-        for name in pairs:
+        for name in pairs if self._journal.is_kept else ():
             if is_secret_name(name) and name not in self._warned:
                 self._warned.add(name)
                 logger.warning("The value of %s %r is not stored: its name is secret.", what, name)
@@ -149,6 +155,8 @@ class Recorder:
         Raises:
             ArgumentError: A name, a value or the step is not allowed.
         """
+        if not self._is_kept:
+            return
         at, step = now(), checked_step(step)
         points = []
         if type(metrics) is not dict:
@@ -164,6 +172,8 @@ class Recorder:
         Raises:
             ArgumentError: A name, a value, a step or a time is not allowed; none is logged.
         """
+        if not self._is_kept:
+            return
         self.append_points(
             [
                 Point(
@@ -203,6 +213,8 @@ class Recorder:
         Raises:
             ArgumentError: `path` does not exist or cannot be read, or `folder` is not allowed.
         """
+        if not self._is_kept:  # the file may be on the machine of rank 0
+            return
         source = Path(os.path.abspath(checked_local_path(path, "path")))
         if not source.exists():
             raise ArgumentError(f"path={str(path)!r} does not exist.")
@@ -241,7 +253,7 @@ class Recorder:
     def _log_file(
         self, path: str, write: Callable[[Path], object], *, passing: bool = False
     ) -> Path | None:
-        """Log what `write` writes as the artifact `path`; return None if the disk failed."""
+        """Log what `write` writes as the artifact `path`; return None if it is not kept."""
         folder, name = posixpath.split(path)
         staged = self._stage(name, write)
         if staged is not None:
@@ -250,7 +262,8 @@ class Recorder:
 
     def _stage(self, name: str, write: Callable[[Path], object]) -> Path | None:
         """Write a file or folder into the journal; return None, after a warning, if it failed."""
-        self._check_open()
+        if not self._is_kept:
+            return None
         staged: Path | None = None
         try:
             staged = self._journal.stage(name)

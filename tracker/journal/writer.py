@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 class JournalWriter:
     """A new journal of this process, open for writing."""
 
+    is_kept = True
+    """Whether anything is recorded, so that it is worth computing."""
+
     def __init__(self, directory: Path) -> None:
         """Create a journal below `directory`, which is created if it does not exist.
 
@@ -323,6 +326,28 @@ class JournalWriter:
                 db.execute(_INSERT, row)
             except _BAD_ROW as error:
                 self._lose_record(error)
+
+
+class NoJournal(JournalWriter):
+    """The journal of a rank that another one writes for: what is appended is dropped."""
+
+    is_kept = False
+
+    def __init__(self) -> None:
+        self.lost = 0
+
+    def append(self, run: str, record: Record, at: int | None = None) -> None:
+        """Do nothing."""
+
+    def append_points(self, run: str, points: Iterable[Point]) -> None:
+        """Do nothing."""
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Return True: nothing is left to write."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _ended(rows: Iterable[_Pending]) -> set[str]:

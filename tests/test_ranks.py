@@ -1,0 +1,137 @@
+"""Under torchrun rank 0 alone writes; the runs of other ranks take every call and drop it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.devices import Away, a_device, away
+from tests.helpers import Store
+from tracker import CallOrderError, Run, RunManager, start_run
+from tracker.journal.records import Point
+
+
+class Untouched:
+    """Something that nobody may use."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AssertionError(f"{name} is used")
+
+
+class UntouchedNetwork(nn.Module):
+    """A network whose tensors nobody may read, and which nobody may call."""
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise AssertionError("the network is read")
+
+    parameters = named_modules = state_dict = forward = named_parameters  # type: ignore[assignment]
+
+
+NETWORK = UntouchedNetwork()
+UNREAD: Any = torch.ones(()).as_subclass(Away)  # raises, unless `a_device` allows its use
+
+CALLS: dict[str, Callable[[Run], object]] = {
+    "log_params": lambda run: run.log_params({"lr": 0.1, "password": "hidden"}),
+    "log_facts": lambda run: run.log_facts({"model": "CNN"}),
+    "log_metrics": lambda run: run.log_metrics({"loss": UNREAD}),
+    "log_points": lambda run: run.log_points([Point("loss", UNREAD, 1, 1)]),
+    "append_points": lambda run: run.append_points([Point("loss", UNREAD, 1, 1)]),
+    "set_tags": lambda run: run.set_tags({"kind": "gan"}),
+    "log_tags": lambda run: run.log_tags({"kind": "gan"}),
+    "log_artifact": lambda run: run.log_artifact("only on rank 0.txt"),
+    "log_text": lambda run: run.log_text("text", "a.txt"),
+    "log_epoch": lambda run: run.log_epoch({"epoch": 1}),
+    "log_image": lambda run: run.log_image(UNREAD, "a.png"),
+    "log_dataset": lambda run: run.log_dataset(Untouched()),
+    "log_network": lambda run: run.log_network(NETWORK, UNREAD),
+    "log_mistakes": lambda run: run.log_mistakes(NETWORK, Untouched(), classes=["a", "b"]),  # type: ignore[arg-type]
+    "log_histograms": lambda run: run.log_histograms(NETWORK, 1),
+    "log_model": lambda run: run.log_model(NETWORK, UNREAD),
+    "log_checkpoint": lambda run: run.log_checkpoint(1, network=NETWORK, epoch=1),
+    "delete_checkpoint": lambda run: run.delete_checkpoint(1),
+    "deliver": lambda run: run.deliver(),
+    "flush": lambda run: run.flush(),
+    "abandoned_outcome": lambda run: run.abandoned_outcome("here"),
+    "end": lambda run: run.end(),
+    "abandon": lambda run: run.abandon(),
+}
+"""A call of each method of a run."""
+
+
+@pytest.fixture
+def rank_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if "mlflow" not in str(path)}
+
+
+@pytest.mark.usefixtures("rank_1")
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_run_of_another_rank_takes_every_call_and_writes_nothing(
+    inline: bool, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = files(tmp_path)
+    caplog.set_level(logging.WARNING, "tracker")
+    run = start_run(params={"lr": 0.1}, parent="0" * 32, inline=inline)
+    assert set(CALLS) == {
+        name for name in dir(Run) if not name.startswith("_") and callable(getattr(Run, name))
+    }
+    for call in CALLS.values():
+        call(run)
+
+    assert run.status == "FINISHED"
+    assert run.run_id is None
+    assert store.runs() == []
+    assert files(tmp_path) == before
+    assert caplog.messages == []
+    with pytest.raises(CallOrderError, match="the run has ended"):
+        run.log_metrics({"loss": 1.0})
+
+
+@pytest.mark.usefixtures("rank_1")
+def test_a_manager_on_another_rank_computes_sums_only(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(tmp_path)
+    losses = []
+    with a_device(monkeypatch) as stream, RunManager(batch_loss=True) as manager:
+        stream.refuses_waits = True
+        manager.begin_run({"lr": 0.1}, nn.Linear(2, 1), [])
+        manager.begin_epoch()
+        for _ in range(3):
+            manager.track_loss(away(0.5), 2)
+        assert stream.copies == []
+        stream.refuses_waits = False
+        losses.append(manager.epoch_loss)
+        manager.end_epoch({"val_loss": np.float32(0.25)})
+        manager.end_run()
+
+    assert losses == [3.0]
+    assert manager.run_data[0]["loss"] == 0.5
+    assert store.runs() == []
+    assert files(tmp_path) == before
+
+
+@pytest.mark.usefixtures("rank_1")
+def test_a_run_of_another_rank_can_be_a_parent_and_can_be_joined(store: Store) -> None:
+    with start_run() as parent:
+        with start_run(parent=parent) as child:
+            child.log_metrics({"loss": 1.0})
+        with RunManager(run=parent, model=False) as manager:
+            manager.begin_run({"lr": 0.1}, nn.Linear(2, 1), [])
+            manager.begin_epoch()
+            manager.track_loss(0.5, 1)
+            manager.end_epoch()
+            manager.end_run()
+
+    assert store.runs() == []
