@@ -99,7 +99,9 @@ def add_model(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Reci
         help=f"epochs to train; default: {recipe.epochs}",
     )
     parser.add_argument(
-        "--device", default="auto", help="auto (CUDA if available), cpu or cuda; default: auto"
+        "--device",
+        default="auto",
+        help="cpu, cuda, mps, xpu or auto, which takes a GPU if there is one; default: auto",
     )
     add_seed(parser, "seed of the weights, the order of samples and the validation split")
     add_tracking_uri(parser)

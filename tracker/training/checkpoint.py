@@ -133,7 +133,10 @@ class Checkpoint:
         return self._random("epoch_start" if self.position else "random")
 
     def _random(self, name: str) -> RandomStates:
-        return RandomStates(**decode(self._state[name], self._tensors))
+        fields = decode(self._state[name], self._tensors)
+        if "cuda" in fields:  # of earlier commits
+            fields["devices"] = {"cuda": fields.pop("cuda")}
+        return RandomStates(**fields)
 
     def _check(self, name: str, part: Any) -> None:
         """Raise ArgumentError if `part` does not match the saved object of that name."""

@@ -12,22 +12,23 @@ from tracker.errors import ArgumentError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the named device; `auto` means CUDA if available, else the CPU.
+    """Return the named device; `auto` is a GPU (CUDA, MPS, XPU, …) if there is one, else the CPU.
 
     Raises:
         ArgumentError: Torch does not know the device, or this machine does not have it.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type == "cpu" and device.index:
             raise RuntimeError("there is only one CPU device")
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # hpu needs a package
         raise ArgumentError(
             f"device={name!r} cannot be used on this machine; "
-            f"allowed here: auto, cpu{', cuda' if torch.cuda.is_available() else ''}."
+            f"allowed here: auto, cpu{f', {accelerator.type}' if accelerator else ''}."
         ) from error
     return device
 
@@ -42,9 +43,12 @@ def device_of(network: nn.Module) -> torch.device:
 
 def describe_device(device: torch.device) -> str:
     """Return the device as text, with the name of a GPU: `cuda:0 (NVIDIA H200)`."""
-    if device.type != "cuda":
-        return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+    name = ""
+    if device.type == "mps":
+        name = getattr(torch.backends.mps, "get_name", str)()  # some versions have none
+    elif device.type in ("cuda", "xpu"):
+        name = getattr(torch, device.type).get_device_name(device)
+    return f"{device} ({name})" if name else str(device)
 
 
 @contextmanager

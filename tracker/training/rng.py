@@ -33,8 +33,8 @@ class RandomStates:
     """State of NumPy's global generator."""
     cpu: Tensor
     """State of torch's CPU generator, uint8."""
-    cuda: list[Tensor]
-    """State of each CUDA device's generator; empty if CUDA was not in use."""
+    devices: dict[str, list[Tensor]]
+    """State of each generator of a kind of GPU (cuda, mps, xpu); empty if none was in use."""
     loader: dict[str, Tensor]
     """State of each torch generator of the loader, its sampler and its batch sampler."""
     persistent: bool
@@ -47,14 +47,13 @@ class RandomStates:
             random.getstate(),
             dict(np.random.get_state(legacy=False)),
             torch.get_rng_state(),
-            # Reading CUDA's states would start CUDA in a process that does not use it.
-            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            _device_states(),
             {name: generator.get_state() for name, generator in _generators(loader).items()},
             getattr(loader, "_iterator", None) is not None,
         )
 
     def restore(self, loader: Iterable[Any] | None = None) -> None:
-        """Set all generators to these states, as far as this process has the CUDA devices.
+        """Set all generators to these states, as far as this process has the devices.
 
         Raises:
             ArgumentError: The loader has a generator that was not captured, or it does not keep
@@ -69,8 +68,10 @@ class RandomStates:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        for index, state in enumerate(self.cuda[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
+        for kind, states in self.devices.items():
+            module: Any = getattr(torch, kind, None)
+            for index in range(min(len(states), module.device_count() if module else 0)):
+                module.set_rng_state(states[index], index)
 
     def check(self, loader: Iterable[Any] | None) -> None:
         """Raise the ArgumentError that `restore` would raise for `loader`."""
@@ -86,6 +87,18 @@ class RandomStates:
             )
 
 
+def _device_states() -> dict[str, list[Tensor]]:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return {}
+    module: Any = torch.get_device_module(accelerator)
+    # Reading the states would start CUDA or XPU in a process that does not use it.
+    if not getattr(module, "is_initialized", module.is_available)():
+        return {}
+    states = [module.get_rng_state(index) for index in range(module.device_count())]
+    return {accelerator.type: states}
+
+
 def _generators(loader: Iterable[Any] | None) -> dict[str, torch.Generator]:
     generators = {}
     for name in _LOADER_GENERATORS:
@@ -99,7 +112,7 @@ def _generators(loader: Iterable[Any] | None) -> dict[str, torch.Generator]:
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, including CUDA's."""
+    """Seed Python's, NumPy's and torch's generators, those of GPUs too."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -107,7 +120,7 @@ def set_seed(seed: int) -> None:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restore every global generator (Python, NumPy, torch, CUDA) on exit."""
+    """Restore every global generator (Python, NumPy, torch, GPUs) on exit."""
     states = RandomStates.capture()
     try:
         yield
