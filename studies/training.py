@@ -173,6 +173,7 @@ def begin(
             passes = run_epochs(
                 lambda number: manager.progress(loop.train(number), len(loader)),
                 validate=validate,
+                loader=loader,
                 **numbers,
             )
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from tracker import ArgumentError, Epoch, evaluate, fit
+from tracker import ArgumentError, Epoch, RunManager, evaluate, fit, run_epochs
 
 patient = settings(deadline=None, max_examples=25)
 
@@ -206,6 +207,94 @@ def test_the_next_epoch_does_not_change_the_previous_result() -> None:
     assert first.batch_losses.tolist() == losses
     assert first.metrics == metrics
     assert second.metrics["loss"] < first.metrics["loss"]
+
+
+# -- samplers that are told the epoch ------------------------------------------------------------
+
+
+class Shuffled(DistributedSampler[Any]):
+    """The share of one of two ranks, in an order of its own in each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(NUMBERS, num_replicas=2, rank=1, shuffle=True)
+
+
+class ShuffledBatches(BatchSampler):
+    """A batch sampler that must be told the epoch itself."""
+
+    def __init__(self) -> None:
+        self.shares = Shuffled()
+        super().__init__(self.shares, 2, drop_last=False)
+        self.sampler = range(8)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.shares.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return BatchSampler(self.shares, 2, drop_last=False).__iter__()
+
+
+NUMBERS = TensorDataset(torch.arange(8.0).reshape(8, 1))
+LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
+    "sampler": lambda: DataLoader(NUMBERS, batch_size=2, sampler=Shuffled()),
+    "batch_sampler": lambda: DataLoader(NUMBERS, batch_sampler=ShuffledBatches()),
+    "batch_sampler.sampler": lambda: DataLoader(
+        NUMBERS, batch_sampler=BatchSampler(Shuffled(), 2, drop_last=False)
+    ),
+}
+
+
+class Pairs:
+    """A loader of another kind, with batches (inputs, targets), that notes its samples."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.sampler, self.batch_sampler = loader.sampler, loader.batch_sampler
+        self.loader, self.epochs = loader, list[list[int]]()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epochs.append([])
+        for (numbers,) in self.loader:
+            self.epochs[-1] += numbers.flatten().int().tolist()
+            yield numbers, numbers
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("loop", ["fit", "run_epochs", "progress"])
+def test_samplers_shuffle_each_epoch_anew_as_in_a_loop_that_calls_set_epoch(
+    loop: str, kind: str, done: int
+) -> None:
+    sampler, expected = Shuffled(), []
+    for epoch in range(done, 4):
+        sampler.set_epoch(epoch)
+        expected.append(list(sampler))
+    assert len({tuple(order) for order in expected}) == len(expected)
+    loader, network = Pairs(LOADERS[kind]()), nn.Linear(1, 1)
+
+    def steps(number: int) -> Iterator[tuple[Tensor, int]]:
+        for inputs, _ in loader:
+            yield inputs.mean(), len(inputs)
+
+    if loop == "run_epochs":
+        epochs = run_epochs(steps, epochs=4, done=done, loader=loader)
+    else:
+        shown: Any = RunManager().progress(loader) if loop == "progress" else loader
+        epochs = fit(network, shown, sgd(network), F.mse_loss, epochs=4, done=done)
+
+    assert [epoch.number for epoch in epochs] == list(range(done + 1, 5))
+    assert loader.epochs == expected
+
+
+def test_a_loader_is_told_the_epoch_itself() -> None:
+    class Streamed(list[Any]):
+        def set_epoch(self, epoch: int) -> None:
+            told.append(epoch)
+
+    told: list[int] = []
+    network = plane()
+    list(fit(network, Streamed(lines(4)), sgd(network), F.mse_loss, epochs=3))
+
+    assert told == [0, 1, 2]
 
 
 # -- how fit ends --------------------------------------------------------------------------------

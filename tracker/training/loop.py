@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ def fit(
 
     Args:
         network: Trained in its current modes (`train()`, `eval()`).
-        loader: Batches of (inputs, targets).
+        loader: Batches of (inputs, targets). Samplers with `set_epoch`, such as DistributedSampler,
+            are told each epoch.
         optimizer: Takes one step per batch.
         loss_fn: `loss_fn(outputs, targets)` returns the mean loss of a batch, a scalar.
         epochs: Number of epochs in total.
@@ -100,7 +102,7 @@ def fit(
         )
         return {f"val_{name}": value for name, value in metrics.items()}
 
-    return _epochs(lambda number, meter: train(meter), validate, _numbers(epochs, done))
+    return _epochs(lambda number, meter: train(meter), validate, _numbers(epochs, done), loader)
 
 
 def run_epochs(
@@ -109,6 +111,7 @@ def run_epochs(
     epochs: int,
     done: int = 0,
     validate: Callable[[], Mapping[str, float]] = dict,
+    loader: Any = None,
 ) -> Iterator[Epoch]:
     """Train with custom steps and yield after each epoch, as `fit` does with the usual ones.
 
@@ -118,6 +121,7 @@ def run_epochs(
         epochs: Number of epochs in total.
         done: Epochs already completed, when training is resumed.
         validate: Returns further metrics after an epoch.
+        loader: What `train` draws from; its samplers with `set_epoch` are told each epoch.
 
     Raises:
         ArgumentError: `epochs` is below 1 or `done` below 0.
@@ -128,7 +132,7 @@ def run_epochs(
             meter.add_loss(loss, samples)
             yield
 
-    return _epochs(add, validate, _numbers(epochs, done))
+    return _epochs(add, validate, _numbers(epochs, done), loader)
 
 
 def _numbers(epochs: int, done: int) -> range:
@@ -142,14 +146,30 @@ def _epochs(
     train: Callable[[int, EpochMeter], Iterator[None]],
     validate: Callable[[], Mapping[str, float]],
     numbers: range,
+    loader: Any,
 ) -> Iterator[Epoch]:
     for number in numbers:
         started = time.perf_counter()
+        set_epoch(loader, number - 1)
         meter = EpochMeter()
         times = [time.time_ns() // 1_000_000 for _ in train(number, meter)]
         metrics = meter.compute() | dict(validate())
         metrics["epoch_duration"] = time.perf_counter() - started
         yield Epoch(number, metrics, meter.losses, times)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader and its samplers which epoch begins, counted from 0 as in torch.
+
+    Without it a DistributedSampler repeats the order of its first epoch.
+    """
+    for name in ("", "sampler", "batch_sampler", "batch_sampler.sampler"):
+        try:
+            part = attrgetter(name)(loader) if name else loader
+        except AttributeError:
+            continue
+        if callable(tell := getattr(part, "set_epoch", None)):
+            tell(epoch)
 
 
 @torch.no_grad()

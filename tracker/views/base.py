@@ -124,6 +124,12 @@ class ShownLoader:
         self._after = after
         self._batches = batches or length_of(loader)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers which epoch begins, counted from 0."""
+        from tracker.training.loop import set_epoch  # imports torch; the uploader must not
+
+        set_epoch(self._loader, epoch)
+
     def __iter__(self) -> Iterator[Any]:
         self._view.begin_epoch(self._epoch(), self._batches)
         for batch in self._loader:
