@@ -14,6 +14,9 @@ Every message names the argument, its value and what is allowed or what to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 from tracker.redaction import public_uri
 
 
@@ -25,6 +28,20 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return public_uri(lines[0])[:200].rstrip(".: ")
+
+
+def stays_here(name: str, instead: str) -> Callable[[Any], NoReturn]:
+    """Return a `__reduce__` for objects that only the process that made them can use.
+
+    Args:
+        name: Their class.
+        instead: What to do in place of sending one.
+    """
+
+    def refuse(self: Any) -> NoReturn:
+        raise ArgumentError(f"a {name} cannot be copied or sent to another process; {instead}.")
+
+    return refuse
 
 
 class TrackerError(Exception):

@@ -90,6 +90,8 @@ class ManagedRuns:
             CallOrderError: The caller's run has already been used.
             StoreError: The store cannot be opened; nothing has begun.
         """
+        if self.is_forked:  # its runs are its own; those of the parent are left alone
+            self._pid, self._delivery, self.open_run = os.getpid(), None, None
         if self.joined is not None:
             return self._join(self.joined, params, facts, tags)
         route = self._delivery or open_delivery(
@@ -130,10 +132,15 @@ class ManagedRuns:
             verb: The method to name in the error.
 
         Raises:
-            CallOrderError: No run is open.
+            CallOrderError: No run is open, or it is that of the parent process.
         """
         if self.open_run is None:
             raise CallOrderError(f"{verb}() was called without a run; call begin_run() first.")
+        if self.is_forked:
+            raise CallOrderError(
+                f"{verb}() was called in a forked process, which cannot log to the run of its "
+                "parent; call begin_run() here first, or log in the parent."
+            )
         return self.open_run
 
     def end(self, ended: Outcome) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tracker.capture.facts import training_facts
 from tracker.delivery.base import mode_of
 from tracker.delivery.leftovers import settle_run
-from tracker.errors import CallOrderError, NonFiniteLossError
+from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
 from tracker.grid import run_name
 from tracker.journal.records import Point, now
@@ -47,6 +47,8 @@ class RunManager:
 
     A method that is called out of order raises CallOrderError, and changes nothing.
     """
+
+    __reduce__ = stays_here("RunManager", "make one there, with RunManager(parent=run_id)")
 
     def __init__(
         self,
@@ -126,7 +128,6 @@ class RunManager:
         self._retention = Retention(checkpoints)
         self._resume_state = run.resume_state if run is not None else None
         self._run_started = 0.0
-
         self.network: nn.Module | None = None
         """The network of the run."""
         self.loader: Any = None
@@ -247,14 +248,13 @@ class RunManager:
             self._views.end_run(ended.status)
 
     def _abandon(self, when: str) -> None:
-        if (run := self._runs.open_run) is not None:
+        if (run := self._runs.open_run) is not None and not self._runs.is_forked:
             where = f"within epoch {self.epoch_count}, {when}" if self._epoch else when
             self._end(run.abandoned_outcome(where))
 
     def close(self) -> None:
         """Deliver the rest; a run that is still open ends with the status of an abandoned one."""
-        if not self._runs.is_forked:
-            self._abandon("when the manager was closed")
+        self._abandon("when the manager was closed")
         self._finalizer()
 
     def __enter__(self) -> RunManager:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tracker.errors import ArgumentError, CallOrderError, StoreError
+from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
 from tracker.journal import records
 from tracker.journal.records import Point, Record, now
 from tracker.journal.writer import JournalWriter
@@ -45,6 +45,10 @@ class Recorder:
     Every logging method raises CallOrderError after the run has ended, or in a forked process.
     """
 
+    __reduce__ = stays_here(
+        "Run", "send its run_id, and begin a run of its own there with start_run(parent=run_id)"
+    )
+
     def __init__(
         self,
         journal: JournalWriter,
@@ -71,7 +75,10 @@ class Recorder:
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
-            raise CallOrderError("a forked process cannot log to the run of its parent.")
+            raise CallOrderError(
+                "a forked process cannot log to the run of its parent; log in the parent, or begin "
+                "a run here with start_run(parent=run)."
+            )
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
 

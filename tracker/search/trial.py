@@ -20,7 +20,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial
 
 from tracker.delivery.base import Delivery
-from tracker.errors import ArgumentError, CallOrderError
+from tracker.errors import ArgumentError, CallOrderError, stays_here
 from tracker.manager import RunManager
 from tracker.run import Run
 from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
@@ -38,6 +38,8 @@ Objective = Callable[["Trial"], float | Sequence[float]]
 
 class Trial:
     """The argument of an objective: it suggests hyperparameters, and has a run to log to."""
+
+    __reduce__ = stays_here("Trial", "send its params, and report in the objective's own process")
 
     def __init__(self, task: Task, run: TrialRun, channel: Channel, folder: Path) -> None:
         self.number = task.number

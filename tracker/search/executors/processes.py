@@ -58,9 +58,10 @@ def check_picklable(objective: Any) -> None:
         pickle.dumps(objective)
         if getattr(objective, "__module__", "") == "__main__" and not _has_file("__main__"):
             raise TypeError("it is defined in a notebook or at a prompt")
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (pickle.PicklingError, AttributeError, TypeError, ArgumentError) as error:
+        reason = str(error).rstrip(".")
         raise ArgumentError(
-            f"objective={objective!r} cannot run in another process ({error}); with more than one "
+            f"objective={objective!r} cannot run in another process ({reason}); with more than one "
             "worker it must be a function at the top level of a module."
         ) from error
 
