@@ -9,11 +9,12 @@ from typing import Any
 
 from tracker.delivery.background import checked_timeout
 from tracker.delivery.base import Delivery, Mode, open_delivery
+from tracker.delivery.leftovers import settle_run
 from tracker.errors import CallOrderError
 from tracker.run import Run
 from tracker.statuses import Outcome
-from tracker.store.history import ResumeState
-from tracker.training.distributed import is_main
+from tracker.store.history import ResumeState, load_resume_state
+from tracker.training.distributed import is_main, rank_0_first
 from tracker.validation import checked_local_path
 
 
@@ -67,6 +68,19 @@ class ManagedRuns:
     def is_forked(self) -> bool:
         """Whether this is a forked process, which must leave its parent's run alone."""
         return os.getpid() != self._pid
+
+    def load(self, run_id: str) -> ResumeState:
+        """Read the state of a run to continue, after what a dead process left of it is delivered.
+
+        In a process group the other ranks wait for rank 0, and rank 0 for them: they would find a
+        run that is alive again.
+
+        Raises:
+            StoreError: The run does not exist, or its process may still be running.
+        """
+        with rank_0_first():
+            settle_run(run_id, self.tracking_uri, self.directory)
+            return load_resume_state(run_id, self.tracking_uri)
 
     def begin(
         self,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tracker.capture.facts import training_facts
 from tracker.delivery.base import mode_of
-from tracker.delivery.leftovers import settle_run
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
 from tracker.grid import run_name
@@ -24,7 +23,7 @@ from tracker.journal.records import Point, now
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
-from tracker.store.history import ResumeState, load_resume_state
+from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, Keep, Retention
 from tracker.training.device import describe_device, device_of
 from tracker.training.distributed import is_main
@@ -149,7 +148,8 @@ class RunManager:
 
         Its `checkpoint` is the last one of the run, for `checkpoint.restore(…)`; after `begin_run`,
         `epoch_count` is the number of complete epochs. Steps that the run has logged are not logged
-        again; hyperparameters that differ become the tags `tracker.param.NAME`.
+        again; hyperparameters that differ become the tags `tracker.param.NAME`. In a process group
+        all ranks must call it.
 
         Args:
             run_id: MLflow's id of the run.
@@ -159,8 +159,7 @@ class RunManager:
             StoreError: The run does not exist, or its process may still be running.
         """
         manager = cls(**settings)
-        settle_run(run_id, manager._runs.tracking_uri, manager._runs.directory)
-        manager._resume_state = load_resume_state(run_id, manager._runs.tracking_uri)
+        manager._resume_state = manager._runs.load(run_id)
         manager.checkpoint = manager._resume_state.checkpoint
         return manager
 

@@ -9,7 +9,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from tests.helpers import Store
-from tracker import Epoch, evaluate, fit
-from tracker.training.distributed import is_main, rank, sum_over_ranks, world_size
+from tracker import Epoch, StoreError, evaluate, fit
+from tracker.training.distributed import is_main, rank, rank_0_first, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
 
 pytestmark = pytest.mark.timeout(700)  # the ranks start slowly on a busy machine
@@ -382,6 +383,50 @@ def test_two_ranks_are_one_run_written_by_rank_0(
     for name in ("loss", "accuracy"):
         expected = {epoch.number: epoch.metrics[name] for epoch in alone[1]}
         assert dict(store.history(run, name)) == pytest.approx(expected, rel=1e-9)
+
+
+# -- taking turns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_rank_0_reads_a_run_before_the_others_and_waits_for_them(
+    failing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for the ranks: otherwise one would find that rank 0 tracks the run already."""
+    ranks, together = 3, threading.Barrier(3)
+    me = threading.local()
+    done: list[str] = []
+
+    def all_reduce(values: Sequence[float], device: torch.device) -> list[float]:
+        together.wait(60)
+        return list(values)
+
+    monkeypatch.setattr("tracker.training.distributed.sum_over_ranks", all_reduce)
+    monkeypatch.setattr("tracker.training.distributed.is_main", lambda: me.rank == 0)
+
+    def resume(number: int) -> None:
+        me.rank = number
+        try:
+            with rank_0_first():
+                done.append(f"rank {number} reads")
+                if number == failing:
+                    raise StoreError("the run does not exist")
+        except StoreError:
+            done.append(f"rank {number} fails")
+        done.append(f"rank {number} begins")
+
+    threads = [threading.Thread(target=resume, args=(number,)) for number in reversed(range(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert done[0] == "rank 0 reads"
+    assert {*done[1:3]} == {"rank 1 reads", "rank 2 reads"}
+    assert {*done[3:]} == {
+        *(f"rank {number} begins" for number in range(ranks)),
+        *(() if failing is None else (f"rank {failing} fails",)),
+    }
 
 
 # -- one process ---------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ Under torchrun each process is a rank. Only rank 0 writes, for all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,19 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=_reduction_device(device))
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Run the block on rank 0, then on the others, and leave it together. A collective."""
+    cpu, is_first = torch.device("cpu"), is_main()
+    if not is_first:
+        sum_over_ranks((0.0,), cpu)  # waits for rank 0
+    try:
+        yield
+    finally:  # an error must not keep the other ranks waiting
+        for _ in range(2 if is_first else 1):
+            sum_over_ranks((0.0,), cpu)
 
 
 def _has_group() -> bool:
