@@ -9,6 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from tests.helpers import Store
+from tracker import ArgumentError, start_run
 from tracker.redaction import is_secret_name, public_command, public_uri, public_values
 
 TOKEN = "ghp_16C7e42F292c6912E7710c838347Ae178B4a"
@@ -21,7 +23,7 @@ SECRET = """
     accesskey authToken authtoken access_token refresh_token MLFLOW_TRACKING_TOKEN
     MLFLOW_TRACKING_PASSWORD github_token my_token user_token password2 password_2 token1
     api_key_value API_KEY_PROD sslpassword PGPASSWORD userPassword db/password logger.wandb.api_key
-    http_auth use_auth_token api_keys access_tokens db_pass jwt AZURE_STORAGE_CONNECTION_STRING
+    http_auth api_keys access_tokens db_pass jwt AZURE_STORAGE_CONNECTION_STRING
     X-Amz-Security-Token X-Amz-Credential Authorization HTTPAuthToken OAuthToken
 """
 
@@ -34,6 +36,9 @@ ORDINARY = """
     batch_tokens tokens_per_second authors author_name authenticate oauthor lr learning_rate
     weight_decay batch_size optimizer compass forward_pass n_pass bypass tokenization detokenize
     AWS_ACCESS_KEY_ID key_value_heads turkey hockey whiskey kv_key foreign_key string 3 _ --
+    use_token memory_token num_auth use_auth_token use_auth num_password use_password n_secrets
+    state_token global_token temporal_token has_secret max_api_keys my_model_token USE_TOKEN
+    model.use_token encoder/memory_token user_tokens userTokens bearing tokened
 """
 
 
@@ -99,6 +104,16 @@ def test_a_secret_in_a_uri_is_masked(text: str, public: str) -> None:
     "text",
     [
         "sqlite:////a/b.db",
+        "docker://python:3.11@sha256:2c5d8ef3b1",
+        "registry:5000/team/image:tag@sha256:0123456789abcdef0123456789abcdef",
+        "docker://registry.io:5000/image@sha256:0123456789abcdef0123456789abcdef",
+        "lr=0.1;key=5&token=cls?sig=1",
+        "sk-learn-gradient-boosting",
+        "bearer of tokens",
+        "basic transformerencoderlayer",
+        "hf_internal_testing_tiny_random",
+        "facebook/opt-1.3b@main",
+        "0123456789abcdef0123456789abcdef01234567",
         "http://localhost:5000",
         "http://localhost:5000/#/experiments/1?searchFilter=a@b",
         "http://localhost:5000/users/@me",
@@ -167,6 +182,38 @@ def test_a_secret_in_a_command_is_masked(arguments: list[str], public: list[str]
 )
 def test_an_ordinary_command_is_left_alone(arguments: list[str]) -> None:
     assert public_command(arguments) == shlex.join(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("Bearer abc.DEF-1234567=", "Bearer ***"),
+        ("with bearer 0123456789", "with bearer ***"),
+        ("Basic bWU6aHVudGVyMg11==", "Basic ***"),
+        ("sk-abcdefghij1234567890", "***"),
+        ("key sk-proj-Ab_c1234567890123456, then", "key ***, then"),
+        ("sk-ant-api03-Zq7Xv-0123456789abcdef", "***"),
+        ("sk_live_0123456789abcdefABCDEF", "***"),
+        (TOKEN, "***"),
+        (f"[{TOKEN!r}]", "['***']"),
+        ("github_pat_11ABCDEFG0123456789_abcdef", "***"),
+        ("glpat-0123456789_abcdefghij", "***"),
+        ("hf_abcdefghiJklmnopqrstuvwxyz", "***"),
+        ("AKIAIOSFODNN7EXAMPLE", "***"),
+        ("AIzaSyA0123456789abcdefghijklmnopqrstuv", "***"),
+        ("xoxb-012345678901-abcdef", "***"),
+        ("eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeKKF2QT4", "***"),
+        ("dapi0123456789abcdef0123456789abcdef", "***"),
+        ("a\n-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----\nb", "a\n***\nb"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE", "***"),
+        ("docker://me:pw1@host/image@sha256:0123", "docker://me:***@host/image@sha256:0123"),
+    ],
+)
+def test_a_value_of_a_known_shape_is_masked_whatever_its_name(text: str, public: str) -> None:
+    for by_name in (True, False):
+        assert public_values({"x": text}, by_name=by_name) == {"x": public}
+        assert public_values({"x": public}, by_name=by_name) == {"x": public}
+    assert public_command([text]) == shlex.join([public])
 
 
 def test_values_are_masked_by_name_and_in_uris() -> None:
@@ -264,6 +311,75 @@ def test_ordinary_values_pass_unchanged(name: str, value: str, flag: str) -> Non
     assert public_uri(f"http://{flag}:5000/{value}?{name}={value}#x@y") == (
         f"http://{flag}:5000/{value}?{name}={value}#x@y"
     )
+
+
+# `user_token` and the like name a secret.
+QUALIFIERS = "use num n max min memory state pad cls register global label with has is the"
+PARTS = "token tokens auth key keys secret secrets password credential"
+SETTINGS = """
+    True False None 0 -1 0.5 1e-3 cls <pad> [CLS] ['a','b'] (8,) {'key':1} relu resnet18 v1.2.3
+    facebook/opt-1.3b org/model@main data:v1 s3://bucket/train.parquet /data/train@2/x:y
+    http://host:8080/a?page=2 a=b;c=d&key=e image:tag@sha256:9f86d081884c7d65 3f2504e0-4f89-41d3
+"""
+qualifiers, parts = st.sampled_from(QUALIFIERS.split()), st.sampled_from(PARTS.split())
+settings = st.sampled_from(SETTINGS.split())
+
+
+@given(
+    st.dictionaries(
+        st.builds("{}_{}{}".format, qualifiers, parts, st.sampled_from(["", "_dim", "s_per_x"]))
+        | ordinary_names,
+        st.lists(settings, min_size=1, max_size=3).map(" ".join) | st.floats().map(str),
+        max_size=4,
+    )
+)
+def test_hyperparameters_are_left_alone(pairs: dict[str, str]) -> None:
+    assert public_values(pairs) == pairs
+    arguments = [text for name, value in pairs.items() for text in (f"--{name}", value)]
+    assert public_command(arguments) == shlex.join(arguments)
+
+
+def test_params_named_like_secrets_are_kept_and_tags_are_masked(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = {
+        "use_token": "True",
+        "memory_token": "cls",
+        "num_auth": "3",
+        "password": "4",
+        "k": TOKEN,
+    }
+    with start_run(params=params, tags=params | {"image": "a:b@sha256:0123"}):
+        pass
+    run = store.run()
+    assert run.data.params == params | {"k": "***"}
+    tags = {name: run.data.tags[name] for name in (*params, "image")}
+    assert tags == params | {"password": "***", "k": "***", "image": "a:b@sha256:0123"}
+    assert "Param 'password' is stored, though its name is secret; TRACKER_REDACT=1" in caplog.text
+    assert "The secret in param 'k' is stored as ***; TRACKER_REDACT=0 keeps" in caplog.text
+    assert "num_auth" not in caplog.text
+
+
+@pytest.mark.parametrize(("redact", "stored"), [("1", ["***", "***"]), ("0", ["4", TOKEN])])
+def test_tracker_redact_decides_for_params_and_tags(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    redact: str,
+    stored: list[str],
+) -> None:
+    monkeypatch.setenv("TRACKER_REDACT", redact)
+    monkeypatch.setattr("sys.orig_argv", ["python", "--password", TOKEN])
+    with start_run(params={"password": 4, "k": TOKEN}, tags={"password": 4, "k": TOKEN}):
+        pass
+    data = store.run().data
+    assert [data.params[name] for name in ("password", "k")] == stored
+    assert [data.tags[name] for name in ("password", "k")] == stored
+    assert (TOKEN in data.tags["tracker.command"]) == (redact == "0")
+    assert ("is stored as ***" in caplog.text) == (redact == "1")
+    monkeypatch.setenv("TRACKER_REDACT", "perhaps")
+    with pytest.raises(ArgumentError, match="TRACKER_REDACT='perhaps' is not allowed"):
+        start_run()
 
 
 @given(texts | puzzles)

@@ -1,7 +1,7 @@
 """Masks passwords, tokens and keys in what is logged with `***`.
 
-If the end of a secret is uncertain, too much is masked rather than too little. All functions are
-idempotent.
+Values are recognised by their shape: passwords in URIs, bearer tokens, the keys of known vendors.
+In tags and commands the whole name decides too. All functions are idempotent.
 """
 
 from __future__ import annotations
@@ -15,11 +15,31 @@ MASK = "***"
 _USERINFO = re.compile(
     r"//(?P<user>[^/?#:@\s\[\]\"']*)"
     r"(?P<password>:(?!\d{1,5}[/?#\"'])"  # that would be //host:port/
-    r"(?:(?!://)\S)*)?@"  # up to the last @ before the next URI: a password may contain @ and /
+    r"(?:(?!://)\S)*)?"  # up to the last @ before the next URI: a password may contain @ and /
+    r"@(?!sha\d+:)"  # that would be the digest of an image
 )
+_URI = re.compile(r"//\S*")
 _QUERY_NAME = re.compile(r"(?:[?&;]|%3[BF]|%26)([\w.\-]+)(?:=|%3D)", re.IGNORECASE)
 _QUERY_SECRET = re.compile(r"key|(?:.*[\W_])?sig(?:nature)?", re.IGNORECASE)
 _QUERY_VALUE = re.compile(r"[^&\s]*?(?=[\"']?[.,:;)]?(?:[&\s]|$))")
+
+_SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?<=(?i:bearer) )(?=\S*\d)[\w.~+/\-]{8,}=*"
+    r"|(?<=(?i:basic) )(?=[A-Za-z+/]*\d)(?=[a-z\d+/]*[A-Z])[A-Za-z\d+/]{16,}=*"
+    r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]{8,}"  # a JSON web token
+    r"|sk-(?:[A-Za-z\d]+-){0,3}(?=\w*\d)[\w\-]{16,}"  # OpenAI, Anthropic and others
+    r"|(?:gh[oprsu]|hf|gsk|r8|npm|[rs]k_live|[rs]k_test)_(?=[a-z]*[A-Z\d])[A-Za-z\d]{20,}"
+    r"|(?:github_pat_|dckr_pat_|wandb_v1_|glpat-|pypi-)[\w\-]{20,}"
+    r"|dapi[\da-f]{32}"  # Databricks
+    r"|(?:AKIA|ASIA)[A-Z\d]{16}(?![A-Za-z\d])"  # AWS
+    r"|AIza[\w\-]{35}"  # Google
+    r"|xox[a-z]-[\w\-]{10,}"  # Slack
+    r"|SG\.[\w\-]{16,}\.[\w\-]{16,}"  # SendGrid
+    r")"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
 
 _ASSIGNED = re.compile(
     r"(?<![?&;\w.\-/\[\]])(?P<name>[\w.\-/\[\]]+)"
@@ -27,32 +47,29 @@ _ASSIGNED = re.compile(
 )
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_PASSWORDS = ("password", "passwd", "passphrase")
 # fmt: off
-_SECRET_WORDS = {
-    "auth", "authorization", "oauth", "bearer", "jwt", "pwd", "secrets", "credential",
-    "credentials", "passwords",
+_QUALIFIERS = (
+    "access", "account", "api", "auth", "bearer", "deploy", "encryption", "license", "master",
+    "oauth", "private", "refresh", "secret", "secretaccess", "security", "service", "session",
+    "signing", "ssh", "subscription",
+)
+_SECRETS = {
+    "passwords", "pwd", "secret", "secrets", "token", "auth", "authorization", "oauth", "jwt",
+    "bearer", "credential", "credentials", "clientsecret", "connectionstring", "httpauth",
+    "adminpass", "dbpass", "ftppass", "rootpass", "smtppass", "userpass",
+    *(f"{one}{what}" for one in _QUALIFIERS for what in ("key", "keys", "token", "tokens")),
 }
-_SECRET_ENDINGS = ("password", "passwd", "passphrase", "secret", "apikey")
-_SECRET_KEYS = {
-    "access", "account", "api", "auth", "deploy", "encryption", "license", "master", "private",
-    "secret", "service", "signing", "ssh", "subscription",
+"""Names that are secret, without the signs between their words."""
+_OWNERS = {
+    "admin", "amz", "anthropic", "aws", "azure", "clearml", "comet", "dagshub", "database",
+    "databricks", "db", "docker", "ftp", "gcp", "gcs", "gh", "github", "gitlab", "google",
+    "hf", "hub", "hugging", "huggingface", "face", "http", "https", "kaggle", "ldap", "minio",
+    "mlflow", "mongo", "my", "mysql", "neptune", "npm", "openai", "oracle", "pg", "postgres",
+    "postgresql", "pypi", "redis", "registry", "root", "slack", "smtp", "ssh",
+    "ssl", "storage", "tracking", "twine", "user", "wandb", "x",
 }
-_QUALIFIED = {
-    "key": _SECRET_KEYS,
-    "keys": _SECRET_KEYS,
-    "tokens": {*_SECRET_KEYS, "bearer", "refresh", "session"},
-    "pass": {"admin", "db", "ftp", "root", "smtp", "user"},
-    "string": {"connection"},
-}
-_TEXT_TOKENS = {
-    "action", "added", "audio", "begin", "beginning", "blank", "bos", "class", "cls",
-    "context", "control", "dist", "distillation", "drop", "empty", "end", "eos", "eot",
-    "first", "image", "input", "last", "latent", "loss", "mask", "max", "min", "n", "new",
-    "newline", "next", "null", "num", "number", "object", "output", "pad", "padding", "per",
-    "placeholder", "prefix", "prompt", "query", "register", "sep", "separator", "size", "sos",
-    "source", "space", "special", "start", "stop", "subword", "target", "text", "time", "top",
-    "unk", "unknown", "video", "vision", "visual", "word",
-}
+"""Words that may stand before such a name."""
 _ENDINGS_OF_NAMES = {"value", "old", "new", "prod", "dev", "staging"}
 # fmt: on
 
@@ -68,7 +85,7 @@ def public_uri(text: str) -> str:
       `is_secret_name`, a signature or `key`; in a percent-encoded connection string too.
     """
     while True:  # masking a secret can uncover where another begins
-        masked = _USERINFO.sub(_public_userinfo, _public_query(text))
+        masked = _USERINFO.sub(_public_userinfo, _URI.sub(_public_query, text))
         if masked == text:
             return text
         text = masked
@@ -83,50 +100,46 @@ def _public_userinfo(match: re.Match[str]) -> str:
     return f"//{user}@" if match["password"] is None else f"//{user}:{MASK}@"
 
 
-def _public_query(text: str) -> str:
-    done, at = [], 0
-    while match := _QUERY_NAME.search(text, at):
-        done.append(text[at : match.end()])
-        at = match.end()
-        if is_secret_name(match[1]) or _QUERY_SECRET.fullmatch(match[1]):
+def _public_query(match: re.Match[str]) -> str:
+    text, done, at = match[0], [], 0
+    while name := _QUERY_NAME.search(text, at):
+        done.append(text[at : name.end()])
+        at = name.end()
+        if is_secret_name(name[1]) or _QUERY_SECRET.fullmatch(name[1]):
             value = _QUERY_VALUE.match(text, at)
             done.append(MASK)
             at = value.end() if value else len(text)
     return "".join(done) + text[at:]
 
 
+def public_text(text: str) -> str:
+    """Mask the secrets in the URIs of a text, and its tokens and keys of known shapes."""
+    while (masked := _SHAPES.sub(MASK, public_uri(text))) != text:
+        text = masked
+    return text
+
+
 def is_secret_name(name: str) -> bool:
-    """Return whether `name` looks like that of a password, token, key or credential.
+    """Return whether `name`, or its part after the last `.` or `/`, is the name of a secret.
 
-    The name is split into words at `_ - . /` and by camelCase; numbers and words such as `value`
-    or `prod` at its end are dropped. Its last word decides:
-
-    - `password`, `secret`, `credentials`, `auth` and the like are secret, also as the end of a
-      word: `sslpassword`. `password_file` is not: its last word is `file`.
-    - `token` is secret, unless the word before belongs to language models: `pad_token`.
-    - `key`, `keys` and `tokens` are secret only after a word such as `api`, `access` or `private`:
-      `sort_key`, `primary_key` and `max_tokens` are not.
+    It is split into words at `_ - . /` and by camelCase; numbers and words such as `value` or
+    `prod` at its end are dropped. What is left must be a whole name, such as `password`, `api_key`
+    or `token`, which only the names of services and owners may precede: `hf_token` and
+    `WANDB_API_KEY` are secret, `use_token`, `pad_token`, `max_tokens` and `sort_key` are not.
     """
-    words = _words(name)
+    return any(map(_is_secret, {name, re.split(r"[./\[\]]+", name.rstrip("./[]"))[-1]}))
+
+
+def _is_secret(name: str) -> bool:
+    words = [word.lower() for word in _WORD.findall(name)]
     while len(words) > 1 and (words[-1].isdigit() or words[-1] in _ENDINGS_OF_NAMES):
         words.pop()
-    before, last = ["", "", *words][-2:]
-    if last == "token":
-        return before not in _TEXT_TOKENS
-    return (
-        last in _SECRET_WORDS
-        or last.endswith(_SECRET_ENDINGS)
-        or before in _QUALIFIED.get(last, ())
-    )
-
-
-def _words(name: str) -> list[str]:
-    """Return the words of `name` in lower case; `accesskey` and the like count as two."""
-    words: list[str] = []
-    for word in map(str.lower, _WORD.findall(name)):
-        stem = re.fullmatch(r"(\w+?)(keys?|tokens?)", word)
-        words += stem.groups() if stem and stem[1] in _SECRET_KEYS else (word,)
-    return words
+    if words and words[-1].endswith(_PASSWORDS):
+        return _OWNERS.issuperset(words[:-1])
+    owners = 0  # at the beginning of the name
+    while owners < len(words) and words[owners] in _OWNERS:
+        owners += 1
+    return any("".join(words[at:]) in _SECRETS for at in range(owners + 1))
 
 
 def public_command(arguments: Sequence[str]) -> str:
@@ -135,7 +148,8 @@ def public_command(arguments: Sequence[str]) -> str:
     For a name that is secret by `is_secret_name`, these are masked: the argument after `--name`,
     unless that starts with two dashes itself; and what follows `name=`, `--name=`, `"name":`,
     `name: ` or, inside an argument with spaces, `--name `, to the end of the argument. The rest is
-    masked by `public_uri`. A secret alone or after a short option is not recognised: `-p hunter2`.
+    masked by `public_text`. A secret of no known shape is not recognised alone or after a short
+    option: `-p hunter2`.
     """
     shown = []
     is_value = False
@@ -154,17 +168,26 @@ def _is_option(text: str) -> bool:
 
 
 def _public_argument(argument: str) -> str:
-    text = public_uri(argument)
+    text = public_text(argument)
     for match in _ASSIGNED.finditer(text):
         name = match["name"]
+        attached = name[2:] if re.match("-[A-Za-z]", name) else ""  # -Ppassword=x
         # Without a sign, only an option has a value.
-        if is_secret_name(name) and (match["sign"].strip() or _is_option(name)):
+        if (is_secret_name(name) or is_secret_name(attached)) and (
+            match["sign"].strip() or _is_option(name)
+        ):
             return text[: match.end()] + MASK
     return text
 
 
-def public_values(pairs: Mapping[str, str]) -> dict[str, str]:
-    """Mask the values whose names are secret, and the secrets in URIs of the others."""
+def public_values(pairs: Mapping[str, str], *, by_name: bool = True) -> dict[str, str]:
+    """Mask the secrets in values.
+
+    Args:
+        pairs: Texts by name.
+        by_name: Mask the whole values of secret names too.
+    """
     return {
-        name: MASK if is_secret_name(name) else public_uri(value) for name, value in pairs.items()
+        name: MASK if by_name and is_secret_name(name) else public_text(value)
+        for name, value in pairs.items()
     }

@@ -113,6 +113,14 @@ def checked_step(step: Any, what: str = "step") -> int:
     raise ArgumentError(f"{what}={step!r} is not allowed; it must be a 64-bit integer.")
 
 
+def flag(variable: str) -> bool | None:
+    """Return the value of an environment variable that is true or false; None if it is not set."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in ("", "0", "1", "false", "true"):
+        raise ArgumentError(f"{variable}={value!r} is not allowed; it must be 1, 0, true or false.")
+    return value in ("1", "true") if value else None
+
+
 def checked_path(path: Any, what: str) -> str:
     """Check that the path of an artifact, the argument `what`, is plain and relative."""
     if not isinstance(path, str) or not _is_plain(path) or "\0" in path:

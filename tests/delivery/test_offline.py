@@ -226,12 +226,12 @@ def test_a_password_is_not_stored_and_sync_asks_for_it(
     program = (
         "from tracker import start_run\n"
         "with start_run(offline=True, tracking_uri='http://me:hunter2@127.0.0.1:9',"
-        " params={'api_key': 'hunter2', 'lr': 1}): pass"
+        " params={'key': 'sk-hunter2hunter2hunter2', 'lr': 1}, tags={'api_key': 'hunter2'}): pass"
     )
     command = [sys.executable, "-c", program, "--token", "hunter2"]
     done = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
     (journal,) = (tmp_path / ".tracker").iterdir()
-    assert "The value of param 'api_key' is not stored: its name is secret." in done.stderr
+    assert "The secret in tag 'api_key' is stored as ***" in done.stderr
     for path in journal.rglob("*"):
         if path.is_file():
             kept = path.read_bytes().replace(json.dumps(program)[1:-1].encode(), b"")

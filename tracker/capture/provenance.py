@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,18 +14,23 @@ import torch
 
 from tracker._version import __version__
 from tracker.redaction import public_command
+from tracker.validation import flag
 
 
 def environment_tags() -> dict[str, str]:
-    """Return tags with the source, the command line (redacted), versions and git commit."""
+    """Return tags with the source, the command line, versions and git commit.
+
+    Secrets in the command line are masked, unless TRACKER_REDACT is false.
+    """
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     if main and Path(main).name == "ipykernel_launcher.py":
         main = None
     folder = Path(main).resolve().parent if main else Path.cwd()
+    join = shlex.join if flag("TRACKER_REDACT") is False else public_command
     tags = {
         "mlflow.source.name": main or "notebook",
         "mlflow.source.type": "LOCAL",
-        "tracker.command": public_command([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "tracker.command": join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "tracker.version": __version__,
         "tracker.python": platform.python_version(),
         "tracker.torch": str(torch.__version__),

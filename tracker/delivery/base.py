@@ -17,6 +17,7 @@ from tracker.delivery.inline import InlineDelivery
 from tracker.errors import ArgumentError
 from tracker.journal.writer import JournalWriter, NoJournal
 from tracker.store.uri import check_uri, resolve
+from tracker.validation import flag
 
 Mode = Literal["process", "inline", "offline"]
 
@@ -129,17 +130,10 @@ def mode_of(*, inline: bool | None, offline: bool | None) -> Mode:
     if inline and offline:
         raise ArgumentError("inline=True and offline=True exclude each other.")
     if offline is None:
-        offline = not inline and _flag("TRACKER_OFFLINE")
+        offline = not inline and bool(flag("TRACKER_OFFLINE"))
     if inline is None:
-        inline = not offline and _flag("TRACKER_INLINE")
+        inline = not offline and bool(flag("TRACKER_INLINE"))
     return "offline" if offline else "inline" if inline else "process"
-
-
-def _flag(name: str) -> bool:
-    value = os.environ.get(name, "").strip().lower()
-    if value not in ("", "0", "1", "false", "true"):
-        raise ArgumentError(f"{name}={value!r} is not allowed; it must be 1, 0, true or false.")
-    return value in ("1", "true")
 
 
 class NoDelivery:

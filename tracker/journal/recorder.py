@@ -18,7 +18,7 @@ from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
 from tracker.journal import records
 from tracker.journal.records import Point, Record, now
 from tracker.journal.writer import JournalWriter
-from tracker.redaction import is_secret_name, public_values
+from tracker.redaction import MASK, is_secret_name, public_values
 from tracker.statuses import Status
 from tracker.transfers import Arriving, read_later
 from tracker.validation import (
@@ -31,9 +31,12 @@ from tracker.validation import (
     checked_step,
     checked_tags,
     fitted,
+    flag,
 )
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_MASKED = "The secret in %s %r is stored as %s; TRACKER_REDACT=0 keeps such values."
+_KEPT = "Param %r is stored, though its name is secret; TRACKER_REDACT=1 masks such params."
 _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Recorder:
         self._resumed_params = dict(params)
         self._last_steps = dict(last_steps)
         self._warned: set[str] = set()
+        self._redacts = flag("TRACKER_REDACT")
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
@@ -93,21 +97,28 @@ class Recorder:
         self._journal.append(self._key, record)
 
     def _without_secrets(self, pairs: Mapping[str, str], what: str) -> dict[str, str]:
-        """Mask values that are secret by their names, with one warning per name."""
-        for name in pairs if self._journal.is_kept else ():
-            if is_secret_name(name) and name not in self._warned:
-                self._warned.add(name)
-                logger.warning("The value of %s %r is not stored: its name is secret.", what, name)
-        return public_values(pairs)
+        """Mask secrets as TRACKER_REDACT says, with one warning per name."""
+        if self._redacts is False:
+            return dict(pairs)
+        public = public_values(pairs, by_name=what == "tag" or self._redacts is True)
+        for name, value in pairs.items():
+            if public[name] != value:
+                self._warn_once(f"{what} {name}", _MASKED, what, name, MASK)
+            elif what == "param" and is_secret_name(name):
+                self._warn_once(f"{what} {name}", _KEPT, name)
+        return public
+
+    def _warn_once(self, key: str, message: str, *values: object) -> None:
+        if self._is_kept and key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message, *values)
 
     def _read(self, read: Callable[[], _T], default: _T) -> _T:
         """Return what `read` reads from the journal, or `default` if its file is unreadable."""
         try:
             return read()
         except StoreError as error:
-            if "journal" not in self._warned:
-                self._warned.add("journal")
-                logger.warning("%s; training continues.", str(error).rstrip("."))
+            self._warn_once("", "%s; training continues.", str(error).rstrip("."))
             return default
 
     @property
