@@ -28,6 +28,7 @@ from tracker import (
     run_epochs,
 )
 from tracker.training.device import evaluation_mode
+from tracker.validation import checked_name
 
 SPEC = "recipe.json"
 """A file logged with each model, from which `models.rebuild` builds its network."""
@@ -134,6 +135,8 @@ def begin(
         ArgumentError: The checkpoint's learning rate schedule is for other epochs.
     """
     recipe, data = task.recipe, task.data
+    for name in recipe.metrics:
+        checked_name(name, "metric")  # now, not after an epoch
     network = task.network().to(device)
     loop = None if recipe.loop is None else recipe.loop(network, data, task.params)
     size = task.params.get("batch_size", 1)

@@ -15,7 +15,7 @@ from tracker.run import Run
 from tracker.statuses import Outcome
 from tracker.store.history import ResumeState, load_resume_state
 from tracker.training.distributed import is_main, rank_0_first
-from tracker.validation import checked_local_path
+from tracker.validation import Renamer, checked_local_path
 
 
 class ManagedRuns:
@@ -34,6 +34,7 @@ class ManagedRuns:
         exit_timeout: float | None,
         parent: Run | str | None,
         joined: Run | None,
+        rename: bool,
     ) -> None:
         """Configure the runs; arguments are those of `RunManager`.
 
@@ -45,6 +46,7 @@ class ManagedRuns:
             exit_timeout: How long ends wait for the delivery, in seconds.
             parent: Parent of every run, or its id.
             joined: The only run, which the caller has begun and will end.
+            rename: Rename what has a name that MLflow does not allow.
 
         Raises:
             ArgumentError: `directory` or `exit_timeout` is not allowed.
@@ -59,6 +61,9 @@ class ManagedRuns:
         self._experiment = experiment
         self._mode = mode
         self._exit_timeout = exit_timeout
+        self._rename = rename
+        if joined is not None and rename:
+            joined.name_of = Renamer()
         self._parent = parent
         self._has_joined = False
         self._delivery: Delivery | None = None
@@ -112,9 +117,8 @@ class ManagedRuns:
             self.directory, self.tracking_uri, self._mode, self._exit_timeout, writes=is_main()
         )
         try:
-            self.open_run = Run(
-                route, params, self._experiment, name, tags, self._parent, resume=resume_state
-            )
+            given = (route, params, self._experiment, name, tags, self._parent)
+            self.open_run = Run(*given, resume=resume_state, rename=self._rename)
         except BaseException:  # Ctrl-C must not leave a journal open either
             if self._delivery is None:
                 route.close()

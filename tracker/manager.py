@@ -31,7 +31,13 @@ from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
 from tracker.transfers import read_later
-from tracker.validation import DIRECTORY, checked_metrics, checked_tags, named_values
+from tracker.validation import (
+    DIRECTORY,
+    checked_mapping,
+    checked_metrics,
+    checked_name,
+    named_values,
+)
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.files import ResultTable
 from tracker.views.table import live_views
@@ -64,6 +70,7 @@ class RunManager:
         checkpoints: Keep = Keep(),  # noqa: B008 - immutable
         tensorboard: str | Path | None = None,
         stop_on_nonfinite: bool = False,
+        rename: bool = False,
         parent: Run | str | None = None,
         run: Run | None = None,
         inline: bool | None = None,
@@ -85,6 +92,7 @@ class RunManager:
             checkpoints: Which checkpoints of `save_checkpoint` to keep.
             tensorboard: Also write event files below this folder.
             stop_on_nonfinite: Raise NonFiniteLossError if an epoch's loss is NaN or infinite.
+            rename: Rename metrics, params and tags that MLflow refuses: `AR@100` to `AR_at_100`.
             parent: Parent of every run, or its id.
             run: Log to this open run, which the caller ends, instead of to new ones.
             inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
@@ -102,17 +110,18 @@ class RunManager:
             exit_timeout=exit_timeout,
             parent=parent,
             joined=run,
+            rename=rename,
         )
+        if checkpoints.best is not None and not rename:
+            checked_name(checkpoints.best, "metric")
         # Not atexit: running a notebook's cell again drops this manager with its run still open.
         self._finalizer = weakref.finalize(
             self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
-        self._tags = {"tracker.session": uuid.uuid4().hex, **checked_tags(tags or {})}
+        self._tags = {"tracker.session": uuid.uuid4().hex, **checked_mapping(tags or {}, "tags")}
         self._keep = checkpoints
-        self._batch_loss = batch_loss
-        self._histograms, self._model = histograms, model
-        self._samples, self._digest = samples, digest
-        self._stop_on_nonfinite = stop_on_nonfinite
+        self._batch_loss, self._histograms, self._model = batch_loss, histograms, model
+        self._samples, self._digest, self._stop_on_nonfinite = samples, digest, stop_on_nonfinite
         self._results = ResultTable()
         shown = live_views(self._results.rows) if run is None else []
         if tensorboard is not None:
@@ -121,12 +130,11 @@ class RunManager:
         self._first: FirstBatch | None = None
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()  # of the current epoch, or of the last one
-        self._steps, self._is_main = 0, True
+        self._steps, self._is_main, self._run_started = 0, True, 0.0
         self._said: set[str] = set()  # warnings of the meters
         self._metrics: dict[str, float] = {}  # of the last epoch
-        self._retention = Retention(checkpoints)
         self._resume_state = run.resume_state if run is not None else None
-        self._run_started = 0.0
+
         self.network: nn.Module | None = None
         """The network of the run."""
         self.loader: Any = None
@@ -191,9 +199,7 @@ class RunManager:
         self.network, self.loader, self.run_params = network, loader, run
         self.run_count += 1
         self.epoch_count = self._steps = 0
-        self._epoch = None
-        self._meter = EpochMeter(loader)
-        self._metrics = {}
+        self._epoch, self._meter, self._metrics = None, EpochMeter(loader), {}
         self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
         self._run_started = time.perf_counter()
         self._views.begin_run(self.run_count, params)
@@ -210,8 +216,7 @@ class RunManager:
 
     def _continue(self, state: ResumeState) -> None:
         if state.checkpoint is not None:
-            self.epoch_count = state.checkpoint.epoch
-            self._steps = state.checkpoint.step
+            self.epoch_count, self._steps = state.checkpoint.epoch, state.checkpoint.step
             self._metrics = dict(state.checkpoint.metrics)
         for row in state.rows:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
@@ -325,9 +330,9 @@ class RunManager:
             ArgumentError: A metric is not allowed; the epoch has not ended.
             NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
         """
-        epoch = self._current_epoch("end_epoch")
+        epoch, run = self._current_epoch("end_epoch"), self._runs.current("end_epoch")
         epoch_metrics = epoch.meter.compute()  # waits for the device and for the other ranks
-        epoch_metrics |= checked_metrics(metrics or {})
+        epoch_metrics |= checked_metrics(metrics or {}, run.name_of)
         epoch_metrics["epoch_duration"] = epoch.seconds
         self._epoch = None
         self._log_metrics(epoch_metrics)
@@ -356,8 +361,8 @@ class RunManager:
     def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         run, epoch = self._runs.current("end_epoch"), self.epoch_count
         self._see()
-        metrics = {**metrics, "run_duration": time.perf_counter() - self._run_started}
-        self._metrics = metrics
+        seconds = time.perf_counter() - self._run_started
+        self._metrics = metrics = {**metrics, "run_duration": seconds}
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch, **metrics})
         histograms = None

@@ -66,6 +66,7 @@ def start_run(
     parent: Run | str | None = None,
     tracking_uri: str | None = None,
     directory: str | Path = DIRECTORY,
+    rename: bool = False,
     inline: bool | None = None,
     offline: bool | None = None,
     exit_timeout: float | None = None,
@@ -82,6 +83,7 @@ def start_run(
         parent: Parent of the run, or its id.
         tracking_uri: Where the run is delivered; default as in MLflow.
         directory: Holds the journal while the run lasts.
+        rename: Rename metrics, params and tags that MLflow refuses: `AR@100` to `AR_at_100`.
         inline: Deliver from this thread, not from a second process; default TRACKER_INLINE.
         offline: Keep the run on disk until `tracker sync`; default TRACKER_OFFLINE.
         exit_timeout: Seconds to wait for the delivery when the run and the program end; default
@@ -95,10 +97,12 @@ def start_run(
     folder = checked_local_path(directory, "directory")
     delivery = open_delivery(folder, tracking_uri, mode, exit_timeout, writes=is_main())
     try:
-        return Run(delivery, params, experiment, name, tags, parent, owns_delivery=True)
+        given = (delivery, params, experiment, name, tags, parent)
+        run = Run(*given, owns_delivery=True, rename=rename)
     except BaseException:  # Ctrl-C must not leave a journal open either
         delivery.close()
         raise
+    return run
 
 
 class Run(Recorder):
@@ -119,6 +123,7 @@ class Run(Recorder):
         *,
         resume: ResumeState | None = None,
         owns_delivery: bool = False,
+        rename: bool = False,
         key: str | None = None,
         parent_key: str | None = None,
         environment: Mapping[str, str] | None = None,
@@ -147,6 +152,7 @@ class Run(Recorder):
             key or uuid.uuid4().hex,
             resume.params if resume else {},
             resume.last_steps if resume else {},
+            rename,
         )
         self._delivery, self._owns_delivery = delivery, owns_delivery
         self._checkpoints: dict[int, Path] = {}  # staged by this process
@@ -155,10 +161,11 @@ class Run(Recorder):
         self._error_before = uncaught_error()
         self.resume_state: ResumeState | None = resume
         """State of the earlier run that this one continues."""
-        checked = checked_params(params or {})
+        checked = checked_params(params or {}, self.name_of)
         if environment is None:
             environment = {"tracker.resumed": "true"} if resume else environment_tags()
-        tags = {**fitted(environment), **checked_tags(tags or {}), RUN_TAG: self._key}
+        tags = {**fitted(environment), **checked_tags(tags or {}, self.name_of)}
+        tags[RUN_TAG] = self._key
         checked_text(name or "-", "name", MAX_RUN_NAME)
         environ = os.environ
         named = experiment or environ.get("MLFLOW_EXPERIMENT_NAME")

@@ -6,12 +6,13 @@ Every function returns the checked value, and raises ArgumentError if it is not 
 from __future__ import annotations
 
 import argparse
+import logging
 import operator
 import os
 import posixpath
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +21,16 @@ from typing import Any
 
 from tracker.errors import ArgumentError
 
+logger = logging.getLogger(__name__)
+
 DIRECTORY = ".tracker"
 """Default directory of the journals, relative to the current directory."""
 RUN_TAG = "tracker.run"
 """Tag of an MLflow run that holds the key of the run, by which it is looked up."""
 
-_NAME = re.compile(r"[/\w.\- :]{1,250}")  # mlflow.utils.validation, 3.17
+_LONGEST_NAME = 250  # mlflow.utils.validation, 3.17
+_NAME = re.compile(rf"[/\w.\- :]{{1,{_LONGEST_NAME}}}")
+_RENAMED = ("metric", "param", "tag")
 _MAX_PARAM = 6_000  # characters that MLflow keeps
 _MAX_TAG = 8_000
 MAX_RUN_NAME = 250
@@ -36,12 +41,60 @@ MAX_EXPERIMENT_NAME = 500
 @lru_cache(maxsize=10_000)  # the same metric names come back in every step
 def checked_name(name: str, what: str) -> str:
     """Check the name of a metric, param or tag; `what` names its kind in the error."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or not _is_plain(name):
+    if not _is_allowed(name):
+        stored = _allowed(name) if what in _RENAMED else ""
+        hint = f"; rename=True would store it as {stored!r}" if stored else ""
         raise ArgumentError(
             f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, spaces "
-            "and _ - . : /, without //, .., or a / at either end."
+            f"and _ - . : /, without //, .., or a / at either end{hint}."
         )
     return name
+
+
+def _is_allowed(name: Any) -> bool:
+    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and _is_plain(name)
+
+
+Namer = Callable[[str, str], str]
+"""Returns the name under which MLflow stores a name; the second argument is its kind."""
+
+
+class Renamer:
+    """Replaces what MLflow does not allow in names: `AR@100` becomes `AR_at_100`.
+
+    `@` becomes `_at_`, and every other sign that is not allowed `_`. If two names of a kind would
+    become the same one, the later gets `_2` or the next free number at its end.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], str] = {}
+
+    def __call__(self, name: str, what: str) -> str:
+        """Return the name to store, after a warning if it is another one.
+
+        Raises:
+            ArgumentError: Nothing of the name is left.
+        """
+        if (stored := self._stored.get((what, name))) is None:
+            wanted = name if _is_allowed(name) else _allowed(name)
+            if not _is_allowed(wanted):
+                return checked_name(name, what)
+            stored, number = wanted, 1
+            taken = {other for kind, other in self._stored.items() if kind[0] == what}
+            while stored in taken:
+                number += 1
+                stored = f"{wanted[: _LONGEST_NAME - 8].rstrip('/')}_{number}"
+            self._stored[what, name] = stored
+            if stored != name:
+                logger.warning("The %s %r is stored as %r.", what, name, stored)
+        return stored
+
+
+def _allowed(name: Any) -> str:
+    """Replace what is not allowed in a name; the result may be empty."""
+    text = re.sub(r"[^/\w.\- :]", "_", str(name).replace("@", "_at_"))
+    parts = [part.replace("..", "__") for part in text.split("/") if part not in ("", ".")]
+    return "/".join(parts)[:_LONGEST_NAME].rstrip("/")
 
 
 def named_values(given: Any, argument: str) -> dict[str, Any]:
@@ -71,23 +124,29 @@ def checked_mapping(value: Any, argument: str) -> Mapping[str, Any]:
     return value
 
 
-def checked_params(params: Any) -> dict[str, str]:
+def checked_params(params: Any, name_of: Namer = checked_name) -> dict[str, str]:
     """Check params, see `named_values`, and convert them to text, as MLflow stores them.
 
     Functions and objects lose their address, which differs in every process.
+
+    Args:
+        params: Values by name.
+        name_of: Checks or changes their names.
     """
     named = named_values(params, "params").items()
     texts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in named}
-    return _checked_texts(texts, "param", _MAX_PARAM)
+    return _checked_texts(texts, "param", _MAX_PARAM, name_of)
 
 
-def checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+def checked_tags(tags: Mapping[str, Any], name_of: Namer = checked_name) -> dict[str, str]:
     """Check tags and convert their values to text, as MLflow stores them."""
-    return _checked_texts(checked_mapping(tags, "tags"), "tag", _MAX_TAG)
+    return _checked_texts(checked_mapping(tags, "tags"), "tag", _MAX_TAG, name_of)
 
 
-def _checked_texts(pairs: Mapping[str, Any], what: str, limit: int) -> dict[str, str]:
-    texts = {checked_name(name, what): str(value) for name, value in pairs.items()}
+def _checked_texts(
+    pairs: Mapping[str, Any], what: str, limit: int, name_of: Namer
+) -> dict[str, str]:
+    texts = {name_of(name, what): str(value) for name, value in pairs.items()}
     for name, text in texts.items():
         if len(text) > limit:
             raise ArgumentError(
@@ -185,10 +244,12 @@ def _checked_encoding(text: str, what: str) -> str:
     return text
 
 
-def checked_metrics(metrics: Any) -> dict[str, float]:
+def checked_metrics(metrics: Any, name_of: Namer = checked_name) -> dict[str, float]:
     """Check a mapping of metrics, and convert their values to floats, waiting for devices."""
     pairs = checked_mapping(metrics, "metrics").items()
-    return {checked_name(name, "metric"): checked_number(name, value) for name, value in pairs}
+    for name, _ in pairs:
+        name_of(name, "metric")
+    return {name: checked_number(name, value) for name, value in pairs}
 
 
 def checked_number(name: str, value: Any) -> float:

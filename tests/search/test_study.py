@@ -754,7 +754,7 @@ def test_a_password_appears_in_no_message_and_no_store(database: str, store: Sto
         ({"direction": ["minimize", 1]}, "direction=1 is not allowed"),
         ({"direction": []}, "direction is empty; it must be minimize, maximize or a list"),
         ({"metric": ["a", "b"]}, "must have one name for each of"),
-        ({"metric": "loss?"}, r"metric name 'loss\?' is not allowed"),
+        ({"metric": "loss?"}, r"objective name 'loss\?' is not allowed"),
         (
             {"direction": ["minimize"] * 2, "metric": ["a", "a"]},
             r"metric=\['a', 'a'\] contains a name twice",

@@ -22,6 +22,8 @@ from tracker.redaction import MASK, is_secret_name, public_values
 from tracker.statuses import Status
 from tracker.transfers import Arriving, read_later
 from tracker.validation import (
+    Namer,
+    Renamer,
     checked_local_path,
     checked_mapping,
     checked_name,
@@ -58,6 +60,7 @@ class Recorder:
         key: str,
         params: Mapping[str, str],
         last_steps: Mapping[str, int],
+        rename: bool,
     ) -> None:
         """Record to a journal.
 
@@ -66,6 +69,7 @@ class Recorder:
             key: Key of the run in the journal.
             params: Params that a resumed run has.
             last_steps: Last step of each metric that a resumed run has.
+            rename: Rename metrics, params and tags whose names MLflow does not allow.
         """
         self._journal = journal
         self._key = key
@@ -76,6 +80,8 @@ class Recorder:
         self._last_steps = dict(last_steps)
         self._warned: set[str] = set()
         self._redacts = flag("TRACKER_REDACT")
+        self.name_of: Namer = Renamer() if rename else checked_name
+        """Returns the name under which MLflow stores a metric, param or tag."""
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
@@ -132,7 +138,7 @@ class Recorder:
         Raises:
             ArgumentError: A name or value is not allowed, or a param has another value already.
         """
-        self._log_params(checked_params(params))
+        self._log_params(checked_params(params, self.name_of))
 
     def _log_params(self, params: Mapping[str, str]) -> None:
         params = self._without_secrets(params, "param")
@@ -175,13 +181,13 @@ class Recorder:
         """
         if not self._is_kept:
             return
-        at, step = now(), checked_step(step)
+        at, step, name_of = now(), checked_step(step), self.name_of
         points = []
         if type(metrics) is not dict:
             metrics = checked_mapping(metrics, "metrics")
         for name, value in metrics.items():
             number = value if type(value) is float else _number(name, value)
-            points.append(Point(checked_name(name, "metric"), number, step, at))
+            points.append(Point(name_of(name, "metric"), number, step, at))
         self.append_points(points)
 
     def log_points(self, points: Sequence[Point]) -> None:
@@ -195,7 +201,7 @@ class Recorder:
         self.append_points(
             [
                 Point(
-                    checked_name(name, "metric"),
+                    self.name_of(name, "metric"),
                     _number(name, value),
                     checked_step(step),
                     checked_step(time, "time"),
@@ -217,7 +223,7 @@ class Recorder:
         Raises:
             ArgumentError: A name or value is not allowed.
         """
-        self._append(records.Tags(self._without_secrets(checked_tags(tags), "tag")))
+        self._append(records.Tags(self._without_secrets(checked_tags(tags, self.name_of), "tag")))
 
     log_tags = set_tags  # the former name
 

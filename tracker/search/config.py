@@ -104,7 +104,7 @@ class StudyConfig:
                     f"direction={direction!r} is not allowed; it must be minimize or maximize."
                 )
         for name in self.metrics:
-            checked_name(name, "metric")
+            checked_name(name, "objective")
         metrics, directions = list(self.metrics), list(self.directions)
         if len(metrics) != len(directions):
             raise ArgumentError(
