@@ -40,6 +40,7 @@ LAYERS = {
 
 BASE = {
     "_version",
+    "cells",
     "arguments",
     "errors",
     "statuses",

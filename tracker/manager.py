@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.capture.facts import training_facts
+from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
@@ -203,6 +204,7 @@ class RunManager:
         self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
         self._run_started = time.perf_counter()
         self._views.begin_run(self.run_count, params)
+        when_cell_fails(self._end_open)
         if self._is_main:
             if (dataset := getattr(loader, "dataset", None)) is not None:
                 tracked.log_dataset(dataset, digest=self._digest)
@@ -247,7 +249,7 @@ class RunManager:
             ended = ended if isinstance(error, Exception) else outcome(error)
             raise
         finally:  # whatever was raised, the run gets its status
-            self._epoch = None
+            self._epoch = self._first = None
             self._runs.end(ended)
             self._views.end_run(ended.status)
 
@@ -265,9 +267,12 @@ class RunManager:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._runs.open_run is not None and not self._runs.is_forked:
-            self._end(outcome(error))
+        self._end_open(outcome(error))
         self.close()
+
+    def _end_open(self, ended: Outcome) -> None:
+        if (run := self._runs.open_run) and run.status is None and not self._runs.is_forked:
+            self._end(ended)
 
     def begin_epoch(self) -> None:
         """Begin an epoch."""

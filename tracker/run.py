@@ -21,6 +21,7 @@ from tracker.capture.dataset import dataset_name, describe_dataset
 from tracker.capture.histograms import HistogramState, network_histograms
 from tracker.capture.images import mlflow_image_files, to_pil
 from tracker.capture.provenance import environment_tags
+from tracker.cells import when_cell_fails
 from tracker.delivery.background import DEADLINE_SECONDS
 from tracker.delivery.base import Delivery, mode_of, open_delivery
 from tracker.errors import ArgumentError, StoreError
@@ -102,6 +103,7 @@ def start_run(
     except BaseException:  # Ctrl-C must not leave a journal open either
         delivery.close()
         raise
+    when_cell_fails(run.end)
     return run
 
 
