@@ -44,6 +44,7 @@ BASE = {
     "arguments",
     "errors",
     "statuses",
+    "texts",
     "validation",
     "redaction",
     "locks",

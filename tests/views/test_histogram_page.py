@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracker.errors import ArgumentError
+from tracker.texts import visible
 from tracker.views.histogram_page import histogram_page
 
 Record = dict[str, Any]
@@ -133,7 +134,13 @@ def decoded(page: str) -> list[Record]:
 
 def by_key(records: Sequence[Record]) -> list[tuple[int, dict[tuple[str, str], Record]]]:
     return [
-        (each["step"], {(one["tensor"], one["kind"]): one for one in each["histograms"]})
+        (
+            each["step"],
+            {
+                (visible(one["tensor"]), one["kind"]): one | {"tensor": visible(one["tensor"])}
+                for one in each["histograms"]
+            },
+        )
         for each in records
     ]
 

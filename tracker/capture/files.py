@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import pandas as pd
 from torch import Tensor, nn
 
 from tracker.capture.layers import graph_svg, layer_table
 from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
 from tracker.capture.trace import trace
+from tracker.texts import csv_cell
 from tracker.training.device import unwrap
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ def network_files(network: nn.Module, example: Tensor | None) -> dict[str, str]:
             traced = trace(network, example[:2])
         except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
             logger.warning("The graph of the network is not logged: %s", error)
-    files = {"network/layers.csv": layer_table(network, traced).to_csv(index=False)}
+    files = {"network/layers.csv": _csv(layer_table(network, traced), index=False)}
     if traced is not None:
         files["network/graph.svg"] = graph_svg(traced, type(unwrap(network)).__name__)
     return files
@@ -40,12 +42,17 @@ def mistake_files(
     """Return the confusion matrix and the worst mistakes; see `Run.log_mistakes`."""
     mistakes = find_mistakes(network, loader, classes=classes, scores=scores, shown=shown)
     files = {
-        "mistakes/confusion.csv": _encoded(mistakes.confusion.to_csv()),
-        "mistakes/worst.csv": _encoded(mistakes.worst.to_csv(index=False)),
+        "mistakes/confusion.csv": _encoded(_csv(mistakes.confusion)),
+        "mistakes/worst.csv": _encoded(_csv(mistakes.worst, index=False)),
         "mistakes/confusion.png": confusion_picture(mistakes.confusion),
         "mistakes/worst.png": worst_picture(mistakes),
     }
     return {path: content for path, content in files.items() if content is not None}
+
+
+def _csv(table: pd.DataFrame, *, index: bool = True) -> str:
+    cells = table.map(csv_cell).rename(index=csv_cell, columns=csv_cell)
+    return str(cells.to_csv(index=index))
 
 
 def _encoded(text: str) -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from tracker.capture.graph_layout import LINE, PADDING, Box, Graph, Layout, arrange
+from tracker.texts import visible
 
 # Lengths are in pixels.
 _MARGIN = 20.0
@@ -109,5 +109,5 @@ def _text(style: str, x: float, y: float, text: str, attributes: str = "") -> st
 
 
 def _escaped(text: str) -> str:
-    """Return `text` as XML, with characters that XML does not allow replaced."""
-    return escape(re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\ufffd", text))
+    """Return `text` as XML; characters that XML does not allow are invisible too."""
+    return escape(visible(text))

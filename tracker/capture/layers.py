@@ -16,7 +16,10 @@ from tracker.capture.trace import (
     is_leaf,
     modules_outside_leaves,
 )
+from tracker.texts import visible
 from tracker.training.device import unwrap
+
+_HEADING = 100  # characters of a name in the graph
 
 
 def layer_table(network: nn.Module, trace: Trace | None) -> pd.DataFrame:
@@ -85,7 +88,9 @@ def graph_svg(trace: Trace, title: str) -> str:
         _box(trace.calls[index], tuple(position[i] for i in trace.calls[index].inputs), trace.batch)
         for index in position
     ]
-    return draw(boxes, title, "N = batch size" if trace.batch is not None else "")
+    return draw(
+        boxes, visible(title, _HEADING), "N = batch size" if trace.batch is not None else ""
+    )
 
 
 def _text(shape: Shape | None, batch: int | None) -> str:
@@ -105,7 +110,7 @@ def _box(call: Call, inputs: tuple[int, ...], batch: int | None) -> Box:
         if not call.trainable:
             details.append("frozen")
     return Box(
-        heading=call.name or call.kind,
+        heading=visible(call.name or call.kind, _HEADING),
         shape=_text(call.shape, batch),
         detail=" · ".join(details),
         role="terminal" if call.is_terminal else "layer" if call.parameters else "function",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tracker.capture.images import to_pil
 from tracker.errors import ArgumentError
+from tracker.texts import visible
 from tracker.training.device import device_of, evaluation_mode, unwrap
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 WORST = 25
 """Maximum number of misclassifications to keep."""
 _COLUMNS = 5  # of the picture
+_LABEL = 30  # characters of a class in a picture
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def confusion_picture(confusion: pd.DataFrame) -> bytes:
     axes = figure.add_subplot()
     shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0).to_numpy()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(size), confusion.columns, rotation=90)
-    axes.set_yticks(range(size), confusion.index)
+    names = [visible(str(name), _LABEL) for name in confusion.index]
+    axes.set_xticks(range(size), names, rotation=90, parse_math=False)  # $ is a dollar sign
+    axes.set_yticks(range(size), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if size <= 30:  # more counts would not fit their squares
@@ -140,7 +143,9 @@ def worst_picture(mistakes: Mistakes) -> bytes | None:
         axes = figure.add_subplot(rows, _COLUMNS, place)
         axes.imshow(to_pil(make_grid(picture, normalize=True, padding=0)))
         axes.set_axis_off()
-        axes.set_title(f"{mistake.label}\n\N{RIGHTWARDS ARROW} {mistake.predicted}", size=8)
+        label, predicted = (visible(str(n), _LABEL) for n in (mistake.label, mistake.predicted))
+        title = f"{label}\n\N{RIGHTWARDS ARROW} {predicted}"
+        axes.set_title(title, size=8, parse_math=False)
     return _png(figure)
 
 

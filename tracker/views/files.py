@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.errors import ArgumentError
+from tracker.texts import csv_cell
 from tracker.views.base import View
 
 if TYPE_CHECKING:  # the uploader writes tables too, and does not load torch
@@ -57,15 +58,19 @@ class ResultTable(View):
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return `rows` as CSV, with a column for each key, in order of first appearance."""
+    """Return `rows` as CSV, with a column for each key, in order of first appearance.
+
+    For texts that look like formulas see `csv_cell`.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     # Python before 3.13 does not quote a lone carriage return by itself.
-    returns = any(isinstance(cell, str) and "\r" in cell for row in rows for cell in row.values())
+    cells = (cell for row in [columns, *(row.values() for row in rows)] for cell in row)
+    returns = any(isinstance(cell, str) and "\r" in cell for cell in cells)
     quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=quoting)
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n", quoting=quoting)
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows([csv_cell(row.get(key, "")) for key in columns] for row in rows)
     return text.getvalue()
 
 

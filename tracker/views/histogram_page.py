@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from tracker.errors import ArgumentError
+from tracker.texts import visible
 
 _DATA_LIMIT = 4_000_000
 """Maximum number of characters of data in a page; epochs are left out until it fits."""
@@ -51,11 +52,14 @@ def histogram_page(records: Iterable[Mapping[str, Any]], title: str, max_steps: 
         epochs.append((step, _compact(row)))
     epochs.sort(key=lambda epoch: epoch[0])
     shown = _selection([len(text) for _, text in epochs], max_steps)
-    names = _compact([[*key, first_bad.get(index)] for key, index in series.items()])
+    shown_names = [[visible(name), kind] for name, kind in series]
+    names = _compact([[*shown_names[index], first_bad.get(index)] for index in series.values()])
     rows = ",".join(epochs[index][1] for index in shown)
     # In JSON, `<` occurs only within strings. Escaped, it cannot end the script element.
     data = f'{{"series":{names},"records":[{rows}]}}'.replace("<", "\\u003c")
-    return _fill(title=html.escape(title), epochs=_extent(len(shown), len(epochs)), data=data)
+    return _fill(
+        title=html.escape(visible(title)), epochs=_extent(len(shown), len(epochs)), data=data
+    )
 
 
 def _cell(histogram: Mapping[str, Any]) -> list[int]:

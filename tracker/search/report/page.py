@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import string
 import warnings
 from collections import Counter
@@ -19,7 +18,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from tracker.search.best import best_trials, feasible
 from tracker.search.report import charts
 from tracker.search.report.charts import STATES, Objective, Part, note
-from tracker.search.report.trials import Selection, evenly, labels, prepared
+from tracker.search.report.trials import Selection, escaped, evenly, labels, prepared
 
 _ROWS = 50
 _AXIS = {"automargin": True, "gridcolor": "#dfe2e7", "linecolor": "#dfe2e7", "zeroline": False}
@@ -72,7 +71,7 @@ def study_page(study: optuna.Study, facts: Mapping[str, str] = {}) -> str:
 
 class _Page:
     def __init__(self, title: str, objectives: Sequence[Objective]) -> None:
-        self._title = html.escape(title)
+        self._title = escaped(title)
         self._objectives = objectives
         self._parts: list[str] = []
         self._charts = 0
@@ -92,7 +91,7 @@ class _Page:
         try:
             return [part if isinstance(part, str) else self._chart(part) for part in parts()]
         except Exception as error:  # noqa: BLE001 - the page is written whatever Optuna says
-            return [note(f"Not drawn: {html.escape(str(error))}.")]
+            return [note(f"Not drawn: {escaped(str(error))}.")]
 
     def _chart(self, figure: go.Figure) -> str:
         figure.update_layout(template=_STYLE, title=None)
@@ -139,13 +138,13 @@ def _summary(
         rows[f"Best {names[0]}"] = f"{best[0].values[0]:.6g}"
     else:
         rows["Best trial"] = "none yet: no trial is complete" + " and feasible" * bool(broken)
-    cells = {label: html.escape(text) for label, text in rows.items()}
+    cells = {label: escaped(text) for label, text in rows.items()}
     if len(goals) == 1 and best:
         cells["Its parameters"] = _params(best[0])
     for label, text in facts.items():
-        command, is_command = html.escape(text.removeprefix("$ ")), text.startswith("$ ")
+        command, is_command = escaped(text.removeprefix("$ ")), text.startswith("$ ")
         cells[label] = f'<code class="command">{command}</code>' if is_command else command
-    body = "\n".join(f"<dt>{html.escape(k)}</dt><dd>{v}</dd>" for k, v in cells.items())
+    body = "\n".join(f"<dt>{escaped(k)}</dt><dd>{v}</dd>" for k, v in cells.items())
     return f"<dl>\n{body}\n</dl>"
 
 
@@ -153,7 +152,7 @@ def _table(names: Sequence[str], front: Sequence[FrozenTrial]) -> str:
     if not front:
         return note("No trial is complete and feasible: the front is empty.")
     shown = evenly(sorted(front, key=lambda trial: trial.values), _ROWS)
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in ["Trial", *names, "Parameters"])
+    head = "".join(f"<th>{escaped(text)}</th>" for text in ["Trial", *names, "Parameters"])
     rows = "\n".join(
         f"<tr><td>{trial.number}</td>"
         + "".join(f"<td>{value:.6g}</td>" for value in trial.values)
@@ -170,5 +169,5 @@ def _params(trial: FrozenTrial) -> str:
         f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}"
         for name, value in trial.params.items()
     ]
-    codes = [f"<code>{html.escape(text[:200])}</code>" for text in texts]
+    codes = [f"<code>{escaped(text[:200])}</code>" for text in texts]
     return " ".join(codes) or "none"

@@ -11,6 +11,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.texts import visible
+
 T = TypeVar("T")
 
 _HUGE = 1e150
@@ -111,7 +113,12 @@ def varied(trials: Iterable[FrozenTrial]) -> list[str]:
 
 def label(text: str, most: int = _LABEL) -> str:
     """Return `text` for a chart, short and escaped: plotly renders HTML."""
-    return html.escape(text if len(text) <= most else f"{text[: most - 1]}…", quote=False)
+    return escaped(text if len(text) <= most else f"{text[: most - 1]}…", quote=False)
+
+
+def escaped(text: str, *, quote: bool = True) -> str:
+    """Return `text` as HTML, with its invisible characters written out."""
+    return html.escape(visible(text), quote=quote)
 
 
 def labels(texts: Sequence[str], most: int = _LABEL) -> list[str]:
