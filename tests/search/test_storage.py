@@ -33,7 +33,7 @@ import tracker
 from tests.postgres import PostgresServer, free_port
 from tests.programs import ForkServer
 from tracker.errors import ArgumentError, StoreError
-from tracker.search.storage import DEFAULT, LockedError, Storage, parse, quiet
+from tracker.search.storage import DEFAULT, LockedError, Storage, default_url, parse, quiet
 
 PROJECT = Path(tracker.__file__).parents[1]
 KINDS = ["journal", "sqlite", "postgresql"]
@@ -160,6 +160,39 @@ def test_three_slashes_start_a_relative_path_and_four_an_absolute_one(
 
 def test_the_default_is_a_journal_in_the_current_directory(workdir: Path) -> None:
     assert parse(None) == (DEFAULT, "journal", workdir / "studies.journal")
+
+
+@pytest.mark.parametrize(
+    ("tracking_uri", "file", "warned"),
+    [
+        ("sqlite:///{home}/mlflow.db", "{home}/studies.journal", False),
+        ("file://{home}/mlruns", "{home}/studies.journal", False),
+        ("sqlite:///mlflow.db", "studies.journal", True),
+        ("http://127.0.0.1:9", "studies.journal", True),
+    ],
+)
+def test_a_project_that_mlflow_fetched_keeps_its_studies_beside_the_store(
+    tracking_uri: str,
+    file: str,
+    warned: bool,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    home, project = workdir / "a b%20", workdir / "tmp" / "tmp1x2y3z" / "project"
+    home.mkdir()
+    project.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(workdir / "tmp"))
+    uri = tracking_uri.format(home=str(home).replace("%", "%25"))
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.chdir(project)  # a clone of one's own
+    assert default_url(uri) == DEFAULT
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0")
+    monkeypatch.chdir(home)  # mlflow run .
+    assert default_url(uri) == DEFAULT
+    monkeypatch.chdir(project)
+    assert parse(default_url(uri))[2] == project / file.format(home=home)
+    assert ("temporary folder of mlflow run; storage=URL keeps it." in caplog.text) == warned
 
 
 # -- opening ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from tracker.errors import ArgumentError, StoreError, first_line
 from tracker.locks import Lock
 from tracker.logs import muted
 from tracker.redaction import public_uri
+from tracker.store.uri import is_local, local_path, resolve
 
 DEFAULT = "journal:///studies.journal"
 LOCK_SECONDS = 10.0
@@ -50,6 +52,29 @@ _POSTGRES: dict[str, Any] = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+def default_url(tracking_uri: str | None) -> str:
+    """Return the URL of the storage of a study that names none.
+
+    It is `DEFAULT`, in this folder. Only in the temporary folder to which `mlflow run` fetches a
+    repository it is beside the tracking store, if that is a local file, else a warning says where.
+
+    Args:
+        tracking_uri: The MLflow store; None is MLflow's own.
+    """
+    here = Path(DEFAULT.removeprefix("journal:///")).absolute()
+    temporary = Path(tempfile.gettempdir()).resolve()
+    if "MLFLOW_RUN_ID" not in os.environ or temporary not in here.resolve().parents:
+        return DEFAULT
+    project = temporary / here.resolve().relative_to(temporary).parts[0]
+    uri = resolve(tracking_uri)
+    if is_local(uri) and project not in (beside := local_path(uri).resolve()).parents:
+        return f"journal:///{beside.with_name(here.name)}"
+    logger.warning(
+        "The study is stored in %s, a temporary folder of mlflow run; storage=URL keeps it.", here
+    )
+    return DEFAULT
 
 
 def parse(url: str | None) -> tuple[str, str, Path | None]:

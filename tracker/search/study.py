@@ -46,7 +46,7 @@ from tracker.search.progress import Progress
 from tracker.search.reap import reap
 from tracker.search.session import Search
 from tracker.search.space import checked_space
-from tracker.search.storage import Storage, parse
+from tracker.search.storage import Storage, default_url, parse
 from tracker.search.stored_study import StoredStudy, load, open_study
 from tracker.search.trial import Objective, replay
 from tracker.statuses import Outcome, outcome
@@ -117,7 +117,7 @@ class Study:
                 f"grace_seconds={grace_seconds!r} is not allowed; it must be above 0."
             )
         self._objective = objective
-        self._storage_url = storage
+        self._storage_url = storage or default_url(tracking_uri)
         self._tracking_uri = tracking_uri
         self._directory = checked_local_path(directory, "directory")
         self._grace = float(grace_seconds)
@@ -135,7 +135,7 @@ class Study:
             spaces=() if space is None else (checked_space(space),),
             experiment=experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME"),
             experiment_id=None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID"),
-            storage=public_uri(parse(storage)[0]),
+            storage=public_uri(parse(self._storage_url)[0]),
             models=models,
             register=register,
             alias=alias,

@@ -125,8 +125,7 @@ def check_exists(uri: str, wanted: str) -> None:
     Raises:
         StoreError: It does not exist.
     """
-    is_sqlite = uri.startswith("sqlite:") and ":memory:" not in uri
-    if (is_sqlite or is_file_store(uri)) and not local_path(uri).exists():
+    if is_local(uri) and not local_path(uri).exists():
         raise StoreError(
             f"tracking_uri={public_uri(uri)!r} does not exist, so it does not have {wanted}."
         )
@@ -140,6 +139,11 @@ def is_http(uri: str) -> bool:
 def is_database(uri: str) -> bool:
     """Return whether `uri` is a SQL database's, which this process opens itself."""
     return uri.partition(":")[0].partition("+")[0] in _DATABASES
+
+
+def is_local(uri: str) -> bool:
+    """Return whether `uri` is a file or a folder of this machine."""
+    return is_file_store(uri) or (uri.startswith("sqlite:") and ":memory:" not in uri)
 
 
 def is_file_store(uri: str) -> bool:
