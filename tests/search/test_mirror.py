@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from tracker.journal.reader import Journal
 from tracker.search.cli import mirror_study
 from tracker.search.keeper import KeeperConfig, KeeperProcess, MirrorService
 from tracker.search.mirror import Mirror
-from tracker.search.storage import Storage
+from tracker.search.storage import LockedError, Storage
 from tracker.search.stored_study import load
 from tracker.store.client import MlflowStore
 
@@ -101,6 +101,56 @@ def test_deleted_tags_and_files_of_a_study_are_restored(store: Store, workdir: P
     assert store.artifacts(after) == {"study.html", "trials.csv", "trials.json", "best.json"}
     assert store.history(after, "best_objective") == [(1, 1.0)]
     assert mirrored() == 0
+
+
+def test_files_are_written_under_the_mirrors_lock(
+    store: Store, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(plain).run()
+    parent, _ = family(store)
+    store.client.delete_tag(parent.info.run_id, "tracker.mirrored")
+    monkeypatch.setattr("tracker.search.storage.LOCK_SECONDS", 0.0)
+    other, written = Storage(), list[str]()
+
+    class Checked(MlflowStore):
+        def log_text(self, run_id: str, text: str, path: str) -> None:
+            with pytest.raises(LockedError), other.lock("mirror"):
+                pass
+            written.append(path)
+            super().log_text(run_id, text, path)
+
+    with closing(other), closing(Storage()) as storage:
+        Mirror(storage, load(storage, "study"), Checked(store.uri)).refresh()
+        assert set(written) == {"study.html", "trials.csv", "trials.json", "best.json"}
+        with other.lock("mirror"):
+            pass
+
+
+def test_an_older_view_of_a_study_does_not_replace_a_newer_page(
+    store: Store, workdir: Path
+) -> None:
+    settings: dict[str, Any] = {"sampler": "random", "space": {"x": [1.0, 2.0]}}
+    make(plain, trials=1, **settings).run()
+    parent, _ = family(store)
+    store.client.delete_tag(parent.info.run_id, "tracker.mirrored")
+
+    class Overtaken(Storage):
+        """While a mirror waits for the lock, another trial ends and is mirrored."""
+
+        is_overtaken = False
+
+        def lock(self, name: str = "tracker") -> AbstractContextManager[None]:
+            if name == "mirror" and not self.is_overtaken:
+                self.is_overtaken = True
+                make(plain, trials=2, **settings).run(resume=True)
+            return super().lock(name)
+
+    with closing(Overtaken()) as storage:
+        Mirror(storage, load(storage, "study"), MlflowStore(store.uri)).refresh()
+        assert storage.is_overtaken
+    parent, _ = family(store)
+    assert len(json.loads(store.text(parent, "trials.json", workdir))) == 2
+    assert "2: 2 complete" in store.text(parent, "study.html", workdir)
 
 
 def test_a_trial_without_a_parent_gets_its_parent_back(store: Store) -> None:

@@ -15,17 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tracker.errors import ArgumentError, StoreError, TrackerError
 from tracker.search.channel import Channel, Ended, TrialLostError, Verdict
 from tracker.search.executors.base import TrialSpec
+from tracker.search.executors.cores import usable_cores
 from tracker.search.interrupts import Interrupts, block_signals
 from tracker.search.session import Search
 
@@ -161,7 +160,7 @@ class ProcessExecutor:
             _CONTEXT.set_forkserver_preload(_PRELOADED)
             with block_signals(signal.SIGINT):  # its workers inherit that, and unblock it
                 forkserver.ensure_running()
-        threads = max(1, _cores() // self._count)
+        threads = max(1, usable_cores() // self._count)
         for _ in range(missing):
             ours, theirs = _CONTEXT.Pipe()
             arguments = theirs, self._spec, threads, dict(os.environ)
@@ -263,17 +262,6 @@ class ProcessExecutor:
             self._handle_messages(search)
             while self._idle:
                 self._idle.pop().stop()
-
-
-def _cores() -> int:
-    """How many cores this process may use, by its affinity and its container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no control groups, or no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def _answer(worker: _Worker, search: Search, verb: str, *arguments: Any) -> None:
