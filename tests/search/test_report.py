@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, Trial, TrialState
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from tracker.search.plan import STARTED
 from tracker.search.report.page import study_page
 
 CHARTS = [
@@ -347,6 +349,25 @@ def test_trials_of_every_state_are_shown() -> None:
 def test_a_clock_that_was_set_back_gives_a_duration_of_zero() -> None:
     page = holding([finished(0, [1.0], end=NOON - datetime.timedelta(hours=1))])
     assert page.charts("Timeline")[0]["data"][0]["x"] == [0]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Etc/GMT-5"])
+def test_the_timeline_is_in_utc_wherever_a_trial_ran(
+    zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = int(NOON.replace(tzinfo=datetime.UTC).timestamp() * 1000)
+    there = NOON + datetime.timedelta(hours=3)  # Optuna stores no zone
+    end = there + datetime.timedelta(minutes=1)
+    trial = finished(0, [1.0], user_attrs={STARTED: started}, start=there, end=end)
+    try:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        (bar,) = holding([trial]).charts("Timeline")[0]["data"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert bar["base"] == ["2026-03-01T12:00:00"]
+    assert bar["x"] == [60_000]
 
 
 @pytest.mark.parametrize("extreme", [math.inf, -math.inf, 1e308, -1e308])

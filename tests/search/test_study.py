@@ -31,6 +31,7 @@ from tracker import ArgumentError, RunBuilder, StoreError, Study, Trial, start_r
 from tracker.cli import main
 from tracker.search.channel import Ended, Verdict
 from tracker.search.cli import mirror_study
+from tracker.search.plan import SOURCE, STARTED, times
 from tracker.search.session import Search
 from tracker.search.storage import Storage
 from tracker.search.stored_study import STUDY, load
@@ -668,12 +669,17 @@ def test_an_infeasible_trial_is_never_the_best(store: Store) -> None:
 
 
 def test_a_study_can_start_with_the_trials_of_another(store: Store) -> None:
-    Study("first", loss, space=SPACE, sampler="grid").run()
+    first = Study("first", loss, space=SPACE, sampler="grid").run()
     second = Study("second", loss, space={**SPACE, "lr": [0.1, 0.5]}, sampler="grid")
     second.warm_start_from_study("first")
     study = second.run()
     assert Counter("tracker:source" in t.user_attrs for t in study.trials) == {True: 4, False: 4}
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 8
+    for trial in study.trials:
+        if source := trial.user_attrs.get(SOURCE):
+            before = first.trials[int(source.removeprefix("study first trial "))]
+            assert STARTED in trial.user_attrs  # Optuna's times have no zone
+            assert times(trial) == times(before)
     names = {run.data.tags.get("tracker.source") for run in store.runs()}
     assert "study first trial 0" in names
     second.run(resume=True)
@@ -845,17 +851,17 @@ def test_a_value_of_the_space_must_lie_in_the_suggested_range(tracking_uri: str)
         study.run()
 
 
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_an_empty_study_of_plain_optuna_keeps_its_direction(
-    direction: str, tracking_uri: str
-) -> None:
+def test_an_empty_study_of_plain_optuna_keeps_its_direction(tracking_uri: str) -> None:
     with closing(Storage()) as storage:
         storage.optuna.create_new_study([StudyDirection.MAXIMIZE], "study")
-    if direction == "maximize":
-        assert make(direction=direction).run().best_value == 3.2
-    else:
-        with pytest.raises(ArgumentError, match=r"has direction=.*, not .*minimize"):
-            make(direction=direction).run()
+        several = {"direction": ["maximize", "minimize"], "metric": ["a", "b"]}
+        for settings in ({"direction": "minimize"}, several):
+            with pytest.raises(ArgumentError, match=r"has direction=.*, not .*minimize"):
+                make(**settings).run()
+            assert (
+                optuna.load_study(study_name="study", storage=storage.optuna).metric_names is None
+            )
+    assert make(direction="maximize").run().best_value == 3.2
 
 
 def test_a_study_with_settings_of_a_newer_version_is_refused(tracking_uri: str) -> None:

@@ -101,10 +101,10 @@ def open_study(storage: Storage, config: StudyConfig, *, resume: bool) -> Stored
         stored = storage.optuna.get_study_user_attrs(study_id).get(STUDY)
         # Without settings and trials, the study is new, or its creator died at this point.
         if stored is None and not storage.optuna.get_all_trials(study_id, deepcopy=False):
+            _check_directions(config, storage.optuna.get_study_directions(study_id))
             with quiet():
                 study = optuna.Study(config.name, storage.optuna)
                 study.set_metric_names(list(config.metrics))
-            _check_directions(config, storage.optuna.get_study_directions(study_id))
             record = StoredStudy(**_fields(config), key=uuid.uuid4().hex, study_id=study_id)
         elif resume:
             record = _merged(load(storage, config.name), config)

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 from tracker.search.config import StudyConfig
-from tracker.search.plan import SOURCE
+from tracker.search.plan import SOURCE, STARTED, times
 from tracker.search.space import contains, distributions, grid, identity
 from tracker.search.storage import Storage, parse
 from tracker.search.stored_study import StoredStudy
@@ -75,6 +75,7 @@ class FromStudy:
                 new = _new_trial(params, wanted, trial.values, source)
                 new.datetime_start = trial.datetime_start or new.datetime_start
                 new.datetime_complete = trial.datetime_complete or new.datetime_complete
+                new.set_user_attr(STARTED, times(trial)[0])
                 fitting.append(new)
         return _not_empty(fitting, f"study={self.name!r}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from optuna import visualization as draw
@@ -246,7 +247,9 @@ def timeline(whole: Selection) -> Iterator[Part]:
     for trace in figure.data:
         trace.name, colour = STATES[trace.name]
         trace.marker = {"color": colour, "line": {"width": 0}}
-    yield figure.update_layout(xaxis_title="", height=380)
+        local = map(datetime.fromisoformat, trace.base)
+        trace.base = [begin.astimezone(UTC).replace(tzinfo=None) for begin in local]
+    yield figure.update_layout(xaxis_title="UTC", height=380)
     yield from _capped(len(shown), len(started), "trials, the latest ones.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Container, Iterable, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 import optuna
@@ -11,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.search.plan import times
 from tracker.texts import visible
 
 T = TypeVar("T")
@@ -75,8 +77,25 @@ def prepared(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
             distributions[names[name]] = choices.get(name, distribution)
         attrs = [item for item in trial.user_attrs.items() if not item[0].startswith("tracker:")]
         shown = {label(name): label(str(value), 2 * _LABEL) for name, value in attrs[:_ATTRS]}
-        copies.append(changed(trial, params=params, distributions=distributions, user_attrs=shown))
+        copies.append(
+            changed(
+                trial,
+                params=params,
+                distributions=distributions,
+                user_attrs=shown,
+                **_local_times(trial),
+            )
+        )
     return copies
+
+
+def _local_times(trial: FrozenTrial) -> dict[str, datetime | None]:
+    """Return a trial's times as this machine's local ones, as Optuna expects them."""
+    begin, end = (datetime.fromtimestamp(at / 1000) for at in times(trial))
+    return {
+        "datetime_start": begin if trial.datetime_start else None,
+        "datetime_complete": end if trial.datetime_complete else None,
+    }
 
 
 def _categories(pairs: Sequence[tuple[BaseDistribution, Any]]) -> dict[str, Any] | None:
