@@ -35,6 +35,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type in _STREAMED)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor as a plain tensor, gathered if each rank has a part; others as they are."""
+    if type(tensor) is Tensor or not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()
+    return gathered
+
+
 def is_capturing(device: torch.device) -> bool:
     """Return whether the current stream is being captured: nothing is computed before a replay."""
     if device.type not in _STREAMED:
@@ -45,7 +53,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def check_computed(tensor: Tensor, argument: str, verb: str) -> None:
     """Raise ArgumentError if `tensor`, the `argument` of `verb`, is only being captured."""
-    if not tensor.is_cpu and is_capturing(tensor.device):
+    if is_capturing(tensor.device):
         raise ArgumentError(
             f"{argument} is captured in a graph on {tensor.device} and has no value before the "
             f"graph's replay; call {verb}() after it, outside the capture."
@@ -96,8 +104,8 @@ def read_later(number: Tensor) -> float | Arriving:
         ArgumentError: A graph is being captured, so that there is no value.
     """
     check_computed(number, "a metric", "log_metrics")
-    number = number.detach().reshape(1)
-    is_wrapped = type(number).__torch_dispatch__ is not Tensor.__torch_dispatch__  # as DTensor
+    number = whole(number.detach()).reshape(1)
+    is_wrapped = type(number).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if is_wrapped or number.device.type not in _STREAMED:
         return float(number.item())
     is_short = number.is_floating_point() and number.dtype != torch.float64

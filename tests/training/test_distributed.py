@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
@@ -27,6 +28,7 @@ from tests.helpers import Store
 from tracker import Epoch, StoreError, evaluate, fit
 from tracker.training.distributed import is_main, rank, rank_0_first, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
+from tracker.transfers import read_later
 
 pytestmark = pytest.mark.timeout(700)  # the ranks start slowly on a busy machine
 
@@ -477,6 +479,24 @@ def test_the_process_group_takes_precedence_over_the_environment(
         monkeypatch.setenv(name, value)
 
     assert (rank(), world_size(), is_main()) == (0, 1, True)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("labels_too", [True, False])
+def test_losses_and_predictions_may_be_dtensors(labels_too: bool) -> None:
+    """As in tensor parallel training."""
+    mesh = init_device_mesh("cpu", (1,))
+
+    def distributed(tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)] if tensor.dim() else [Replicate()])
+
+    labels = torch.tensor([0, 1, 0])
+    meter = EpochMeter()
+    meter.add_loss(distributed(torch.tensor(0.5)), 3)
+    meter.add_correct(distributed(torch.eye(3)), distributed(labels) if labels_too else labels)
+
+    assert meter.compute() == {"loss": 0.5, "accuracy": pytest.approx(2 / 3)}
+    assert read_later(distributed(torch.tensor(0.25))) == 0.25
 
 
 def test_torchrun_s_variables_count_only_all_together(monkeypatch: pytest.MonkeyPatch) -> None:

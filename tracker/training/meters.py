@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tracker.errors import ArgumentError
 from tracker.training.batches import batch_size
 from tracker.training.distributed import sum_over_ranks
-from tracker.transfers import check_computed, to_device
+from tracker.transfers import check_computed, to_device, whole
 
 _CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
 
@@ -48,7 +48,10 @@ def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
             f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
             "be scores (N, classes, …) of two classes or more, and class numbers (N, …)."
         )
-    check_computed(preds, "preds", "track_num_correct")
+    if not preds.is_cpu:
+        check_computed(preds, "preds", "track_num_correct")
+    if not type(preds) is type(labels) is Tensor:
+        preds, labels = whole(preds), whole(labels)
     if labels.device != preds.device:
         labels = to_device(labels, preds.device)
     return preds.argmax(dim=1).eq(labels).sum()
@@ -167,7 +170,7 @@ class EpochMeter:
             copied: float | Tensor = float(loss.item())
         else:
             check_computed(loss, "loss", "track_loss")
-            copied = loss.detach().clone()
+            copied = whole(loss.detach()).clone()
         self._losses.append(copied)
         self._sizes.append(size)
         return copied
