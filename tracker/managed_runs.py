@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from tracker.delivery.background import checked_timeout
 from tracker.delivery.base import Delivery, Mode, open_delivery
 from tracker.delivery.leftovers import settle_run
 from tracker.errors import CallOrderError
+from tracker.grid import run_name
 from tracker.run import Run
 from tracker.statuses import Outcome
 from tracker.store.history import ResumeState, load_resume_state
 from tracker.training.distributed import is_main, rank_0_first
-from tracker.validation import Renamer, checked_local_path
+from tracker.validation import Renamer, checked_local_path, checked_mapping
 
 
 class ManagedRuns:
@@ -32,6 +34,7 @@ class ManagedRuns:
         directory: str | Path,
         mode: Mode,
         exit_timeout: float | None,
+        tags: Mapping[str, str] | None,
         parent: Run | str | None,
         joined: Run | None,
         rename: bool,
@@ -44,12 +47,13 @@ class ManagedRuns:
             directory: Holds the journal while a run lasts.
             mode: How runs are delivered.
             exit_timeout: How long ends wait for the delivery, in seconds.
+            tags: Tags of every run.
             parent: Parent of every run, or its id.
             joined: The only run, which the caller has begun and will end.
             rename: Rename what has a name that MLflow does not allow.
 
         Raises:
-            ArgumentError: `directory` or `exit_timeout` is not allowed.
+            ArgumentError: `directory`, `exit_timeout` or `tags` is not allowed.
         """
         if exit_timeout is not None:
             checked_timeout("exit_timeout", exit_timeout)
@@ -58,6 +62,7 @@ class ManagedRuns:
         self.open_run: Run | None = None
         """The open run."""
         self.joined = joined
+        self._tags = {"tracker.session": uuid.uuid4().hex, **checked_mapping(tags or {}, "tags")}
         self._experiment = experiment
         self._mode = mode
         self._exit_timeout = exit_timeout
@@ -91,7 +96,6 @@ class ManagedRuns:
         self,
         params: Mapping[str, Any],
         facts: Mapping[str, Any],
-        name: str | None,
         tags: Mapping[str, str],
         resume_state: ResumeState | None,
     ) -> Run:
@@ -100,8 +104,7 @@ class ManagedRuns:
         Args:
             params: Hyperparameters to log.
             facts: Params about the training, unless the user has given them.
-            name: Name of a new run.
-            tags: Tags to set.
+            tags: More tags to set.
             resume_state: The state of a run that the new one continues.
 
         Raises:
@@ -111,14 +114,23 @@ class ManagedRuns:
         """
         if self.is_forked:  # its runs are its own; those of the parent are left alone
             self._pid, self._delivery, self.open_run = os.getpid(), None, None
+        tags = {**self._tags, **tags}
         if self.joined is not None:
             return self._join(self.joined, params, facts, tags)
         route = self._delivery or open_delivery(
             self.directory, self.tracking_uri, self._mode, self._exit_timeout, writes=is_main()
         )
         try:
-            given = (route, params, self._experiment, name, tags, self._parent)
-            self.open_run = Run(*given, resume=resume_state, rename=self._rename)
+            self.open_run = Run(
+                route,
+                params,
+                self._experiment,
+                tags.get("mlflow.runName") or run_name(params),
+                tags,
+                self._parent,
+                resume=resume_state,
+                rename=self._rename,
+            )
         except BaseException:  # Ctrl-C must not leave a journal open either
             if self._delivery is None:
                 route.close()

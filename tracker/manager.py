@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 import weakref
 from collections.abc import Iterable, Mapping
 from itertools import count
@@ -14,35 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracker.capture.facts import training_facts
+from tracker.capture.facts import training_facts, training_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
-from tracker.grid import run_name
 from tracker.journal.records import Point, now
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, Keep, Retention
-from tracker.training.device import describe_device, device_of
 from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
 from tracker.transfers import read_later
-from tracker.validation import (
-    DIRECTORY,
-    checked_mapping,
-    checked_metrics,
-    checked_name,
-    named_values,
-)
+from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
+from tracker.views.choice import views_of
 from tracker.views.files import ResultTable
-from tracker.views.table import live_views
-from tracker.views.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from tracker.capture.model import Predictor
@@ -109,6 +99,7 @@ class RunManager:
             directory=directory,
             mode=mode_of(inline=inline, offline=offline),
             exit_timeout=exit_timeout,
+            tags=tags,
             parent=parent,
             joined=run,
             rename=rename,
@@ -119,19 +110,20 @@ class RunManager:
         self._finalizer = weakref.finalize(
             self, self._runs.close, "when the program ended or its manager was garbage-collected"
         )
-        self._tags = {"tracker.session": uuid.uuid4().hex, **checked_mapping(tags or {}, "tags")}
         self._keep = checkpoints
-        self._batch_loss, self._histograms, self._model = batch_loss, histograms, model
-        self._samples, self._digest, self._stop_on_nonfinite = samples, digest, stop_on_nonfinite
+        self._batch_loss = batch_loss
+        self._histograms = histograms
+        self._model = model
+        self._samples = samples
+        self._digest = digest
+        self._stop_on_nonfinite = stop_on_nonfinite
         self._results = ResultTable()
-        shown = live_views(self._results.rows) if run is None else []
-        if tensorboard is not None:
-            shown.append(TensorBoard(tensorboard))
-        self._views = Views(self._results, *shown)
+        self._views = views_of(self._results, tensorboard, live=run is None)
         self._first: FirstBatch | None = None
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()  # of the current epoch, or of the last one
-        self._steps, self._is_main, self._run_started = 0, True, 0.0
+        self._is_main = True
+        self._run_started = 0.0
         self._said: set[str] = set()  # warnings of the meters
         self._metrics: dict[str, float] = {}  # of the last epoch
         self._resume_state = run.resume_state if run is not None else None
@@ -146,6 +138,8 @@ class RunManager:
         """Number of runs begun."""
         self.epoch_count = 0
         """Number of epochs begun in this run."""
+        self.step = 0
+        """Number of steps in this run: calls of `track_loss`."""
         self.run_data: list[dict[str, Any]] = self._results.rows
         """The table that `save` writes: a row for each epoch of each run."""
         self.checkpoint: Checkpoint | None = getattr(self._resume_state, "checkpoint", None)
@@ -189,18 +183,20 @@ class RunManager:
         """
         params = named_values(run, "run")
         self._abandon("when the next run began")
-        tags = self._tags | {"tracker.device": describe_device(device_of(network))}
         resume_state, self._resume_state = self._resume_state, None
         self._is_main = is_main()
         if not self._is_main:
             self._views = Views(self._results)
-        name = tags.get("mlflow.runName") or run_name(params)
-        facts = training_facts(network, loader)
-        tracked = self._runs.begin(params, facts, name, tags, resume_state)
-        self.network, self.loader, self.run_params = network, loader, run
+        facts, tags = training_facts(network, loader), training_tags(network)
+        tracked = self._runs.begin(params, facts, tags, resume_state)
+        self.network = network
+        self.loader = loader
+        self.run_params = run
         self.run_count += 1
-        self.epoch_count = self._steps = 0
-        self._epoch, self._meter, self._metrics = None, EpochMeter(loader), {}
+        self.epoch_count = self.step = 0
+        self._epoch = None
+        self._meter = EpochMeter(loader)
+        self._metrics = {}
         self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
         self._run_started = time.perf_counter()
         self._views.begin_run(self.run_count, params)
@@ -218,7 +214,8 @@ class RunManager:
 
     def _continue(self, state: ResumeState) -> None:
         if state.checkpoint is not None:
-            self.epoch_count, self._steps = state.checkpoint.epoch, state.checkpoint.step
+            self.epoch_count = state.checkpoint.epoch
+            self.step = state.checkpoint.step
             self._metrics = dict(state.checkpoint.metrics)
         for row in state.rows:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
@@ -298,10 +295,10 @@ class RunManager:
         """
         meter = self._current_epoch("track_loss").meter
         scalar = meter.add_loss(loss, meter.size_of(batch))
-        self._steps += 1
+        self.step += 1
         if self._batch_loss and self._is_main and self._runs.open_run is not None:
             number = scalar if isinstance(scalar, float) else read_later(scalar)
-            self._runs.open_run.append_points((Point("batch_loss", number, self._steps, now()),))
+            self._runs.open_run.append_points((Point("batch_loss", number, self.step, now()),))
         self._views.batch()
         self._see(batch)
 
@@ -349,9 +346,9 @@ class RunManager:
             raise CallOrderError("log_epoch() was called within an epoch; call end_epoch() first.")
         self.epoch_count += 1
         if self._batch_loss:
-            batches = zip(count(self._steps + 1), epoch.batch_losses.tolist(), epoch.batch_times)
+            batches = zip(count(self.step + 1), epoch.batch_losses.tolist(), epoch.batch_times)
             run.append_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
-        self._steps += len(epoch.batch_losses)
+        self.step += len(epoch.batch_losses)
         self._log_metrics(epoch.metrics)
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
@@ -400,7 +397,7 @@ class RunManager:
         if not self._is_main or self.network is None:
             return
         if run.log_checkpoint(
-            self._steps,
+            self.step,
             network=self.network,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -410,7 +407,7 @@ class RunManager:
             metrics=self._metrics,
             **({} if self._epoch is None else self._epoch.checkpoint_fields()),
         ):  # else the disk is full, and the older ones must stay
-            for step in self._retention.add(self._steps, self._metrics):
+            for step in self._retention.add(self.step, self._metrics):
                 run.delete_checkpoint(step)
 
     def rest_of_epoch(self) -> Iterable[Any]:
@@ -420,7 +417,7 @@ class RunManager:
 
     def _mid_epoch_checkpoint(self) -> Checkpoint | None:
         saved = self.checkpoint
-        return saved if saved and saved.position and self._steps == saved.step else None
+        return saved if saved and saved.position and self.step == saved.step else None
 
     @property
     def resumed_params(self) -> Mapping[str, str]:
@@ -431,11 +428,6 @@ class RunManager:
     def run(self) -> Run:
         """The current run; raises CallOrderError if there is none."""
         return self._runs.current("run")
-
-    @property
-    def step(self) -> int:
-        """Number of steps in this run: calls of `track_loss`."""
-        return self._steps
 
     @property
     def run_id(self) -> str | None:

@@ -214,7 +214,9 @@ def test_a_view_that_raises_is_switched_off_and_training_continues(
     event: str,
 ) -> None:
     broken, witness = BrokenView(event), Witness()
-    monkeypatch.setattr("tracker.manager.live_views", lambda rows: [broken, witness])
+    monkeypatch.setattr(
+        "tracker.manager.views_of", lambda results, *_, **__: Views(results, broken, witness)
+    )
     with caplog.at_level(logging.WARNING, "tracker"), RunManager(model=False) as manager:
         for number in (1, 2):
             manager.begin_run({"number": number}, network, [0, 1])

@@ -1,4 +1,4 @@
-"""What a run trains, as params."""
+"""What a run trains, as params and tags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tracker.capture.dataset import dataset_name
-from tracker.training.device import device_of, unwrap
+from tracker.training.device import describe_device, device_of, unwrap
 
 
 def training_facts(network: nn.Module, loader: Any) -> dict[str, Any]:
@@ -22,3 +22,8 @@ def training_facts(network: nn.Module, loader: Any) -> dict[str, Any]:
     if isinstance(size := getattr(loader, "batch_size", None), int):
         facts["batch_size"] = size
     return facts
+
+
+def training_tags(network: nn.Module) -> dict[str, str]:
+    """Return the device of a network, with the name of a GPU."""
+    return {"tracker.device": describe_device(device_of(network))}

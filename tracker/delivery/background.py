@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tracker.delivery.signals import ActiveRuns
@@ -128,47 +129,51 @@ class BackgroundDelivery:
     def shut_down(self) -> None:
         """End abandoned runs, deliver up to the deadline, and warn of what is undelivered."""
         delivered = False
-        try:
+        with suppress(KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait
             for abandon in list(self._active_runs.runs.values()):
                 abandon()
             is_stuck = self._stuck_at == self._reader.delivered  # an earlier wait has timed out
             delivered = self._flush(0.0 if is_stuck else self.deadline)
-        except (KeyboardInterrupt, StoreError):  # Ctrl-C ends the wait, a removed journal too
-            pass
         self._active_runs.forget()
         is_gone = self._watcher.is_gone()  # once it is not written, the uploader may remove it
         self._stop_writing()
-        self._look()
-        if not delivered and self._is_healthy():
-            logger.warning(
-                "%d records are still being uploaded, which continues in the background; "
-                "see: tracker status %s",
-                self._reader.remaining(),
-                self.journal.folder,
-            )
-            self._reader.close()
-            self._watcher.close()
-            return
-        if self._process is not None:
-            if not delivered:
-                self._process.terminate()
-            try:
-                self._process.wait(self.deadline if delivered else _STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        folder = self.journal.folder
         try:
             self._look()
-            if is_gone or folder.exists():  # the uploader has not removed it, or there was none
-                if (summary := self._reader.undelivered_summary()) is not None:
-                    logger.warning("%s", summary)
-                else:
-                    shutil.rmtree(folder, ignore_errors=True)
+            if not delivered and self._is_healthy():
+                logger.warning(
+                    "%d records are still being uploaded, which continues in the background; "
+                    "see: tracker status %s",
+                    self._reader.remaining(),
+                    self.journal.folder,
+                )
+            else:
+                self._end_uploader(delivered)
+                self._look()
+                self._remove_or_report(is_gone)
         except StoreError as error:  # the journal's file is unreadable
             logger.warning("%s", error)
         self._reader.close()
         self._watcher.close()
+
+    def _end_uploader(self, delivered: bool) -> None:
+        if self._process is None:
+            return
+        if not delivered:
+            self._process.terminate()
+        try:
+            self._process.wait(self.deadline if delivered else _STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _remove_or_report(self, is_gone: bool) -> None:
+        """Remove a delivered journal, unless the uploader has, or say what is undelivered."""
+        folder = self.journal.folder
+        if is_gone or folder.exists():
+            if (summary := self._reader.undelivered_summary()) is not None:
+                logger.warning("%s", summary)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _is_healthy(self) -> bool:
         """Return whether the uploader works, however slowly: it will finish by itself."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from tracker.delivery.uploader import Uploader, close_unended
 from tracker.errors import StoreError, TrackerError
 from tracker.journal.damage import DAMAGED, damage_of, set_damage_aside
+from tracker.journal.opened import DONE
 from tracker.journal.ownership import NAME, Writer, delivery_lock, writer_lives
-from tracker.journal.reader import DONE, OFFLINE, Journal
+from tracker.journal.reader import OFFLINE, Journal
 from tracker.redaction import MASK, public_uri
 from tracker.store.uri import wait_for_answer
 

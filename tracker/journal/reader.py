@@ -9,30 +9,21 @@ records stay until their run has ended, because its tables and pages are made fr
 
 from __future__ import annotations
 
-import os
-import shutil
-import sqlite3
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tracker.errors import StoreError
 from tracker.journal import database
-from tracker.journal.ownership import Writer
+from tracker.journal.opened import OpenedJournal
 from tracker.journal.records import Begin, Entry, Record, decode, encode
 from tracker.redaction import public_uri
 
 OFFLINE = "offline"
 """A file of this name in a journal reserves its delivery for `tracker sync`."""
-DONE = ".done"
-"""The end of the name of a delivered journal while it is removed."""
 _HURRY = "hurry"  # a file of this name says that somebody waits for the delivery
-
-_MOST_BYTES = 1_000_000  # of records read at a time; as objects they take twenty times as much
 
 R = TypeVar("R", bound=Record)
 
@@ -45,74 +36,11 @@ class Problem(NamedTuple):
     """Seconds since 1970."""
 
 
-class Journal:
+class Journal(OpenedJournal):
     """A journal on disk, opened to deliver it or to report its state.
 
     Every method raises StoreError if the database cannot be used.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Open the journal in `folder`.
-
-        Raises:
-            StoreError: The folder is not a journal, or this version cannot read it.
-        """
-        self.folder = folder
-        self.writer = Writer.of(folder)
-        self._lock = threading.Lock()
-        version = database.format_of(folder)
-        if self.is_gone():
-            raise StoreError(f"{folder} has lost its journal.sqlite, and with it its records.")
-        if version is None:
-            raise StoreError(f"{folder} is not a tracker journal.")
-        if version != database.FORMAT:
-            raise StoreError(
-                f"{folder} is a journal of format {version}; this version reads {database.FORMAT}."
-            )
-        with self._translated():
-            database.restrict(folder)
-            self._db = database.connect(folder)
-            self._db.execute(database.HELD)
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"The journal {self.folder} cannot be used: {error}.") from error
-
-    def _read(self, query: str, *values: Any) -> list[Any]:
-        with self._lock, self._translated():
-            return self._db.execute(query, values).fetchall()
-
-    def _read_some(self, query: str, *values: Any) -> list[Any]:
-        """Read rows that end with a body, up to _MOST_BYTES of bodies, and one row at least."""
-        rows: list[Any] = []
-        size = 0
-        with self._lock, self._translated():
-            for row in self._db.execute(query, values):
-                rows.append(row)
-                size += len(row[-1])
-                if size > _MOST_BYTES:
-                    break
-        return rows
-
-    def _read_one(self, query: str, *values: Any) -> Any:
-        rows = self._read(query, *values)
-        if len(rows) != 1:
-            raise StoreError(f"The journal {self.folder} cannot be used: its progress is lost.")
-        return rows[0]
-
-    def _read_integer(self, query: str, *values: Any) -> int:
-        (number,) = self._read_one(query, *values)
-        try:
-            return int(number)
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"The journal {self.folder} cannot be used: {error}.") from error
-
-    def _change(self, query: str, *values: Any) -> None:
-        with self._lock, self._translated(), self._db:
-            self._db.execute(query, values)
 
     # -- records ---------------------------------------------------------------------------
 
@@ -429,10 +357,6 @@ class Journal:
         """Return why something is not delivered; None if no reason is known."""
         return self.problem.text if self.problem else next(iter(self.held().values()), None)
 
-    def is_gone(self) -> bool:
-        """Return whether the file was deleted, which connections of this process do not notice."""
-        return not os.path.lexists(database.path_of(self.folder))
-
     def undelivered_summary(self) -> str | None:
         """Return a message that says what is undelivered and how to deliver it; None if all is."""
         if not (records := self.remaining()):
@@ -446,22 +370,6 @@ class Journal:
             f"Saved on disk; upload unfinished ({what}{reason}). "
             f"Finish it with: tracker sync {self.folder}"
         )
-
-    def close(self) -> None:
-        """Close the database; the journal stays."""
-        with self._lock:
-            self._db.close()
-
-    def remove(self) -> None:
-        """Close the database and remove the folder."""
-        self.close()
-        folder = self.folder.resolve()
-        done = folder.with_name(f".{folder.name}{DONE}")
-        try:
-            folder.rename(done)  # if this process is killed now, `leftovers.sweep` removes the rest
-        except OSError:  # removed by another process, or not ours to rename
-            done = folder
-        shutil.rmtree(done, ignore_errors=True)
 
 
 def _is_unsafe(path: Path) -> bool:

@@ -115,7 +115,7 @@ class Recorder:
         return public
 
     def _warn_once(self, key: str, message: str, *values: object) -> None:
-        if self._is_kept and key not in self._warned:
+        if self._journal.is_kept and key not in self._warned:
             self._warned.add(key)
             logger.warning(message, *values)
 

@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     pass
 
 
-def live_views(rows: list[dict[str, Any]]) -> list[View]:
-    """Return the live view that suits this process, if any; a notebook shows the growing `rows`."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if shell is not None and hasattr(shell, "kernel"):
-        return [NotebookTable(rows)]
-    return [TerminalLines()] if sys.stderr.isatty() else []
-
-
 class NotebookTable(View):
     """The table of all runs and epochs, updated in place below the cell."""
 

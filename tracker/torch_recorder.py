@@ -1,0 +1,240 @@
+"""What a run logs of networks, data sets and pictures, as records in the journal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tracker.capture.dataset import dataset_name, describe_dataset
+from tracker.capture.histograms import HistogramState, network_histograms
+from tracker.capture.images import mlflow_image_files, to_pil
+from tracker.errors import ArgumentError, StoreError
+from tracker.journal import records
+from tracker.journal.recorder import Recorder
+from tracker.journal.records import now
+from tracker.store.history import CHECKPOINTS
+from tracker.training.checkpoint import save_checkpoint
+from tracker.training.device import unwrap
+from tracker.validation import checked_model_name, checked_path, checked_step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tracker.capture.model import Predictor
+
+ImageLike: TypeAlias = Union[Tensor, npt.NDArray[Any], "Image"]
+
+logger = logging.getLogger(__name__)
+
+
+class TorchRecorder(Recorder):
+    """Adds what training consists of to `Recorder`. Nothing that is logged is changed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """Create a recorder; the arguments are those of `Recorder`."""
+        super().__init__(*arguments)
+        self._checkpoints: dict[int, Path] = {}  # staged by this process
+        self._histogram_state = HistogramState()
+
+    def log_image(
+        self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
+    ) -> None:
+        """Log a picture; the order `log_image(key, image)` is accepted too.
+
+        Args:
+            image: PIL image, or floats in [0, 1] or bytes: (H, W), (C, H, W) or (H, W, C).
+            key: With a step the name in MLflow's UI, else the path of the file.
+
+        Raises:
+            ArgumentError: The shape or the key is not allowed.
+        """
+        if not self._is_kept:
+            return
+        if isinstance(image, str):
+            image, key = key, image
+        if not isinstance(key, str):
+            raise ArgumentError(f"key is a {type(key).__name__}; it must be text.")
+        picture = to_pil(image)
+        if step is None:
+            checked_path(key, "key")
+            try:
+                self._log_file(key, picture.save)
+            except (OSError, ValueError) as error:
+                raise ArgumentError(
+                    f"key={key!r} is not allowed; without a step it must be a path that ends in "
+                    ".png, .jpg or another format of pictures."
+                ) from error
+            return
+        if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", key):
+            raise ArgumentError(
+                f"key={key!r} is not allowed; allowed are letters, digits, spaces and _ - . /"
+            )
+        for path, content in mlflow_image_files(key, picture, step, now()):
+            self._log_file(path, content.save)
+        self.set_tags({"mlflow.loggedImages": True})
+
+    def log_dataset(
+        self, dataset: Any, context: str = "training", name: str | None = None, digest: bool = True
+    ) -> None:
+        """Record a torch data set as an input of the run, without drawing a sample from it.
+
+        Args:
+            context: Its use: training, validation or test.
+            name: Its name; default from the data set.
+            digest: Whether its digest covers its data too, not only class and length.
+        """
+        if not self._is_kept:
+            return
+        described = describe_dataset(dataset, content=digest)
+        fields = described.fields(str(name or dataset_name(dataset)))
+        self._append(records.Dataset(fields, context))
+
+    def log_network(self, network: nn.Module, example: Tensor | None) -> None:
+        """Log `network/layers.csv` and `network/graph.svg`; the network does not change.
+
+        Args:
+            example: A batch of inputs; without one there are no shapes and no graph.
+        """
+        from tracker.capture.files import network_files
+
+        for path, text in network_files(network, example).items() if self._is_kept else ():
+            self.log_text(text, path)
+
+    def log_mistakes(
+        self,
+        network: nn.Module,
+        loader: Iterable[Any],
+        *,
+        classes: Sequence[str],
+        scores: Callable[[Tensor], Tensor] | None = None,
+        shown: Sequence[str] | None = None,
+    ) -> None:
+        """Log a classifier's confusion matrix and worst mistakes to the folder `mistakes`.
+
+        Args:
+            loader: Yields batches (inputs, labels).
+            classes: Names of the classes.
+            scores: Converts outputs to scores (N, classes), if they are something else.
+            shown: A text for each sample, in the order of `loader`.
+
+        Raises:
+            ArgumentError: There are more or fewer classes than scores.
+        """
+        from tracker.capture.files import mistake_files
+
+        if not self._is_kept:
+            return
+        files = mistake_files(network, loader, classes=classes, scores=scores, shown=shown)
+        for path, content in files.items():
+            self._log_file(path, partial(Path.write_bytes, data=content))
+
+    def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
+        """Log the histograms of all weights and gradients, and return their record, if it is kept.
+
+        `tracker.load_histograms` reads them; the artifact `histograms.html` shows them.
+
+        Args:
+            network: The network. Frozen weights are logged again only if their norm or sum changes.
+            step: Step of the histograms, usually an epoch.
+        """
+        if not self._is_kept:
+            return {}
+        record = network_histograms(network, checked_step(step), self._histogram_state)
+        self._append(records.Histograms(**record))
+        return record
+
+    def log_model(
+        self,
+        network: nn.Module,
+        example: Tensor | None,
+        name: str = "model",
+        step: int = 0,
+        *,
+        files: Mapping[str, str] | None = None,
+        predictor: Predictor | None = None,
+    ) -> bool:
+        """Log an MLflow model that loads without this project and without CUDA.
+
+        It is loaded and compared with `network` first. If that fails, a warning says why, and only
+        the weights are logged, as `NAME.pt`.
+
+        Args:
+            network: The trained network.
+            example: A batch of inputs.
+            name: Name of the model.
+            step: Step of the model.
+            files: Texts by name that the model's folder `extra_files` holds, such as a vocabulary.
+            predictor: Predicts from raw inputs in `pyfunc`; left out, with a warning, if wrong.
+
+        Returns:
+            Whether the model is logged, not only its weights.
+
+        Raises:
+            ArgumentError: The name is not allowed.
+        """
+        from tracker.capture.model import save_model
+
+        checked_model_name(name)
+        problem: str | None = "there is no example of its inputs"
+
+        def save(folder: Path) -> None:
+            nonlocal problem
+            if example is not None:
+                try:
+                    problem = save_model(network, example, folder, files, predictor)
+                except OSError as error:  # the disk has no room for temporary files
+                    problem = str(error)
+
+        folder = self._stage(name, save)
+        if folder is None:
+            return False
+        if problem is None:
+            self._append(records.Model(self._relative(folder), name, step))
+            return True
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        weights = io.BytesIO()
+        torch.save(unwrap(network).state_dict(), weights)
+        write = partial(Path.write_bytes, data=weights.getbuffer())
+        if self._log_file(f"{name}.pt", write) is not None:
+            logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
+        return False
+
+    def log_checkpoint(self, step: int, **states: Any) -> bool:
+        """Save a checkpoint as the artifact `checkpoints/STEP`.
+
+        Args:
+            step: Number of steps done.
+            states: Arguments of `save_checkpoint`.
+
+        Returns:
+            Whether the disk had room for it.
+
+        Raises:
+            ArgumentError: A state holds more than tensors, numbers and text.
+        """
+        path = f"{CHECKPOINTS}/{step:08d}"
+        write = partial(save_checkpoint, step=step, **states)
+        try:  # `passing`: it may be superseded before it is uploaded
+            staged = self._log_file(f"{path}/{step:08d}", write, passing=True)
+        except StoreError as error:
+            self._journal.lose(path, error)
+            return False
+        if staged is not None:
+            self._checkpoints[step] = staged
+        return staged is not None
+
+    def delete_checkpoint(self, step: int) -> None:
+        """Delete the checkpoint of a step, here and in MLflow."""
+        if (staged := self._checkpoints.pop(step, None)) is not None:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        self._append(records.Delete(f"{CHECKPOINTS}/{step:08d}"))
