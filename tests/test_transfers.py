@@ -264,6 +264,27 @@ def test_numbers_that_arrive_meanwhile_do_not_break_a_stream_capture(
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_no_step_waits_for_the_gpu_while_each_loss_is_logged(store: Store) -> None:
+    losses = list(torch.arange(3000.0, device="cuda"))
+    with RunManager(batch_loss=True, model=False, histograms=False) as manager:
+        manager.begin_run({}, nn.Linear(2, 1), [])
+        manager.begin_epoch()
+        manager.track_loss(losses[0], 2)  # loads the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for loss in losses[1:]:
+                manager.track_loss(loss, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        manager.end_epoch()
+        manager.end_run()
+
+    history = store.history(store.run(), "batch_loss")
+    assert history == [(step + 1, float(step)) for step in range(3000)]
+
+
+@pytest.mark.cuda
 def test_a_number_of_another_stream_is_copied_by_that_stream(writer: JournalWriter) -> None:
     stream = torch.cuda.Stream()
     for step in range(50):

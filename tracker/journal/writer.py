@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tracker.errors import StoreError, first_line
 from tracker.journal import database
@@ -241,9 +241,8 @@ class JournalWriter:
         late: set[str] = set()
         for row in pending:
             run, at, kind, body = row
-            if isinstance(body, Point) and hasattr(body.value, "read_arrived"):
-                number = body.value.read_arrived()
-                if number is not None:
+            if isinstance(body, Point) and _is_arriving(body.value):
+                if (number := body.value.read_arrived()) is not None:
                     taken.append((run, at, kind, body._replace(value=number)))
                 elif is_overdue and (closing or run in ended):
                     self._lose_value("its device does not answer")
@@ -348,6 +347,10 @@ class NoJournal(JournalWriter):
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _is_arriving(value: Any) -> bool:
+    return type(value) is not float and hasattr(value, "read_arrived")  # without importing torch
 
 
 def _ended(rows: Iterable[_Pending]) -> set[str]:
