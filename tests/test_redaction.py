@@ -349,9 +349,11 @@ def test_params_named_like_secrets_are_kept_and_tags_are_masked(
         "password": "4",
         "k": TOKEN,
     }
-    with start_run(params=params, tags=params | {"image": "a:b@sha256:0123"}):
+    tags = params | {"image": "a:b@sha256:0123"}
+    with start_run(params=params, tags=tags, name=f"password=4 k={TOKEN}"):
         pass
     run = store.run()
+    assert run.info.run_name == "password=4 k=***"
     assert run.data.params == params | {"k": "***"}
     tags = {name: run.data.tags[name] for name in (*params, "image")}
     assert tags == params | {"password": "***", "k": "***", "image": "a:b@sha256:0123"}
@@ -360,18 +362,24 @@ def test_params_named_like_secrets_are_kept_and_tags_are_masked(
     assert "num_auth" not in caplog.text
 
 
-@pytest.mark.parametrize(("redact", "stored"), [("1", ["***", "***"]), ("0", ["4", TOKEN])])
+@pytest.mark.parametrize(
+    ("redact", "stored", "name"),
+    [("1", ["***", "***"], "k=*** password=***"), ("0", ["4", TOKEN], f"k={TOKEN} password=4")],
+)
 def test_tracker_redact_decides_for_params_and_tags(
     store: Store,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     redact: str,
     stored: list[str],
+    name: str,
 ) -> None:
     monkeypatch.setenv("TRACKER_REDACT", redact)
     monkeypatch.setattr("sys.orig_argv", ["python", "--password", TOKEN])
-    with start_run(params={"password": 4, "k": TOKEN}, tags={"password": 4, "k": TOKEN}):
+    pairs = {"k": TOKEN, "password": 4}
+    with start_run(params=pairs, tags=pairs, name=f"k={TOKEN} password=4"):
         pass
+    assert store.run().info.run_name == name
     data = store.run().data
     assert [data.params[name] for name in ("password", "k")] == stored
     assert [data.tags[name] for name in ("password", "k")] == stored

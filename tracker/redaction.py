@@ -158,7 +158,7 @@ def public_command(arguments: Sequence[str]) -> str:
             shown.append(MASK)
             is_value = False
         else:
-            shown.append(_public_argument(argument))
+            shown.append(public_argument(argument))
             is_value = _is_option(argument) and is_secret_name(argument)
     return shlex.join(shown)
 
@@ -167,7 +167,8 @@ def _is_option(text: str) -> bool:
     return re.fullmatch(r"--?[A-Za-z][\w.\-/]*", text) is not None
 
 
-def _public_argument(argument: str) -> str:
+def public_argument(argument: str) -> str:
+    """Mask the secrets of an argument, or of another text with `name=value`."""
     text = public_text(argument)
     for match in _ASSIGNED.finditer(text):
         name = match["name"]

@@ -149,7 +149,7 @@ class Run(TorchRecorder):
             records.Begin(
                 experiment=named or "Default",
                 experiment_id=None if experiment else environ.get("MLFLOW_EXPERIMENT_ID") or None,
-                name=name,
+                name=self._public_name(name),
                 tags=self._without_secrets(tags, "tag"),
                 parent={"key": parent_key} if parent_key else self._parent(parent),
                 adopt=environ.get("MLFLOW_RUN_ID") or None if key is None else None,

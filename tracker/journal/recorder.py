@@ -18,7 +18,13 @@ from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
 from tracker.journal import records
 from tracker.journal.records import Point, Record, now
 from tracker.journal.writer import JournalWriter
-from tracker.redaction import MASK, is_secret_name, public_values
+from tracker.redaction import (
+    MASK,
+    is_secret_name,
+    public_argument,
+    public_text,
+    public_values,
+)
 from tracker.statuses import Status
 from tracker.transfers import Arriving, read_later
 from tracker.validation import (
@@ -113,6 +119,12 @@ class Recorder:
             elif what == "param" and is_secret_name(name):
                 self._warn_once(f"{what} {name}", _KEPT, name)
         return public
+
+    def _public_name(self, name: str | None) -> str | None:
+        """Mask the secrets in a run's name, which may be made of its params."""
+        if name is None or self._redacts is False:
+            return name
+        return public_argument(name) if self._redacts else public_text(name)
 
     def _warn_once(self, key: str, message: str, *values: object) -> None:
         if self._journal.is_kept and key not in self._warned:
