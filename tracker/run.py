@@ -165,7 +165,7 @@ class Run(TorchRecorder):
             for old in resume.histograms:
                 self._append(records.Histograms(old["step"], old["histograms"], there=True))
         self._log_params(checked)
-        delivery.hold(self._key, self.abandon)
+        delivery.begin(self._key, self.abandon)
 
     def _parent(self, parent: Run | str | None) -> records.Parent | None:
         if parent is None:
@@ -225,7 +225,7 @@ class Run(TorchRecorder):
             self._append(records.End(ended.status))
             self._status = ended.status  # before the wait, which Ctrl-C may cut short
         try:
-            self._read(lambda: self._delivery.release(self._key, wait=wait), None)
+            self._read(lambda: self._delivery.end(self._key, wait=wait), None)
         finally:
             self._delivered_id = self._read(lambda: self._delivery.run_id(self._key), None)
             if self._owns_delivery:

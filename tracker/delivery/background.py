@@ -66,7 +66,7 @@ class BackgroundDelivery:
         else:
             (self.journal.folder / OFFLINE).touch(mode=0o600)
 
-    def hold(self, run: str, abandon: Callable[[], None]) -> None:
+    def begin(self, run: str, abandon: Callable[[], None]) -> None:
         """Note that `run` is active; the journal's thread starts its uploader."""
         self._active_runs.begin(run, abandon)
         self._look_at = 0.0
@@ -94,7 +94,7 @@ class BackgroundDelivery:
             time.sleep(_POLL_SECONDS)
         return self._wants_uploader
 
-    def release(self, run: str, *, wait: bool = True) -> None:
+    def end(self, run: str, *, wait: bool = True) -> None:
         """Wait for the run's delivery up to the deadline, then warn."""
         self._active_runs.runs.pop(run, None)
         if not wait:

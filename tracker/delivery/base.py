@@ -31,7 +31,7 @@ class Delivery(Protocol):
     def tracking_uri(self) -> str:
         """The URI of the store, resolved."""
 
-    def hold(self, run: str, abandon: Callable[[], None]) -> None:
+    def begin(self, run: str, abandon: Callable[[], None]) -> None:
         """Start delivering a run.
 
         Args:
@@ -45,7 +45,7 @@ class Delivery(Protocol):
     def flush(self, timeout: float) -> bool:
         """Wait until everything appended so far is delivered; return False after `timeout` s."""
 
-    def release(self, run: str, *, wait: bool = True) -> None:
+    def end(self, run: str, *, wait: bool = True) -> None:
         """Stop delivering a run, after its end was appended.
 
         Args:
@@ -144,7 +144,7 @@ class NoDelivery:
     def __init__(self) -> None:
         self.journal: JournalWriter = NoJournal()
 
-    def hold(self, run: str, abandon: Callable[[], None]) -> None:
+    def begin(self, run: str, abandon: Callable[[], None]) -> None:
         """Do nothing."""
 
     def deliver(self) -> None:
@@ -154,7 +154,7 @@ class NoDelivery:
         """Return True: nothing is left to deliver."""
         return True
 
-    def release(self, run: str, *, wait: bool = True) -> None:
+    def end(self, run: str, *, wait: bool = True) -> None:
         """Do nothing."""
 
     def run_id(self, run: str) -> str | None:

@@ -57,7 +57,7 @@ class InlineDelivery:
             self._uploader = Uploader(self._reader, self._store)
         return self._store
 
-    def hold(self, run: str, abandon: Callable[[], None]) -> None:
+    def begin(self, run: str, abandon: Callable[[], None]) -> None:
         """Deliver the beginning of `run`, so that its id is known.
 
         Raises:
@@ -112,7 +112,7 @@ class InlineDelivery:
             self._warned = True
             logger.warning("Saved on disk; upload failed and will be tried again: %s", error)
 
-    def release(self, run: str, *, wait: bool = True) -> None:
+    def end(self, run: str, *, wait: bool = True) -> None:
         """Deliver the run's end."""
         if (abandon := self._active_runs.runs.pop(run, None)) is not None:
             atexit.unregister(abandon)
