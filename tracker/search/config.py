@@ -10,7 +10,7 @@ from typing import Any
 from tracker.errors import ArgumentError
 from tracker.search.sampler import pruner, sampler
 from tracker.search.space import Space, grid
-from tracker.validation import checked_name
+from tracker.validation import MAX_RUN_NAME, checked_mapping, checked_name, checked_text
 
 MODEL = "model"
 """The name of a trial's model that the study keeps or deletes."""
@@ -65,8 +65,8 @@ class StudyConfig:
     """Settings shared by all trials, as JSON; a resumed study must have the same."""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ArgumentError("study='' is not allowed; it must be a name.")
+        checked_text(self.name, "study", MAX_RUN_NAME)
+        checked_mapping(self.fixed, "fixed")
         for name, least in {"trials": 1, "steps": 1, "retries": 0, "seed": 0}.items():
             value = getattr(self, name)
             optional = value is None and name in ("trials", "steps")
@@ -122,6 +122,7 @@ class StudyConfig:
             if self.alias is not None:
                 raise ArgumentError(f"alias={self.alias!r} needs register=NAME.")
             return
+        checked_text(self.register, "register", MAX_RUN_NAME)
         if not self.register.strip() or set("/:'") & set(self.register):
             raise ArgumentError(
                 f"register={self.register!r} is not allowed; it must be a name without / : and '."

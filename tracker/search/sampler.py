@@ -61,7 +61,7 @@ def sampler(
         "cmaes": lambda: _CmaEsSampler(own_seed, slot),
         "qmc": lambda: QuasiRandomSampler(seed, slot),
     }
-    if name not in factories:
+    if not isinstance(name, str) or name not in factories:
         raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
     if name == "cmaes" and several:
         raise ArgumentError(

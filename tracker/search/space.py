@@ -25,7 +25,7 @@ from optuna.distributions import (
 )
 
 from tracker.errors import ArgumentError
-from tracker.validation import checked_name
+from tracker.validation import checked_mapping, checked_name, checked_params
 
 Value = None | bool | int | float | str
 Domain = list[Value] | BaseDistribution
@@ -43,7 +43,7 @@ def checked_space(given: Mapping[str, Any]) -> Space:
         ArgumentError: A name or a domain is not allowed.
     """
     space: Space = {}
-    for name, domain in given.items():
+    for name, domain in checked_mapping(given, "space").items():
         checked_name(name, "space")
         if isinstance(domain, CategoricalDistribution):
             domain = list(domain.choices)
@@ -76,6 +76,8 @@ def _checked_values(name: str, values: list[Any]) -> list[Value]:
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ArgumentError(f"space[{name!r}] contains {value}; numbers must be finite.")
+        if isinstance(value, str):
+            checked_params({name: value})
         if value in seen:
             raise ArgumentError(f"space[{name!r}] contains {value!r} twice.")
         seen.add(value)

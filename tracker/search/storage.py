@@ -87,12 +87,12 @@ def parse(url: str | None) -> tuple[str, str, Path | None]:
         ArgumentError: There is no such kind of storage, or the URL has no file.
     """
     url = url or DEFAULT
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = str(url).partition("://")
     kind = scheme.partition("+")[0]
     kind = "postgresql" if kind == "postgres" else kind
     if not separator or kind not in ("sqlite", "journal", "postgresql"):
         raise ArgumentError(
-            f"storage={public_uri(url)!r} is not supported; allowed are journal:///FILE, "
+            f"storage={public_uri(str(url))!r} is not supported; allowed are journal:///FILE, "
             "sqlite:///FILE and postgresql://USER@HOST/DATABASE."
         )
     if kind == "postgresql":

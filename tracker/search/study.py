@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Study:
         """
         if not callable(objective):
             raise ArgumentError(f"objective={objective!r} is not allowed; it must be a function.")
-        if not grace_seconds > 0:
+        if not isinstance(grace_seconds, int | float) or not grace_seconds > 0:
             raise ArgumentError(
                 f"grace_seconds={grace_seconds!r} is not allowed; it must be above 0."
             )
@@ -127,8 +128,8 @@ class Study:
             sampler=sampler,
             pruner=pruner,
             trials=trials,
-            directions=(direction,) if isinstance(direction, str) else tuple(direction),
-            metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+            directions=_texts(direction),
+            metrics=_texts(metric),
             seed=seed,
             retries=retries,
             steps=steps,
@@ -140,7 +141,7 @@ class Study:
             register=register,
             alias=alias,
             replay=replay,
-            fixed=dict(fixed or {}),
+            fixed=fixed or {},
         )
         self._sources: list[warm_start.Source] = []
 
@@ -185,7 +186,7 @@ class Study:
             KeyboardInterrupt: Ctrl-C or SIGTERM, after the running trials have ended; a second one
                 kills them.
         """
-        if not isinstance(workers, int) or workers < 1:
+        if not isinstance(workers, Integral) or workers < 1:
             raise ArgumentError(f"workers={workers!r} is not allowed; it must be at least 1.")
         if multiprocessing.current_process().name == WORKER:
             raise ArgumentError(
@@ -312,3 +313,8 @@ class Study:
             storage.close()
             if self._mode == "inline":
                 delivery.close()
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    """Return one text, or several, as a tuple; `StudyConfig` checks them."""
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)

@@ -32,6 +32,7 @@ from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.search.trial_run import TrialRun
 from tracker.statuses import Outcome, outcome
 from tracker.training.rng import set_seed
+from tracker.validation import checked_params, checked_step
 
 Objective = Callable[["Trial"], float | Sequence[float]]
 
@@ -92,6 +93,7 @@ class Trial:
         return self._suggest(name, lambda: CategoricalDistribution(list(choices)))
 
     def _suggest(self, name: str, distribution: Callable[[], BaseDistribution]) -> Any:
+        self.run.name_of(name, "param")
         try:
             wanted = distribution()
         except (ValueError, TypeError) as error:
@@ -101,6 +103,7 @@ class Trial:
                 return value
             raise ArgumentError(f"{name!r} is already {value!r}, which is not in {wanted}.")
         value = self._channel.suggest(self.number, name, wanted)
+        checked_params({name: value})
         self.params[name] = self._unlogged[name] = value
         return value
 
@@ -115,7 +118,8 @@ class Trial:
             ArgumentError: The value is not a number, or the step not an integer from 0.
             TrialLostError: The trial was abandoned in the meantime.
         """
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        step = checked_step(step)
+        if step < 0:
             raise ArgumentError(f"step={step!r} is not allowed; it must be an integer from 0.")
         number = _number(value)
         if number is None:
@@ -155,8 +159,11 @@ class Trial:
             name: The constraint.
             value: 0 or less satisfies it.
         """
-        self._channel.constrain(self.number, name, float(value))
-        self.run.log_metrics({f"constraint.{name}": float(value)})
+        number = _number(value)
+        if number is None:
+            raise ArgumentError(f"value={value!r} is not allowed; it must be a number.")
+        self.run.log_metrics({f"constraint.{name}": number})
+        self._channel.constrain(self.number, name, number)
 
     def manager(self, **settings: Any) -> RunManager:
         """Create a RunManager that logs to the trial's run.
