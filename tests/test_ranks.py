@@ -122,6 +122,27 @@ def test_a_manager_on_another_rank_computes_sums_only(
     assert files(tmp_path) == before
 
 
+def test_a_manager_logs_all_to_a_run_that_is_written_whatever_the_rank(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a trial, if torchrun starts several searches."""
+    with start_run() as run:
+        for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        with RunManager(run=run, batch_loss=True) as manager:
+            network, batch = nn.Linear(2, 1), torch.ones(2, 2)
+            manager.begin_run({"lr": 0.1}, network, [batch])
+            manager.begin_epoch()
+            manager.track_loss(network(batch).mean(), batch)
+            manager.end_epoch()
+            manager.end_run()
+
+    artifacts = store.artifacts(store.run())
+    assert {"network/layers.csv", "histograms/000001.json"} <= artifacts
+    assert len(store.history(store.run(), "batch_loss")) == 1
+    assert len(store.run().outputs.model_outputs) == 1
+
+
 @pytest.mark.usefixtures("rank_1")
 def test_a_run_of_another_rank_can_be_a_parent_and_can_be_joined(store: Store) -> None:
     with start_run() as parent:

@@ -122,7 +122,7 @@ class RunManager:
         self._first: FirstBatch | None = None
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()  # of the current epoch, or of the last one
-        self._is_main = True
+        self._is_kept = True
         self._run_started = 0.0
         self._said: set[str] = set()  # warnings of the meters
         self._metrics: dict[str, float] = {}  # of the last epoch
@@ -184,11 +184,11 @@ class RunManager:
         params = named_values(run, "run")
         self._abandon("when the next run began")
         resume_state, self._resume_state = self._resume_state, None
-        self._is_main = is_main()
-        if not self._is_main:
-            self._views = Views(self._results)
         facts, tags = training_facts(network, loader), training_tags(network)
         tracked = self._runs.begin(params, facts, tags, resume_state)
+        self._is_kept = tracked.is_kept
+        if not self._is_kept:
+            self._views = Views(self._results)
         self.network = network
         self.loader = loader
         self.run_params = run
@@ -201,7 +201,7 @@ class RunManager:
         self._run_started = time.perf_counter()
         self._views.begin_run(self.run_count, params)
         when_cell_fails(self._end_open)
-        if self._is_main:
+        if self._is_kept:
             if (dataset := getattr(loader, "dataset", None)) is not None:
                 tracked.log_dataset(dataset, digest=self._digest)
             is_new = resume_state is None or self._runs.joined is not None
@@ -296,7 +296,7 @@ class RunManager:
         meter = self._current_epoch("track_loss").meter
         scalar = meter.add_loss(loss, meter.size_of(batch))
         self.step += 1
-        if self._batch_loss and self._is_main and self._runs.open_run is not None:
+        if self._batch_loss and self._is_kept and self._runs.open_run is not None:
             number = scalar if isinstance(scalar, float) else read_later(scalar)
             self._runs.open_run.append_points((Point("batch_loss", number, self.step, now()),))
         self._views.batch()
@@ -368,7 +368,7 @@ class RunManager:
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch, **metrics})
         histograms = None
-        if self._histograms and self._is_main and self.network is not None:
+        if self._histograms and self._is_kept and self.network is not None:
             histograms = run.log_histograms(self.network, epoch)
         run.deliver()
         self._views.end_epoch(epoch, metrics, histograms)
@@ -394,7 +394,7 @@ class RunManager:
             ArgumentError: A state holds more than tensors, numbers and text.
         """
         run = self._runs.current("save_checkpoint")
-        if not self._is_main or self.network is None:
+        if not self._is_kept or self.network is None:
             return
         if run.log_checkpoint(
             self.step,

@@ -58,7 +58,7 @@ class TorchRecorder(Recorder):
         Raises:
             ArgumentError: The shape or the key is not allowed.
         """
-        if not self._is_kept:
+        if not self._check_open():
             return
         if isinstance(image, str):
             image, key = key, image
@@ -93,7 +93,7 @@ class TorchRecorder(Recorder):
             name: Its name; default from the data set.
             digest: Whether its digest covers its data too, not only class and length.
         """
-        if not self._is_kept:
+        if not self._check_open():
             return
         described = describe_dataset(dataset, content=digest)
         fields = described.fields(str(name or dataset_name(dataset)))
@@ -107,7 +107,7 @@ class TorchRecorder(Recorder):
         """
         from tracker.capture.files import network_files
 
-        for path, text in network_files(network, example).items() if self._is_kept else ():
+        for path, text in network_files(network, example).items() if self._check_open() else ():
             self.log_text(text, path)
 
     def log_mistakes(
@@ -132,7 +132,7 @@ class TorchRecorder(Recorder):
         """
         from tracker.capture.files import mistake_files
 
-        if not self._is_kept:
+        if not self._check_open():
             return
         files = mistake_files(network, loader, classes=classes, scores=scores, shown=shown)
         for path, content in files.items():
@@ -147,7 +147,7 @@ class TorchRecorder(Recorder):
             network: The network. Frozen weights are logged again only if their norm or sum changes.
             step: Step of the histograms, usually an epoch.
         """
-        if not self._is_kept:
+        if not self._check_open():
             return {}
         record = network_histograms(network, checked_step(step), self._histogram_state)
         self._append(records.Histograms(**record))

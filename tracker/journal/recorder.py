@@ -89,7 +89,13 @@ class Recorder:
         self.name_of: Namer = Renamer() if rename else checked_name
         """Returns the name under which MLflow stores a metric, param or tag."""
 
-    def _check_open(self) -> None:
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is logged is recorded: under torchrun, only the runs of rank 0 are."""
+        return self._journal.is_kept
+
+    def _check_open(self) -> bool:
+        """Raise CallOrderError if nothing can be logged; return `is_kept`."""
         if os.getpid() != self._pid:
             raise CallOrderError(
                 "a forked process cannot log to the run of its parent; log in the parent, or begin "
@@ -97,12 +103,7 @@ class Recorder:
             )
         if self._status is not None:
             raise CallOrderError(f"the run has ended ({self._status}); nothing can be added to it.")
-
-    @property
-    def _is_kept(self) -> bool:
-        """Whether what is logged now is recorded: under torchrun, it is by rank 0."""
-        self._check_open()
-        return self._journal.is_kept
+        return self.is_kept
 
     def _append(self, record: Record) -> None:
         self._check_open()
@@ -127,7 +128,7 @@ class Recorder:
         return public_argument(name) if self._redacts else public_text(name)
 
     def _warn_once(self, key: str, message: str, *values: object) -> None:
-        if self._journal.is_kept and key not in self._warned:
+        if self.is_kept and key not in self._warned:
             self._warned.add(key)
             logger.warning(message, *values)
 
@@ -191,7 +192,7 @@ class Recorder:
         Raises:
             ArgumentError: A name, a value or the step is not allowed.
         """
-        if not self._is_kept:
+        if not self._check_open():
             return
         at, step, name_of = now(), checked_step(step), self.name_of
         points = []
@@ -208,7 +209,7 @@ class Recorder:
         Raises:
             ArgumentError: A name, a value, a step or a time is not allowed; none is logged.
         """
-        if not self._is_kept:
+        if not self._check_open():
             return
         self.append_points(
             [
@@ -249,7 +250,7 @@ class Recorder:
         Raises:
             ArgumentError: `path` does not exist or cannot be read, or `folder` is not allowed.
         """
-        if not self._is_kept:  # the file may be on the machine of rank 0
+        if not self._check_open():  # the file may be on the machine of rank 0
             return
         source = Path(os.path.abspath(checked_local_path(path, "path")))
         if not source.exists():
@@ -298,7 +299,7 @@ class Recorder:
 
     def _stage(self, name: str, write: Callable[[Path], object]) -> Path | None:
         """Write a file or folder into the journal; return None, after a warning, if it failed."""
-        if not self._is_kept:
+        if not self._check_open():
             return None
         staged: Path | None = None
         try:
