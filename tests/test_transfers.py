@@ -151,6 +151,20 @@ def test_numbers_of_every_dtype_are_exact(value: Any, dtype: torch.dtype, stream
     assert coming.read_arrived() == float(value)
 
 
+def test_without_memory_to_pin_the_loop_waits_for_its_numbers(
+    stream: Stream, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    stream.refuses_waits = False
+    with start_run() as run:
+        run.log_metrics({"loss": away(0.5)})
+
+    assert store.run().data.metrics == {"loss": 0.5}
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_a_metric_on_a_device_has_the_value_of_the_call(
     shape: tuple[int, ...], stream: Stream, store: Store

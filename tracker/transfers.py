@@ -109,16 +109,19 @@ def read_later(number: Tensor) -> float | Arriving:
     if is_wrapped or number.device.type not in _STREAMED:
         return float(number.item())
     is_short = number.is_floating_point() and number.dtype != torch.float64
-    free = _free[torch.float32 if is_short else torch.float64]
     try:
-        slot = free.popleft()
+        return _slot(torch.float32 if is_short else torch.float64).copy(number)
+    except RuntimeError:  # no memory can be pinned, or an XPU has no float64
+        return float(number.item())
+
+
+def _slot(dtype: torch.dtype) -> Arriving:
+    free = _free[dtype]
+    try:
+        return free.popleft()
     except IndexError:
-        slot, *others = _pinned(torch.float32 if is_short else torch.float64, free)
-        free.extend(others)
-    return slot.copy(number)
-
-
-def _pinned(dtype: torch.dtype, free: deque[Arriving]) -> list[Arriving]:
-    with torch.inference_mode(False):  # or it could be written in inference mode only
-        memory = torch.empty(_SLOTS, dtype=dtype, device="cpu", pin_memory=True)
-        return [Arriving(memory[place : place + 1], free) for place in range(_SLOTS)]
+        with torch.inference_mode(False):  # or it could be written in inference mode only
+            memory = torch.empty(_SLOTS, dtype=dtype, device="cpu", pin_memory=True)
+            slots = [Arriving(memory[place : place + 1], free) for place in range(_SLOTS)]
+        free.extend(slots[1:])
+        return slots[0]
