@@ -357,7 +357,10 @@ def test_params_named_like_secrets_are_kept_and_tags_are_masked(
     assert run.data.params == params | {"k": "***"}
     tags = {name: run.data.tags[name] for name in (*params, "image")}
     assert tags == params | {"password": "***", "k": "***", "image": "a:b@sha256:0123"}
-    assert "Param 'password' is stored, though its name is secret; TRACKER_REDACT=1" in caplog.text
+    assert (
+        "Param 'password' is stored, though it is named like a secret; TRACKER_REDACT=1"
+        in caplog.text
+    )
     assert "The secret in param 'k' is stored as ***; TRACKER_REDACT=0 keeps" in caplog.text
     assert "num_auth" not in caplog.text
 

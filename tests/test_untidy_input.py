@@ -195,6 +195,43 @@ def test_a_wrong_argument_within_an_epoch_leaves_it_open(store: Store) -> None:
     }.items() <= store.run().data.metrics.items()
 
 
+def test_a_metric_may_be_called_epoch(store: Store) -> None:
+    network = torch.nn.Linear(2, 2)
+    with RunManager() as manager:
+        manager.begin_run({}, network, [])
+        for _ in range(2):
+            manager.begin_epoch()
+            manager.track_loss(1.0, torch.ones(2))
+            manager.save_checkpoint()
+            manager.end_epoch({"epoch": 0.5, "run": 7.0})
+        assert [row["epoch"] for row in manager.run_data] == [1, 2]
+        assert [row["metric epoch"] for row in manager.run_data] == [0.5, 0.5]
+        manager.end_run()
+    run = store.run()
+    assert run.data.metrics["epoch"] == 0.5
+    resumed = RunManager.resume(run.info.run_id)
+    assert resumed.checkpoint is not None
+
+
+@pytest.mark.parametrize("row", [3, {"loss": 1.0}, {"epoch": 1, "phase": "warmup"}])
+def test_a_row_of_the_epochs_table_holds_numbers(row: Any, store: Store) -> None:
+    with start_run() as run, pytest.raises(ArgumentError):
+        run.log_epoch(row)
+
+
+def test_a_manager_may_outlive_the_run_that_it_logs_to(store: Store) -> None:
+    def train() -> None:
+        with RunManager(run=start_run()) as manager:
+            manager.begin_run({}, torch.nn.Linear(2, 2), [])
+            manager.begin_epoch()
+            manager.run.end()
+            raise KeyError("the user's")
+
+    with pytest.raises(KeyError, match="the user's"):
+        train()
+    assert store.run().info.status == "FINISHED"
+
+
 def test_a_grid_is_made_of_a_mapping() -> None:
     with pytest.raises(ArgumentError, match="params=3 is not allowed"):
         RunBuilder.get_runs(3)  # type: ignore[arg-type]

@@ -59,8 +59,7 @@ class ManagedRuns:
             checked_timeout("exit_timeout", exit_timeout)
         self.tracking_uri = tracking_uri
         self.directory = checked_local_path(directory, "directory")
-        self.open_run: Run | None = None
-        """The open run."""
+        self._run: Run | None = None
         self.joined = joined
         self._tags = {"tracker.session": uuid.uuid4().hex, **checked_mapping(tags or {}, "tags")}
         self._experiment = experiment
@@ -73,6 +72,16 @@ class ManagedRuns:
         self._has_joined = False
         self._delivery: Delivery | None = None
         self._pid = os.getpid()
+
+    @property
+    def open_run(self) -> Run | None:
+        """The run that is logged to, until it ends; its owner may end one that was joined."""
+        return None if self._run is None or self._run.status is not None else self._run
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the current run; None without a run, and until MLflow has created it."""
+        return None if self._run is None else self._run.run_id
 
     @property
     def is_forked(self) -> bool:
@@ -113,7 +122,7 @@ class ManagedRuns:
             StoreError: The store cannot be opened; nothing has begun.
         """
         if self.is_forked:  # its runs are its own; those of the parent are left alone
-            self._pid, self._delivery, self.open_run = os.getpid(), None, None
+            self._pid, self._delivery, self._run = os.getpid(), None, None
         tags = {**self._tags, **tags}
         if self.joined is not None:
             return self._join(self.joined, params, facts, tags)
@@ -121,7 +130,7 @@ class ManagedRuns:
             self.directory, self.tracking_uri, self._mode, self._exit_timeout, writes=is_main()
         )
         try:
-            self.open_run = Run(
+            self._run = Run(
                 route,
                 params,
                 self._experiment,
@@ -136,8 +145,8 @@ class ManagedRuns:
                 route.close()
             raise
         self._delivery = route
-        self.open_run.log_facts(facts)
-        return self.open_run
+        self._run.log_facts(facts)
+        return self._run
 
     def _join(
         self,
@@ -152,7 +161,7 @@ class ManagedRuns:
         run.log_facts(facts)
         run.set_tags(tags)
         self._has_joined = True
-        self.open_run = run
+        self._run = run
         return run
 
     def current(self, verb: str) -> Run:
@@ -177,7 +186,7 @@ class ManagedRuns:
         """End the open run; one that the caller has begun is only left."""
         if self.open_run is not None and self.open_run is not self.joined:
             self.open_run.end(ended)
-        self.open_run = None
+        self._run = None
 
     def close(self, where: str) -> None:
         """End a run that is still open as abandoned `where`, and close the delivery."""

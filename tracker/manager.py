@@ -268,7 +268,7 @@ class RunManager:
         self.close()
 
     def _end_open(self, ended: Outcome) -> None:
-        if (run := self._runs.open_run) and run.status is None and not self._runs.is_forked:
+        if self._runs.open_run is not None and not self._runs.is_forked:
             self._end(ended)
 
     def begin_epoch(self) -> None:
@@ -366,7 +366,7 @@ class RunManager:
         seconds = time.perf_counter() - self._run_started
         self._metrics = metrics = {**metrics, "run_duration": seconds}
         run.log_metrics(metrics, epoch)
-        run.log_epoch({"epoch": epoch, **metrics})
+        run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
         if self._histograms and self._is_kept and self.network is not None:
             histograms = run.log_histograms(self.network, epoch)
@@ -432,7 +432,7 @@ class RunManager:
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the current run, to use with MLflow's own functions."""
-        return self._runs.open_run.run_id if self._runs.open_run is not None else None
+        return self._runs.run_id
 
     @property
     def epoch_loss(self) -> float:

@@ -72,8 +72,16 @@ def start_run(
     folder = checked_local_path(directory, "directory")
     delivery = open_delivery(folder, tracking_uri, mode, exit_timeout, writes=is_main())
     try:
-        given = (delivery, params, experiment, name, tags, parent)
-        run = Run(*given, owns_delivery=True, rename=rename)
+        run = Run(
+            delivery,
+            params,
+            experiment,
+            name,
+            tags,
+            parent,
+            owns_delivery=True,
+            rename=rename,
+        )
     except BaseException:  # Ctrl-C must not leave a journal open either
         delivery.close()
         raise
@@ -84,8 +92,8 @@ def start_run(
 class Run(TorchRecorder):
     """One tracked run.
 
-    Everything logged is on disk within a fifth of a second, and delivered from there to MLflow,
-    for which only `flush` and `end` wait.
+    Everything logged is on disk within a fifth of a second, once a GPU has computed it, and is
+    delivered from there to MLflow, for which only `flush` and `end` wait.
     """
 
     def __init__(
@@ -115,6 +123,7 @@ class Run(TorchRecorder):
             parent: Parent of the run, or its id.
             resume: State of an earlier run that this one continues.
             owns_delivery: Close `delivery` when the run ends.
+            rename: Rename what has a name that MLflow does not allow.
             key: Key that the caller owns. A run that MLflow has under it is continued.
             parent_key: Key of a parent that another process tracks.
             environment: Result of `environment_tags`, if the caller has it.
@@ -202,7 +211,7 @@ class Run(TorchRecorder):
 
     def flush(self, timeout: float = DEADLINE_SECONDS) -> bool:
         """Wait until everything logged so far is delivered; return False after `timeout` s."""
-        return self._read(lambda: self._delivery.flush(timeout), False)
+        return self._read(lambda: self._delivery.flush(timeout, self._key), False)
 
     def end(
         self,
@@ -214,7 +223,7 @@ class Run(TorchRecorder):
 
         Args:
             ended: Final status, and the reason if it is not FINISHED.
-            wait: Wait for the delivery, at most DEADLINE_SECONDS.
+            wait: Wait for the delivery, at most `exit_timeout` of `start_run`.
         """
         if self._status is not None or os.getpid() != self._pid:
             return  # a fork leaves its parent's run alone

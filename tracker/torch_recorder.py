@@ -107,8 +107,9 @@ class TorchRecorder(Recorder):
         """
         from tracker.capture.files import network_files
 
-        for path, text in network_files(network, example).items() if self._check_open() else ():
-            self.log_text(text, path)
+        if self._check_open():
+            for path, text in network_files(network, example).items():
+                self.log_text(text, path)
 
     def log_mistakes(
         self,

@@ -13,8 +13,10 @@ from tracker import StoreError, start_run
 from tracker.cli import main
 from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.base import _close_all
-from tracker.delivery.leftovers import journals
+from tracker.delivery.leftovers import drop, journals
+from tracker.delivery.uploader import Uploader
 from tracker.journal.reader import Journal
+from tracker.run import Run
 from tracker.store.client import MlflowStore
 
 PROBLEMS: dict[str, dict[str, str]] = {
@@ -121,6 +123,30 @@ def test_a_run_that_is_deleted_while_it_trains_has_all_its_points_when_it_is_res
     assert store.history(tracked, "loss") == [(0, 1.0), (1, 1.0), (2, 1.0)]
     assert other.run_id is not None
     assert store.client.get_run(other.run_id).info.status == "FINISHED"
+
+
+def test_the_others_do_not_wait_for_a_held_run(
+    store_with_gone: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivery = BackgroundDelivery(Path(".tracker"), store_with_gone.uri, uploader=False)
+    held_run = Run(delivery, experiment="gone")
+    other = Run(delivery)
+    other.log_metrics({"loss": 1.0}, 1)
+    delivery.journal.flush()
+    with closing(Journal(delivery.journal.folder)) as journal:
+        Uploader(journal, MlflowStore(store_with_gone.uri)).drain()
+    monkeypatch.setattr(delivery, "_wants_uploader", True)  # the uploader is the one above
+    assert other.flush(timeout=10.0)
+    assert not held_run.flush(timeout=1.0)
+
+
+def test_dropping_a_run_whose_program_lives_says_so(store_with_gone: Store) -> None:
+    delivery = BackgroundDelivery(Path(".tracker"), store_with_gone.uri, uploader=False)
+    run = Run(delivery)
+    delivery.journal.flush()
+    with pytest.raises(StoreError, match="is still in use by process"):
+        drop(delivery.journal.folder, run._key)
+    assert drop(delivery.journal.folder, "another run") == 0
 
 
 def test_an_unknown_experiment_is_said_at_the_start_where_the_store_answers(

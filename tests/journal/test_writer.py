@@ -203,6 +203,13 @@ def test_neighbouring_points_of_a_run_become_one_record(
     assert points(entries[:1]) == [("loss", 0.5, 0, 7), ("norm", 2.0, 0, 7), ("loss", 0.25, 1, 8)]
 
 
+def test_a_record_holds_a_limited_number_of_points(journal: Journal, writer: JournalWriter) -> None:
+    writer.append_points("a", [Point("loss", 1.0, step, 1) for step in range(25_000)])
+    entries = written(journal, writer)
+    assert len(points(entries)) == 25_000
+    assert max(len(points([entry])) for entry in entries) <= 10_000
+
+
 def test_a_tensor_that_cannot_be_read_costs_no_other_value_and_is_counted(
     journal: Journal,
     writer: JournalWriter,

@@ -74,9 +74,9 @@ class BackgroundDelivery:
     def deliver(self) -> None:
         """Do nothing: the uploader delivers continuously."""
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float, run: str | None = None) -> bool:
         """Wait until everything appended so far is delivered; return whether it is."""
-        return self._flush(timeout) and not self._reader.held()
+        return self._flush(timeout) and not self._reader.is_held(run)
 
     def _flush(self, timeout: float) -> bool:
         """Wait like `flush`, but not for held runs: they would keep every other one waiting."""
@@ -102,7 +102,7 @@ class BackgroundDelivery:
         try:  # offline too, after which the run is on disk
             if not self._flush(self.deadline) and self._wants_uploader:
                 problem = self._reader.problem
-                self._warn(problem.text if problem else "the store is slow")
+                self._warn(problem.text if problem else None)
         except StoreError as error:  # the journal was removed, which must not stop the training
             self._warn(str(error))
 
@@ -260,7 +260,8 @@ class BackgroundDelivery:
         if problem is not None and time.time() > problem.since + WARN_SECONDS:
             self._warn(problem.text)
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str | None) -> None:
+        """Warn once that delivery is late; without a reason it works, but slowly."""
         if self._watcher.is_gone():
             if self._wants_uploader:
                 self._wants_uploader = False
@@ -271,6 +272,13 @@ class BackgroundDelivery:
                 )
         elif not self._warned:
             self._warned = True
+            if reason is None:
+                logger.warning(
+                    "Saved on disk; the upload is slow and continues in the background; see: "
+                    "tracker status %s",
+                    self.journal.folder,
+                )
+                return
             logger.warning(
                 "Saved on disk; upload delayed (%s). It continues in the background. "
                 "If this process ends first, finish it with: tracker sync %s",

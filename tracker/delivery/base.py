@@ -42,8 +42,13 @@ class Delivery(Protocol):
     def deliver(self) -> None:
         """Deliver now if the training thread delivers; called after each epoch."""
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until everything appended so far is delivered; return False after `timeout` s."""
+    def flush(self, timeout: float, run: str | None = None) -> bool:
+        """Wait until everything appended so far is delivered; return False after `timeout` s.
+
+        Args:
+            timeout: How long to wait, in seconds.
+            run: The key of the run that matters, if others cannot be delivered; None for all.
+        """
 
     def end(self, run: str, *, wait: bool = True) -> None:
         """Stop delivering a run, after its end was appended.
@@ -150,7 +155,7 @@ class NoDelivery:
     def deliver(self) -> None:
         """Do nothing."""
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float, run: str | None = None) -> bool:
         """Return True: nothing is left to deliver."""
         return True
 

@@ -86,10 +86,10 @@ class InlineDelivery:
         with suppress(StoreError):  # the journal is unreadable, of which the line above warned
             self._pass_on_notices()
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float, run: str | None = None) -> bool:
         """Deliver what is pending, without a time limit; return whether it worked."""
         self.deliver()
-        return not self._reader.pending() and not self._reader.held()
+        return not self._reader.pending() and not self._reader.is_held(run)
 
     def _drain(self) -> None:
         if os.getpid() != self._pid:  # a fork does not deliver its parent's run

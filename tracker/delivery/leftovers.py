@@ -175,7 +175,7 @@ def sync(
                 f" --experiment NAME, or give it up with --drop {run}."
                 for run, reason in journal.held().items()
             )
-            notices = tuple(text for _, text in journal.notices() if not held)
+            notices = tuple(text for _, text in journal.notices())
             if damage is not None and not held:
                 notices += (damage,)
             elif not held:
@@ -206,10 +206,17 @@ def drop(folder: Path, run: str) -> int:
         run: The run's key.
 
     Returns:
-        How many records are lost by it.
+        How many records are lost by it; 0 if the journal does not have the run.
+
+    Raises:
+        StoreError: The journal has the run, and is in use.
     """
+    with closing(Journal(folder)) as journal:
+        if not journal.has(run):
+            return 0
     if writer_lives(folder):
-        return 0
+        writer = Writer.of(folder)
+        raise StoreError(f"{folder} is still in use by process {writer.pid} on {writer.host}.")
     with _delivering(folder), closing(Journal(folder)) as journal:
         dropped = journal.drop(run)
         if dropped and not journal.remaining():

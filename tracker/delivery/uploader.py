@@ -150,7 +150,7 @@ class Uploader:
         if self._journal.hold(run, group[0].seq, group[-1].seq, reason):
             name = next((b.name for b in self._journal.records(run, records.Begin)), None) or run
             self._journal.notice(
-                f"The run {name} cannot be delivered: {reason} Its records stay in "
+                f"The run {name} cannot be delivered: {reason} What is undelivered stays in "
                 f"{self._journal.folder}. When this program has ended, deliver them with `tracker "
                 f"sync --experiment NAME`, or give them up with `tracker sync --drop {run}`."
             )

@@ -108,6 +108,10 @@ class Journal(OpenedJournal):
         """Return the place of the last record; 0 if there is none."""
         return self._read_integer("SELECT coalesce(max(seq), 0) FROM records")
 
+    def has(self, run: str) -> bool:
+        """Return whether the journal has records of a run."""
+        return bool(self._read("SELECT 1 FROM records WHERE run = ? LIMIT 1", run))
+
     def begin_time(self, run: str) -> int:
         """Return when a run began, in milliseconds since 1970."""
         return self._read_integer(
@@ -258,6 +262,11 @@ class Journal(OpenedJournal):
         rows = self._read("SELECT run, reason FROM held ORDER BY delivered")
         return {str(run): str(reason) for run, reason in rows}
 
+    def is_held(self, run: str | None) -> bool:
+        """Return whether a run is held, or any run for None."""
+        held = self.held()
+        return run in held if run is not None else bool(held)
+
     def pass_over_held(self) -> None:
         """Count the records of held runs as passed, if nothing else is undelivered."""
         self._change(
@@ -366,9 +375,10 @@ class Journal(OpenedJournal):
             return f"{what} lost: {self.folder} was deleted before the upload."
         why = self.obstacle()
         reason = f": {why.rstrip('.')}" if why else ""
+        options = "".join(f" --drop {run} (or --experiment NAME)" for run in list(self.held())[:1])
         return (
             f"Saved on disk; upload unfinished ({what}{reason}). "
-            f"Finish it with: tracker sync {self.folder}"
+            f"Finish it with: tracker sync {self.folder}{options}"
         )
 
 

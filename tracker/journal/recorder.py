@@ -44,7 +44,7 @@ from tracker.validation import (
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _MASKED = "The secret in %s %r is stored as %s; TRACKER_REDACT=0 keeps such values."
-_KEPT = "Param %r is stored, though its name is secret; TRACKER_REDACT=1 masks such params."
+_KEPT = "Param %r is stored, though it is named like a secret; TRACKER_REDACT=1 masks such params."
 _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
@@ -318,8 +318,17 @@ class Recorder:
         return staged.relative_to(self._journal.folder).as_posix()
 
     def log_epoch(self, row: Mapping[str, Any]) -> None:
-        """Add a row to the table `epochs.csv` and `epochs.json`."""
-        self._append(records.Epoch(dict(row)))
+        """Add a row to the table `epochs.csv` and `epochs.json`.
+
+        Args:
+            row: Numbers by the names of their columns, with the integer `epoch`.
+
+        Raises:
+            ArgumentError: A value is not a number, or the epoch not an integer.
+        """
+        for name, value in checked_mapping(row, "row").items():
+            checked_number(name, value)
+        self._append(records.Epoch({**row, "epoch": checked_step(row.get("epoch"), "epoch")}))
 
 
 def _number(name: str, value: Any) -> float | Arriving:

@@ -27,6 +27,7 @@ FLUSH_SECONDS = 0.1  # everything is on disk within 0.2 s
 _ALIVE_SECONDS = 1.0  # how often a waiting caller looks whether the thread lives
 _ARRIVAL_SECONDS = 0.002  # how often the thread looks for a device's number that is waited for
 _PATIENCE_SECONDS = 10.0  # for such a number: its device may hang or have failed
+_MOST_POINTS = 10_000  # in a record: the uploader reads each one whole
 _MAX_HELD = 200_000  # records kept in memory while the disk fails
 _INSERT = "INSERT INTO records (run, time, kind, body) VALUES (?, ?, ?, ?)"
 _BAD_ROW = (  # raised for a row's values, not for the disk
@@ -220,7 +221,8 @@ class JournalWriter:
         ):
             if are_points:
                 points = [body for *_, body in group if isinstance(body, Point)]
-                rows += self._encode_points(run, points)
+                for at in range(0, len(points), _MOST_POINTS):
+                    rows += self._encode_points(run, points[at : at + _MOST_POINTS])
             else:
                 rows += [(run, at, kind, str(body)) for _, at, kind, body in group]
         return rows

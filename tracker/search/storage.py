@@ -117,7 +117,7 @@ class Storage:
         """Open a storage.
 
         Args:
-            url: See the table above; by default `DEFAULT`.
+            url: journal:///FILE, sqlite:///FILE or postgresql://…; by default `DEFAULT`.
             make: Whether to create a missing file.
 
         Raises:

@@ -109,11 +109,11 @@ def _load_resume_state(folder: Path) -> ResumeState | None:
     if not checkpoints:
         return None
     last = checkpoints[max(checkpoints)]
-    rows = [
-        row
-        for row in epoch_rows((folder / "rows.json").read_text(encoding="utf-8"))
-        if row["epoch"] <= last.epoch
-    ]
+    try:
+        rows = epoch_rows((folder / "rows.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is not ours: the trial begins anew
+        return None
+    rows = [row for row in rows if row["epoch"] <= last.epoch]
     return ResumeState(
         run_id="",
         params={},

@@ -296,12 +296,17 @@ class MlflowStore:
         """Return why a run accepts nothing at the moment; None if it does."""
         try:
             with translated(f"read run {run_id}"):
-                stage = self.client.get_run(run_id).info.lifecycle_stage
+                run = self.client.get_run(run_id).info
+                experiment = self.client.get_experiment(run.experiment_id)
         except (RefusedError, GoneError) as error:
             return str(error)
-        if stage == "active":
+        what, command = "it", f"runs restore --run-id {run_id}"
+        if experiment.lifecycle_stage != "active":
+            what = "its experiment"
+            command = f"experiments restore --experiment-id {run.experiment_id}"
+        elif run.lifecycle_stage == "active":
             return None
-        return f"it is deleted; restore it with `mlflow runs restore --run-id {run_id}`."
+        return f"{what} is deleted; restore it with `mlflow {command}`."
 
     def last_steps(self, run_id: str) -> dict[str, int]:
         """Return the largest step of each metric of a run."""

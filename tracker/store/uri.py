@@ -162,7 +162,7 @@ def local_path(uri: str) -> Path:
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a SQLite file, whatever signs its path has."""
+    """Return the URI of a SQLite file, whatever characters its path has."""
     return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
 
 

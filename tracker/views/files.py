@@ -9,14 +9,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tracker.errors import ArgumentError
 from tracker.texts import csv_cell
 from tracker.views.base import View
-
-if TYPE_CHECKING:  # the uploader writes tables too, and does not load torch
-    pass
 
 Row = Mapping[str, Any]
 
@@ -42,7 +39,9 @@ class ResultTable(View):
         first = {name.replace("_", " "): metrics[name] for name in titles if name in metrics}
         row = {"run": self._number, "epoch": epoch, **first}
         row |= {f"param {key}" if key in row else key: v for key, v in self._params.items()}
-        self.rows.append(row | {key: v for key, v in metrics.items() if key not in titles})
+        others = {key: value for key, value in metrics.items() if key not in titles}
+        row |= {f"metric {key}" if key in row else key: value for key, value in others.items()}
+        self.rows.append(row)
 
     def save(self, name: str | Path) -> None:
         """Write the table to `name.csv` and `name.json`.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from tracker.views.base import View
-
-if TYPE_CHECKING:
-    pass
 
 
 class NotebookTable(View):
