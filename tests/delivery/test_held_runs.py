@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,16 @@ def test_a_run_that_is_deleted_while_it_trains_has_all_its_points_when_it_is_res
     assert store.client.get_run(other.run_id).info.status == "FINISHED"
 
 
-def test_the_others_do_not_wait_for_a_held_run(
-    store_with_gone: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def delivery(store_with_gone: Store) -> Iterator[BackgroundDelivery]:
     delivery = BackgroundDelivery(Path(".tracker"), store_with_gone.uri, uploader=False)
+    yield delivery
+    delivery.leave()
+
+
+def test_the_others_do_not_wait_for_a_held_run(
+    delivery: BackgroundDelivery, store_with_gone: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held_run = Run(delivery, experiment="gone")
     other = Run(delivery)
     other.log_metrics({"loss": 1.0}, 1)
@@ -140,8 +147,7 @@ def test_the_others_do_not_wait_for_a_held_run(
     assert not held_run.flush(timeout=1.0)
 
 
-def test_dropping_a_run_whose_program_lives_says_so(store_with_gone: Store) -> None:
-    delivery = BackgroundDelivery(Path(".tracker"), store_with_gone.uri, uploader=False)
+def test_dropping_a_run_whose_program_lives_says_so(delivery: BackgroundDelivery) -> None:
     run = Run(delivery)
     delivery.journal.flush()
     with pytest.raises(StoreError, match="is still in use by process"):

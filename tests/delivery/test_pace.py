@@ -1,21 +1,24 @@
-"""Metrics are sent in few requests; what somebody waits for is sent at once."""
+"""When the uploader works: metrics wait for more of them, the journal never waits for it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tracker.delivery import process
+from tracker.delivery import background, process
 from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.process import UploaderProcess
 from tracker.run import Run
 
 
 @pytest.fixture
-def delivery(tracking_uri: str, tmp_path: Path) -> BackgroundDelivery:
-    return BackgroundDelivery(tmp_path / "journals", tracking_uri, uploader=False)
+def delivery(tracking_uri: str, tmp_path: Path) -> Iterator[BackgroundDelivery]:
+    delivery = BackgroundDelivery(tmp_path / "journals", tracking_uri, uploader=False)
+    yield delivery
+    delivery.leave()
 
 
 @pytest.fixture
@@ -71,3 +74,25 @@ def test_metrics_are_sent_at_once_when_the_uploader_must_stop(
     delivery.journal.flush()
     uploader.stop()
     assert uploader.deliver() > 0
+
+
+def test_records_reach_the_disk_while_the_uploader_cannot_start(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting, released = threading.Event(), threading.Event()
+
+    def blocked(*_: object, **__: object) -> None:
+        starting.set()
+        released.wait()
+        raise OSError("no process could be started")
+
+    monkeypatch.setattr(background.subprocess, "Popen", blocked)
+    delivery = BackgroundDelivery(tmp_path / "journals", tracking_uri, uploader=True)
+    run = Run(delivery, environment={})  # it would start git
+    try:
+        assert starting.wait(60)
+        run.log_metrics({"loss": 1.0}, 1)
+        assert delivery.journal.flush(60)
+    finally:
+        released.set()
+        delivery.leave()

@@ -380,7 +380,7 @@ def test_close_writes_what_is_pending_and_may_be_called_again(
     assert not writer.flush()
     writer.close()
     assert journal.records("a", Epoch) == [Epoch({"number": 1})]
-    assert "journal" not in [thread.name for thread in threading.enumerate()]
+    assert not writer._thread.is_alive()
 
 
 def test_a_journal_whose_folder_was_removed_does_not_stop_training(

@@ -170,12 +170,14 @@ def sync(
                 for run in journal.held():
                     journal.redirect(run, experiment)
                 records += _drain_patiently(uploader)
+            reasons = journal.held()
             held = tuple(
                 f"{folder} keeps the run {run}, which cannot be delivered: {reason} Deliver it with"
                 f" --experiment NAME, or give it up with --drop {run}."
-                for run, reason in journal.held().items()
+                for run, reason in reasons.items()
             )
-            notices = tuple(text for _, text in journal.notices())
+            said = [text for _, text in journal.notices()]
+            notices = tuple(t for t in said if not any(why in t for why in reasons.values()))
             if damage is not None and not held:
                 notices += (damage,)
             elif not held:

@@ -178,7 +178,10 @@ class JournalWriter:
         until: float | None = None  # the end of the wait for numbers on a device
         while not closing or self._late:
             with suppress(queue.Empty):
-                turn = FLUSH_SECONDS if until is None else _ARRIVAL_SECONDS
+                turn = FLUSH_SECONDS
+                if until is not None:  # the longer it takes, the less often it is looked for
+                    waited = time.monotonic() - (until - _PATIENCE_SECONDS)
+                    turn = min(FLUSH_SECONDS, max(_ARRIVAL_SECONDS, waited / 10))
                 request = self._requests.get(timeout=turn)
                 while True:
                     if request is None:
