@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.devices import Away, a_device, away
 from tests.helpers import Store
-from tracker import CallOrderError, Run, RunManager, start_run
+from tracker import ArgumentError, CallOrderError, Run, RunManager, start_run
 from tracker.journal.records import Point
 
 
@@ -156,3 +161,61 @@ def test_a_run_of_another_rank_can_be_a_parent_and_can_be_joined(store: Store) -
             manager.end_run()
 
     assert store.runs() == []
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A process group in which this process is rank 0, and collectives wait for nobody."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def fully(network: nn.Module, part: str = "") -> nn.Module:
+    fully_shard(network.get_submodule(part), mesh=init_device_mesh("cpu", (2,)))
+    return network
+
+
+def tensor_parallel(network: nn.Module) -> nn.Module:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return parallelize_module(network, init_device_mesh("cpu", (2,)), plan)
+
+
+SHARDED: dict[str, Callable[[nn.Module], Any]] = {
+    "fully_shard": fully,
+    "one layer": lambda network: fully(network, "2"),
+    "tensor parallel": tensor_parallel,
+    "FSDP": lambda network: FullyShardedDataParallel(network, device_id=torch.device("cpu")),
+    "compiled": lambda network: torch.compile(tensor_parallel(network), backend="eager"),
+}
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("shard", SHARDED.values(), ids=SHARDED)
+def test_rank_0_does_not_call_a_sharded_network_by_itself(
+    store: Store, caplog: pytest.LogCaptureFixture, shard: Callable[[nn.Module], nn.Module]
+) -> None:
+    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    network = shard(layers)
+    calls: list[int] = []
+    layers[1].register_forward_hook(lambda *_: calls.append(1))
+
+    with RunManager(tensorboard="runs") as manager:
+        run = manager.begin_run({}, network, [torch.rand(2, 8)])
+        manager.begin_epoch()
+        for batch in manager.loader:
+            loss = network(batch).sum()
+            manager.track_loss(loss, batch)  # now FSDP's parameters are plain tensors
+            loss.backward()
+        run.log_mistakes(network, [(torch.rand(2, 8), torch.zeros(2))], classes=list("abcd"))
+        with pytest.raises(ArgumentError, match="each rank has a part of network, and a checkpoi"):
+            manager.save_checkpoint()
+        manager.end_epoch()
+        manager.end_run()
+
+    assert calls == [1]
+    assert len([text for text in caplog.messages if "which rank 0 alone cannot call" in text]) == 1
+    assert "TensorBoard" not in caplog.text
+    assert store.artifacts(store.run(), "network") == {"network/layers.csv"}
+    assert not {"mistakes", "model.pt"} & store.artifacts(store.run())
+    assert not getattr(store.run().outputs, "model_outputs", [])

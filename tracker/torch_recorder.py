@@ -24,7 +24,7 @@ from tracker.journal.recorder import Recorder
 from tracker.journal.records import now
 from tracker.store.history import CHECKPOINTS
 from tracker.training.checkpoint import save_checkpoint
-from tracker.training.device import unwrap
+from tracker.training.device import is_sharded, unwrap
 from tracker.validation import checked_model_name, checked_path, checked_step
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class TorchRecorder(Recorder):
         super().__init__(*arguments)
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
+        self._said_sharded = False
 
     def log_image(
         self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
@@ -107,9 +108,25 @@ class TorchRecorder(Recorder):
         """
         from tracker.capture.files import network_files
 
-        if self._check_open():
-            for path, text in network_files(network, example).items():
-                self.log_text(text, path)
+        if not self._check_open():
+            return
+        if self._cannot_call(network):
+            example = None
+        for path, text in network_files(network, example).items():
+            self.log_text(text, path)
+
+    def _cannot_call(self, network: nn.Module) -> bool:
+        """Return whether other ranks would have to call the network too; a warning says so once."""
+        if not is_sharded(network):
+            return False
+        if not self._said_sharded:
+            self._said_sharded = True
+            logger.warning(
+                "Each rank has a part of the network, which rank 0 alone cannot call: the run gets "
+                "the table of its layers, but no graph, no mistakes, no model and no weights; save "
+                "them with torch.distributed.checkpoint."
+            )
+        return True
 
     def log_mistakes(
         self,
@@ -133,7 +150,7 @@ class TorchRecorder(Recorder):
         """
         from tracker.capture.files import mistake_files
 
-        if not self._check_open():
+        if not self._check_open() or self._cannot_call(network):
             return
         files = mistake_files(network, loader, classes=classes, scores=scores, shown=shown)
         for path, content in files.items():
@@ -167,7 +184,7 @@ class TorchRecorder(Recorder):
         """Log an MLflow model that loads without this project and without CUDA.
 
         It is loaded and compared with `network` first. If that fails, a warning says why, and only
-        the weights are logged, as `NAME.pt`.
+        the weights are logged, as `NAME.pt`; nothing is logged of a network sharded over ranks.
 
         Args:
             network: The trained network.
@@ -186,6 +203,8 @@ class TorchRecorder(Recorder):
         from tracker.capture.model import save_model
 
         checked_model_name(name)
+        if not self._check_open() or self._cannot_call(network):
+            return False
         problem: str | None = "there is no example of its inputs"
 
         def save(folder: Path) -> None:

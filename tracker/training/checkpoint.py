@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tracker.errors import ArgumentError, StoreError
 from tracker.training.checkpoint_files import read_files, read_state, write_files
-from tracker.training.device import unwrap
+from tracker.training.device import is_sharded, unwrap
 from tracker.training.rng import RandomStates
 from tracker.training.states import decode, encode
 from tracker.validation import checked_number
@@ -243,6 +243,11 @@ def save_checkpoint(
     if position and epoch_start is None:
         raise ArgumentError(
             f"position={position} requires epoch_start, the random states at the epoch's start."
+        )
+    if is_sharded(network):
+        raise ArgumentError(
+            "each rank has a part of network, and a checkpoint must hold all of it; save it with "
+            "torch.distributed.checkpoint."
         )
     random_states = {"random": RandomStates.capture(loader)}
     if epoch_start is not None:

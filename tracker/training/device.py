@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,22 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Return whether other ranks have parts of the network, and must take part in each forward.
+
+    Its parameters or buffers are DTensors, or modules are wrapped by FSDP, whose parameters are
+    plain tensors between forward and backward.
+    """
+    network = unwrap(network)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported by its users
+    kinds = (getattr(fsdp, name, ()) for name in ("FSDPModule", "FullyShardedDataParallel"))
+    wrappers = tuple(kinds)
+    return any(isinstance(module, wrappers) for module in network.modules()) or any(
+        hasattr(type(tensor), "full_tensor")
+        for tensor in (*network.parameters(), *network.buffers())
+    )
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tracker.capture.histograms import bin_edges
 from tracker.errors import ArgumentError
-from tracker.training.device import device_of, unwrap
+from tracker.training.device import device_of, is_sharded, unwrap
 from tracker.training.rng import preserve_rng
 from tracker.validation import checked_local_path
 from tracker.views.base import View
@@ -57,6 +57,8 @@ class TensorBoard(View):
         if pictures is not None:
             formats = "HWC" if pictures.mode == "RGB" else "HW"
             self._writer.add_image("images", np.asarray(pictures), dataformats=formats)
+        if is_sharded(network):
+            return
         with preserve_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
             try:
