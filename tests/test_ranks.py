@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -219,3 +220,20 @@ def test_rank_0_does_not_call_a_sharded_network_by_itself(
     assert store.artifacts(store.run(), "network") == {"network/layers.csv"}
     assert not {"mistakes", "model.pt"} & store.artifacts(store.run())
     assert not getattr(store.run().outputs, "model_outputs", [])
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("placement", [Partial("sum"), Partial("avg"), Shard(0)])
+def test_a_metric_of_which_each_rank_has_a_part_is_refused(
+    store: Store, placement: Placement
+) -> None:
+    """Gathering it would wait for ranks that may not log it."""
+    mesh = init_device_mesh("cpu", (2,))
+    with RunManager(model=False) as manager:
+        run = manager.begin_run({}, nn.Linear(1, 1), [])
+        manager.begin_epoch()
+        for log in (run.log_metrics, manager.end_epoch):
+            with pytest.raises(ArgumentError, match="'x' is a DTensor of which each rank has a pa"):
+                log({"x": DTensor.from_local(torch.ones(1), mesh, [placement])})
+        run.log_metrics({"x": DTensor.from_local(torch.ones(1), mesh, [Replicate()])}, 3)
+    assert store.history(store.run(), "x") == [(3, 1.0)]

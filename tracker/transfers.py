@@ -10,6 +10,7 @@ and the thread looks at that memory, without a call of the driver, until the num
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,28 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type in _STREAMED)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor as a plain tensor, gathered if each rank has a part; others as they are."""
-    if type(tensor) is Tensor or not hasattr(tensor, "full_tensor"):
+def local_copy(tensor: Tensor) -> Tensor | None:
+    """Return a DTensor that this rank has whole as a plain tensor, and other tensors as they are.
+
+    None if ranks have parts of it, or parts of a sum: only a collective yields its value.
+    """
+    if type(tensor) is Tensor or (placements := getattr(tensor, "placements", None)) is None:
         return tensor
-    gathered: Tensor = tensor.full_tensor()
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    if all(part.is_replicate() or mesh.size(dim) == 1 for dim, part in enumerate(placements)):
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return local
+    return None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor as a plain tensor, and other tensors as they are.
+
+    A collective of the ranks that have parts of it, if there are any.
+    """
+    if (local := local_copy(tensor)) is not None:
+        return local
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
@@ -96,7 +114,7 @@ _free: dict[torch.dtype, deque[Arriving]] = {dtype: deque() for dtype in _BITS}
 
 
 def read_later(number: Tensor) -> float | Arriving:
-    """Return the present value of a tensor of one number on a device, without waiting for it.
+    """Return the present value of a plain tensor of one number, without waiting for its device.
 
     On devices other than CUDA and XPU this waits: no other thread may read the number later.
 
@@ -104,7 +122,7 @@ def read_later(number: Tensor) -> float | Arriving:
         ArgumentError: A graph is being captured, so that there is no value.
     """
     check_computed(number, "a metric", "log_metrics")
-    number = whole(number.detach()).reshape(1)
+    number = number.detach().reshape(1)
     is_wrapped = type(number).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if is_wrapped or number.device.type not in _STREAMED:
         return float(number.item())

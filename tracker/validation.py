@@ -254,6 +254,15 @@ def checked_metrics(metrics: Any, name_of: Namer = checked_name) -> dict[str, fl
 
 def checked_number(name: str, value: Any) -> float:
     """Convert the value of the metric `name` to a float, waiting for a tensor's device."""
+    if hasattr(value, "full_tensor"):  # a DTensor; torch is not imported for other values
+        from tracker.transfers import local_copy
+
+        if (local := local_copy(value)) is None:
+            raise ArgumentError(
+                f"metric {name!r} is a DTensor of which each rank has a part; call full_tensor() "
+                "on every rank, and log its result."
+            )
+        value = local
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError

@@ -28,7 +28,6 @@ from tests.helpers import Store
 from tracker import Epoch, StoreError, evaluate, fit
 from tracker.training.distributed import is_main, rank, rank_0_first, sum_over_ranks, world_size
 from tracker.training.meters import EpochMeter
-from tracker.transfers import read_later
 
 pytestmark = pytest.mark.timeout(700)  # the ranks start slowly on a busy machine
 
@@ -70,6 +69,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -107,6 +107,15 @@ def computed(batches):
 cases = json.loads(Path("cases.json").read_text())
 results = {"cases": [computed(case[me]) for case in cases], "collectives": collectives}
 results["large"] = sum_over_ranks([2.0**52 if me == 0 else 1.0, float(me)], device)
+
+def of_dtensors():
+    mesh, meter = init_device_mesh(device.type, (ranks,)), EpochMeter()
+    for loss, part in ((me, Partial("sum")), (me, Partial("avg")), (7, Replicate())):
+        local = torch.tensor(1.0 + 2 * loss, device=device, requires_grad=True)
+        meter.add_loss(DTensor.from_local(local, mesh, [part]))
+    return meter.losses.tolist()
+
+results["dtensors"] = of_dtensors()
 
 def drawn(number, size, drop_last):
     data = points(number, seed=2)
@@ -358,6 +367,11 @@ def test_fit_and_evaluate_equal_one_process_on_all_the_data(
     assert [result["evaluate"] for result in results] == [pytest.approx(whole, rel=1e-9)] * 2
 
 
+def test_the_loss_of_ranks_that_have_a_part_each_is_that_of_the_whole(results: list[Any]) -> None:
+    """The sum and the mean of 1 and 3, and a number that both have."""
+    assert [result["dtensors"] for result in results] == [[4.0, 2.0, 15.0]] * 2
+
+
 @pytest.mark.usefixtures("results")
 def test_two_ranks_are_one_run_written_by_rank_0(
     folder: Path, tmp_path: Path, alone: tuple[nn.Module, list[Epoch]]
@@ -496,7 +510,6 @@ def test_losses_and_predictions_may_be_dtensors(labels_too: bool) -> None:
     meter.add_correct(distributed(torch.eye(3)), distributed(labels) if labels_too else labels)
 
     assert meter.compute() == {"loss": 0.5, "accuracy": pytest.approx(2 / 3)}
-    assert read_later(distributed(torch.tensor(0.25))) == 0.25
 
 
 def test_torchrun_s_variables_count_only_all_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tracker.errors import first_line
 from tracker.training.device import unwrap
+from tracker.transfers import local_copy
 
 _MANTISSA_BITS = 3
 _PER_OCTAVE = 1 << _MANTISSA_BITS
@@ -140,13 +141,9 @@ def _whole(tensor: Tensor) -> Tensor:
         raise ValueError("it is on the device meta, without values")
     if getattr(tensor, "_is_flat_param", False):
         raise ValueError("FSDP keeps a part of it on each rank")
-    if (placements := getattr(tensor, "placements", None)) is None:
-        return tensor
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    if all(part.is_replicate() or mesh.size(dim) == 1 for dim, part in enumerate(placements)):
-        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        return local
-    raise ValueError("each rank has a part of it")
+    if (local := local_copy(tensor)) is None:
+        raise ValueError("each rank has a part of it")
+    return local
 
 
 def _converted(values: Tensor) -> Tensor:

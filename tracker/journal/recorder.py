@@ -26,7 +26,7 @@ from tracker.redaction import (
     public_values,
 )
 from tracker.statuses import Status
-from tracker.transfers import Arriving, read_later
+from tracker.transfers import Arriving, local_copy, read_later
 from tracker.validation import (
     Namer,
     Renamer,
@@ -333,8 +333,8 @@ class Recorder:
 
 def _number(name: str, value: Any) -> float | Arriving:
     """Convert a metric to a float, or let a device copy it that it would have to wait for."""
-    if isinstance(value, Tensor):
-        value = value.detach()
+    if isinstance(value, Tensor) and (local := local_copy(value.detach())) is not None:
+        value = local
         if not (value.is_cpu or value.is_meta or value.is_complex()) and value.numel() == 1:
             return read_later(value)
     return checked_number(name, value)

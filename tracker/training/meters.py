@@ -158,19 +158,17 @@ class EpochMeter:
             except (TypeError, ValueError) as error:
                 kind = type(loss).__name__
                 raise ArgumentError(f"loss is a {kind}; it must be one number.") from error
-        if loss.dim():
-            if loss.numel() != 1:
-                raise ArgumentError(
-                    f"loss has the shape {tuple(loss.shape)}; it must be one number, the mean of "
-                    "the batch."
-                )
-            loss = loss.reshape(())
-        # Copy: the loop may modify its loss in place. On the CPU a float is six times faster.
-        if loss.is_cpu:
-            copied: float | Tensor = float(loss.item())
-        else:
+        if loss.dim() and loss.numel() != 1:
+            raise ArgumentError(
+                f"loss has the shape {tuple(loss.shape)}; it must be one number, the mean of the "
+                "batch."
+            )
+        if not loss.is_cpu:
             check_computed(loss, "loss", "track_loss")
-            copied = whole(loss.detach()).clone()
+        if type(loss) is not Tensor:
+            loss = whole(loss.detach())
+        # Copy: the loop may modify its loss in place. On the CPU a float is six times faster.
+        copied = float(loss.item()) if loss.is_cpu else loss.detach().reshape(()).clone()
         self._losses.append(copied)
         self._sizes.append(size)
         return copied
