@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import FashionCNN
 from tests.helpers import Store
@@ -136,12 +136,22 @@ class FixedBatch(nn.Module):
         return x.reshape(2, -1) * 1.0
 
 
+def live(change: Any, exported: Any = lambda y: y * 1) -> Any:
+    """A function that is `change`, but `exported` in an exported program."""
+    return lambda y: (exported if torch.compiler.is_exporting() else change)(y)
+
+
 @pytest.mark.parametrize(
     ("network", "problem"),
     [
         (Outputs(lambda y: (y, "text")), "the network returns tuple, which holds more than"),
         (nn.Linear(3, 3), "a copy of the network fails on a batch of 2"),
         (FixedBatch(), "it fails on a batch of 3"),
+        (Outputs(live(lambda y: (y, y))), "the saved model returns 1 instead of 2 outputs on a b"),
+        (Outputs(live(lambda y: y[:, :1])), "returns the shape (2, 2) instead of (2, 1) on a bat"),
+        (Outputs(live(Tensor.double)), "the dtype torch.float32 instead of torch.float64 on a ba"),
+        (Outputs(live(lambda y: y + 1)), "saved model returns an output that differs by 1 on a b"),
+        (Outputs(live(lambda y: y > 9, lambda y: y < 9)), "returns an output that differs by 1 o"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -232,14 +232,29 @@ def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
         try:
             with evaluation_mode(network), torch.no_grad():
                 live = [part.cpu() for part in _leaves(network(inputs.to(device)))]
-            loaded = _leaves(saved(inputs))
+            problem = _mismatch(live, _leaves(saved(inputs)), _tolerance(device))
         except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
             return f"it fails on a batch of {size}: {first_line(error)}"
-        tolerance = _tolerance(device)
-        for one, other in zip(live, loaded, strict=True):
-            if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
-                worst = (one - other).abs().max().item()
-                return f"the saved model's output differs by {worst:.2g} on a batch of {size}"
+        if problem is not None:
+            return f"the saved model {problem} on a batch of {size}"
+    return None
+
+
+def _mismatch(live: Sequence[Tensor], saved: Sequence[Tensor], tolerance: float) -> str | None:
+    """Return what the saved model does with its outputs that the live network does not."""
+    if len(live) != len(saved):
+        return f"returns {len(saved)} instead of {len(live)} outputs"
+    for one, other in zip(live, saved, strict=True):
+        for what, is_now, was in (
+            ("shape", tuple(other.shape), tuple(one.shape)),
+            ("dtype", other.dtype, one.dtype),
+        ):
+            if is_now != was:
+                return f"returns the {what} {is_now} instead of {was}"
+        if not (one.is_floating_point() or one.is_complex()):  # bytes have no differences
+            one, other = one.double(), other.double()
+        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return f"returns an output that differs by {(one - other).abs().max().item():.2g}"
     return None
 
 
