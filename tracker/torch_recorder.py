@@ -45,7 +45,6 @@ class TorchRecorder(Recorder):
         super().__init__(*arguments)
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
-        self._said_sharded = False
 
     def log_image(
         self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
@@ -119,13 +118,12 @@ class TorchRecorder(Recorder):
         """Return whether other ranks would have to call the network too; a warning says so once."""
         if not is_sharded(network):
             return False
-        if not self._said_sharded:
-            self._said_sharded = True
-            logger.warning(
-                "Each rank has a part of the network, which rank 0 alone cannot call: the run gets "
-                "the table of its layers, but no graph, no mistakes, no model and no weights; save "
-                "them with torch.distributed.checkpoint."
-            )
+        self._warn_once(
+            "sharded",
+            "Each rank has a part of the network, which rank 0 alone cannot call: the run gets the "
+            "table of its layers, but no graph, no mistakes, no model and no weights; save them "
+            "with torch.distributed.checkpoint.",
+        )
         return True
 
     def log_mistakes(
