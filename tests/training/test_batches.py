@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader
 
 from tracker.errors import ArgumentError
 from tracker.training.batches import batch_size
@@ -65,6 +66,10 @@ KINDS: dict[str, Any] = {
     "scalars": lambda n: [torch.tensor(1.0)] * n,
     "packed sequence": lambda n: pack_sequence(ragged(n), enforce_sorted=False),
     "packed and labels": lambda n: (pack_sequence(ragged(n)[::-1]), torch.ones(n)),
+    "sequences to sequences": lambda n: (torch.ones(n, 9, 8), torch.ones(n, 9, 8)),
+    "sequences to other ones": lambda n: (torch.ones(n, 9, 8), torch.ones(n, 9, 10)),
+    "sequences in a list, labels": lambda n: ([torch.ones(n, 9, 8)] * 2, torch.ones(n)),
+    "pictures and labels, zipped": lambda n: ((picture(),) * n, torch.ones(n)),
     "time first": lambda n: (torch.ones(9, n, 2), torch.ones(n)),
     "speech": lambda n: (torch.ones(n, 9, 4), torch.ones(31), torch.ones(n), torch.ones(n)),
     "nested": lambda n: (torch.nested.nested_tensor(ragged(n)), torch.ones(n)),
@@ -98,6 +103,31 @@ def test_a_guess_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         "the batch can be read in several ways and is taken for 4 samples; "
         "pass the number of samples to track_loss()."
     ]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@settings(deadline=None, max_examples=10)
+@given(number=st.integers(1, 5), fields=st.integers(1, 3), more=st.integers(0, 2))
+def test_tensors_that_may_be_pictures_or_fields_are_a_guess_unless_the_loader_joined_them(
+    lists: bool, number: int, fields: int, more: int
+) -> None:
+    batch: Any = [torch.ones(number, 8 + more * field, 8) for field in range(fields)]
+    batch = batch if lists else tuple(batch)
+    said: list[int] = []
+    size = batch_size(batch, said.append)
+    assert size == number or said == [size]
+
+    meter = EpochMeter(DataLoader([0]))
+    assert meter.size_of(batch) == number
+    assert not meter.said
+
+
+@pytest.mark.parametrize("kind", ["detection", "detection, zipped", "pictures and labels"])
+@pytest.mark.parametrize("number", range(1, 5))
+def test_pictures_beside_as_many_labels_are_no_guess(kind: str, number: int) -> None:
+    said: list[int] = []
+    assert batch_size(KINDS[kind](number), said.append) == number
+    assert said == []
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,16 @@ _SMALLEST_PICTURE = 8  # pixels; a shorter side is rather a feature than a width
 _MOST_FIELDS = 3  # more tensors of one shape are taken for samples
 
 
-def batch_size(batch: Any, on_guess: Callable[[int], object] | None = None) -> int:
+def batch_size(
+    batch: Any, on_guess: Callable[[int], object] | None = None, *, is_collated: bool = False
+) -> int:
     """Return the number of samples in a batch.
 
     Args:
         batch: The number itself, a tensor or array (N, …), a packed sequence, a list of samples,
             or a list, tuple or mapping of such fields.
         on_guess: Called with the result if the batch can be read in several ways.
+        is_collated: Whether torch's `default_collate` made it, which joins all samples.
 
     Raises:
         ArgumentError: The batch is something else.
@@ -42,6 +45,8 @@ def batch_size(batch: Any, on_guess: Callable[[int], object] | None = None) -> i
     if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
         return int(batch)
     if (size := _size(batch)) is not None:
+        if size.is_guess and is_collated and isinstance(batch, (list, tuple)):
+            size = _agreed_size(batch) or size
         if size.is_guess and on_guess is not None:
             on_guess(size.samples)
         return size.samples
@@ -58,6 +63,8 @@ class _Size(NamedTuple):
     samples: int
     is_guess: bool = False
     """Whether the batch can be read in several ways."""
+    other: int | None = None
+    """The size in the other of two ways."""
 
 
 def _size(batch: Any) -> _Size | None:
@@ -119,7 +126,13 @@ def _size_of_arrays(batch: Sequence[Any]) -> _Size | None:
         for shape in shapes
     )
     if are_pictures:
-        return _Size(len(batch))
+        samples = len(batch)
+        if samples > _MOST_FIELDS or any(shape[0] != first[0] for shape in shapes):
+            return _Size(samples)
+        # Pictures of first[0] channels, or sequences of first[0] samples, as fields.
+        if isinstance(batch, tuple) and all(shape[1] == first[1] for shape in shapes):
+            return _Size(first[0], is_guess=first[0] != samples, other=samples)
+        return _Size(samples, is_guess=first[0] != samples, other=first[0])
     if any(len(shape) != len(first) for shape in shapes):
         return _size_of_fields(batch)
     if any(shape[0] != first[0] for shape in shapes):
@@ -129,6 +142,12 @@ def _size_of_arrays(batch: Sequence[Any]) -> _Size | None:
     if len(batch) > _MOST_FIELDS and len(set(shapes)) == 1 and len(first) < 4:
         return _Size(len(batch), is_guess=True)
     return _Size(first[0])
+
+
+def _agreed_size(fields: Sequence[Any]) -> _Size | None:
+    """The size of fields if they agree on one."""
+    size = _size_of_fields(fields)
+    return None if size is None or size.is_guess else size
 
 
 def _is_nested(array: Any) -> bool:
@@ -147,6 +166,9 @@ def _size_of_fields(fields: Sequence[Any]) -> _Size | None:
     if not known:
         return None
     sizes = {size.samples for _, size in known}
+    if len(sizes) > 1 and (sure := {size.samples for _, size in known if not size.is_guess}):
+        readings = [{size.samples, size.other} for _, size in known if size.is_guess]
+        sizes = sure if all(sure <= reading for reading in readings) else sizes
     if len(sizes) == 1:
         return _Size(sizes.pop())
     for dimensions in (4, 1):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from tracker.errors import ArgumentError
 from tracker.training.batches import batch_size
@@ -123,13 +123,20 @@ class EpochMeter:
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
 
+    def __post_init__(self) -> None:
+        self._is_collated = getattr(self.loader, "collate_fn", None) is default_collate
+
     def size_of(self, batch: Any) -> int | None:
         """Return the samples in a batch, or None without one; a guess is said once.
 
         Raises:
             ArgumentError: The batch has no size.
         """
-        return None if batch is None else batch_size(batch, self._say_guess)
+        return (
+            None
+            if batch is None
+            else batch_size(batch, self._say_guess, is_collated=self._is_collated)
+        )
 
     def _say_guess(self, samples: int) -> None:
         self._say("the batch can be read in several ways and is taken for %d samples", samples)
