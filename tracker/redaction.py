@@ -28,7 +28,9 @@ _SHAPES = re.compile(
     r"(?<=(?i:bearer) )(?=\S*\d)[\w.~+/\-]{8,}=*"
     r"|(?<=(?i:basic) )(?=[A-Za-z+/]*\d)(?=[a-z\d+/]*[A-Z])[A-Za-z\d+/]{16,}=*"
     r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]{8,}"  # a JSON web token
-    r"|sk-(?:[A-Za-z\d]+-){0,3}(?=\w*\d)[\w\-]{16,}"  # OpenAI, Anthropic and others
+    # OpenAI, Anthropic and others: not a name of words and numbers, such as sk-resnet-50
+    r"|sk-(?:[A-Za-z\d]+[_\-]){0,6}(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z\d]{16,}[\w\-]*"
+    r"|sk-(?:proj|svcacct|admin|ant-[a-z]+\d\d)-(?=[\w\-]*\d)(?=[\w\-]*[A-Z])[\w\-]{40,}"
     r"|(?:gh[oprsu]|hf|gsk|r8|npm|[rs]k_live|[rs]k_test)_(?=[a-z]*[A-Z\d])[A-Za-z\d]{20,}"
     r"|(?:github_pat_|dckr_pat_|wandb_v1_|glpat-|pypi-)[\w\-]{20,}"
     r"|dapi[\da-f]{32}"  # Databricks
