@@ -24,6 +24,7 @@ def shell(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Interactive
     monkeypatch.setenv("IPYTHONDIR", str(Path.cwd()))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the shell replaces it
     shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    callbacks = {event: list(each) for event, each in shell.events.callbacks.items()}
     shell.run_cell(
         "import asyncio, torch\nfrom torch import nn\nfrom tracker import RunManager, start_run"
     )
@@ -33,7 +34,7 @@ def shell(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Interactive
     for name in ("run", "manager"):
         shell.user_ns.pop(name, None)
     InteractiveShell.clear_instance()
-    assert not shell.events.callbacks["post_run_cell"]
+    assert shell.events.callbacks == callbacks
 
 
 def cell(shell: InteractiveShell, *lines: str) -> None:
@@ -61,6 +62,30 @@ def test_a_cell_that_fails_ends_the_run_that_began_in_it(
     assert reason in run.data.tags["tracker.failure"].partition("\n")[0]
     if "manager" in shell.user_ns:
         assert run.data.params["epochs"] == "0"
+
+
+@pytest.mark.parametrize("inner", ["1 / 0", "2 / 1", "", "run.deliver()", "1 +"])
+@pytest.mark.parametrize(
+    ("after", "status"), [("3 / 0", "FAILED"), ("run.run_id", "RUNNING"), ("run.end()", "FINISHED")]
+)
+def test_a_cell_that_runs_another_ends_its_run_only_when_it_fails_itself(
+    store: Store, shell: InteractiveShell, inner: str, after: str, status: str
+) -> None:
+    nested = f"get_ipython().run_cell({inner!r})"
+    cell(shell, "run = start_run()", nested, nested, "during = run.status", after)
+    run = store.run()
+    assert shell.user_ns["during"] is None
+    assert run.info.status == status
+    assert ("tracker.failure" in run.data.tags) == (status == "FAILED")
+    cell(shell, "run.end()")
+
+
+def test_a_run_of_an_inner_cell_ends_with_that(store: Store, shell: InteractiveShell) -> None:
+    inner = "get_ipython().run_cell('run = start_run(); 1 / 0')"
+    cell(shell, "outer = start_run()", inner, "during = run.status, outer.status")
+    assert shell.user_ns["during"] == ("FAILED", None)
+    cell(shell, "outer.end()")
+    shell.user_ns.pop("outer")
 
 
 def test_the_next_run_of_the_manager_begins_as_usual(store: Store, shell: InteractiveShell) -> None:

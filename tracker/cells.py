@@ -24,16 +24,31 @@ def when_cell_fails(end: Callable[[Outcome], object]) -> None:
         return
     end_later = weakref.WeakMethod(end)  # a dropped manager ends its run itself
     error_before = uncaught_error()
+    depth = 0  # of the cells that the cell runs itself
+
+    def cell_begins(_: Any = None) -> None:
+        nonlocal depth
+        depth += 1
 
     def cell_ended(result: Any = None) -> None:
-        shell.events.unregister("post_run_cell", cell_ended)
+        nonlocal depth, error_before
+        if result is not None and not result.info.raw_cell.strip():
+            return  # IPython does not begin an empty cell, but ends it
+        if depth:
+            depth -= 1
+            error_before = uncaught_error()  # the outer cell may go on
+            return
+        for event, callback in callbacks.items():
+            shell.events.unregister(event, callback)
         error = _error(result)
         if error is None and (shown := uncaught_error()) is not error_before:
             error = shown  # %run shows an exception, and the cell goes on
-        if error is not None and (end := end_later()) is not None:
-            end(outcome(error))
+        if error is not None and (end_now := end_later()) is not None:
+            end_now(outcome(error))
 
-    shell.events.register("post_run_cell", cell_ended)
+    callbacks = {"pre_run_cell": cell_begins, "post_run_cell": cell_ended}
+    for event, callback in callbacks.items():
+        shell.events.register(event, callback)
 
 
 def _error(result: Any) -> BaseException | None:
