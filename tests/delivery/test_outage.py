@@ -201,7 +201,7 @@ def tracker(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
 
 def assert_warned_once(trainer: Trainer) -> None:
     """Check for one warning about all outages, and a line at the end only if something is left."""
-    outages = [line for line in trainer.warnings if "upload delayed" in line]
+    outages = [line for line in trainer.warnings if "Saved on disk" in line]
     assert len(outages) <= 1
     leftovers = [f"Finish it with: tracker sync {j}" for j in trainer.journals]
     rest = [line for line in trainer.warnings if line not in outages]
@@ -438,9 +438,9 @@ def test_a_program_ends_without_its_server_and_sync_delivers(
     assert fault == "hang later" or answered == 0
     (journal,) = trainer.journals
     outage, left = trainer.warnings
-    assert "Saved on disk; upload delayed" in outage
-    assert f"tracker sync {journal}" in outage
     # A request that hangs may only be slow: until it times out, the uploader is left to itself.
+    is_delayed = "upload delayed" in outage and f"tracker sync {journal}" in outage
+    assert is_delayed or ("the upload is slow" in outage and fault == "hang later")
     is_left = "which continues in the background; see: tracker status" in left
     assert f"Finish it with: tracker sync {journal}" in left or (is_left and fault == "hang later")
     wait_for(lambda: journal_status(journal).state == "unfinished", "the uploader gives up")
