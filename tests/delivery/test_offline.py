@@ -151,7 +151,9 @@ def check_offline_equals_online(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, trainers: ForkServer
 ) -> None:
     done = train(trainers, f"sqlite:///{tmp_path / 'online.db'}", tmp_path / "online")
-    warnings = [line for line in done.stderr.splitlines() if "Saved on disk" not in line]
+    late = ("upload delayed", "the upload is slow")
+    lines = done.stderr.splitlines()
+    warnings = [line for line in lines if not any(text in line for text in late)]
     assert warnings == ["val_loss is nan at step 1."] * 2  # and a delay, on a busy machine
     assert list((tmp_path / "online" / ".tracker").iterdir()) == []
 
