@@ -16,7 +16,7 @@ from torch import Tensor
 class Away(Tensor):
     """A tensor that claims to be on `cuda:0`, and that only the main thread may use.
 
-    Copies to the host that nobody waits for are done by `Stream.compute`.
+    `Stream.compute` performs the asynchronous copies to the host.
     """
 
     stream: Stream | None = None
@@ -32,7 +32,7 @@ class Away(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert threading.current_thread() is threading.main_thread(), "a second thread"
-        assert cls.stream is not None, "nobody may use the device now"
+        assert cls.stream is not None, "the device must not be used now"
         kwargs = kwargs or {}
         if func is Tensor.copy_ and not isinstance(args[0], Away):
             assert kwargs.get("non_blocking"), "the loop waits"

@@ -25,14 +25,14 @@ from tracker.journal.records import Point
 
 
 class Untouched:
-    """Something that nobody may use."""
+    """An object that fails the test when it is used."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AssertionError(f"{name} is used")
 
 
 class UntouchedNetwork(nn.Module):
-    """A network whose tensors nobody may read, and which nobody may call."""
+    """A network that fails the test when it is called or its tensors are read."""
 
     def named_parameters(self, *arguments: Any, **options: Any) -> NoReturn:
         raise AssertionError("the network is read")
@@ -166,7 +166,7 @@ def test_a_run_of_another_rank_can_be_a_parent_and_can_be_joined(store: Store) -
 
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    """A process group in which this process is rank 0, and collectives wait for nobody."""
+    """A process group in which this process is rank 0, and collectives return at once."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield
     dist.destroy_process_group()

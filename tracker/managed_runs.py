@@ -56,7 +56,7 @@ class ManagedRuns:
             ArgumentError: `directory`, `exit_timeout` or `tags` is not allowed.
         """
         if exit_timeout is not None:
-            checked_timeout("exit_timeout", exit_timeout)
+            exit_timeout = checked_timeout("exit_timeout", exit_timeout)
         self.tracking_uri = tracking_uri
         self.directory = checked_local_path(directory, "directory")
         self._run: Run | None = None

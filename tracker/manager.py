@@ -296,9 +296,9 @@ class RunManager:
         meter = self._current_epoch("track_loss").meter
         scalar = meter.add_loss(loss, meter.size_of(batch))
         self.step += 1
-        if self._batch_loss and self._is_kept and self._runs.open_run is not None:
+        if self._batch_loss and self._is_kept and (run := self._runs.open_run) is not None:
             number = scalar if isinstance(scalar, float) else read_later(scalar)
-            self._runs.open_run.append_points((Point("batch_loss", number, self.step, now()),))
+            run.append_points((Point("batch_loss", number, self.step, now()),))
         self._views.batch()
         self._see(batch)
 

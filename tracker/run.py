@@ -10,7 +10,7 @@ from typing import Any
 
 from tracker.capture.provenance import environment_tags
 from tracker.cells import when_cell_fails
-from tracker.delivery.background import DEADLINE_SECONDS
+from tracker.delivery.background import DEADLINE_SECONDS, checked_timeout
 from tracker.delivery.base import Delivery, mode_of, open_delivery
 from tracker.errors import ArgumentError
 from tracker.journal import records
@@ -69,6 +69,8 @@ def start_run(
         StoreError: The store cannot be used; nothing has begun.
     """
     mode = mode_of(inline=inline, offline=offline)
+    if exit_timeout is not None:
+        exit_timeout = checked_timeout("exit_timeout", exit_timeout)
     folder = checked_local_path(directory, "directory")
     delivery = open_delivery(folder, tracking_uri, mode, exit_timeout, writes=is_main())
     try:

@@ -133,7 +133,7 @@ def test_pruning_loses_and_doubles_nothing(
             if what == "log":
                 for _ in range(count):
                     writer.append_points(run, [Point("loss", 0.5, logged[run], now)])
-                    writer.append(run, Metrics([]), at=now)  # so that each is a record of its own
+                    writer.append(run, Metrics([]), at=now)  # keeps the records separate
                     logged[run] += 1
             elif what == "epoch":
                 writer.append(run, Epoch({"epoch": epochs[run]}), at=now)

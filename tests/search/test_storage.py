@@ -185,7 +185,7 @@ def test_a_project_that_mlflow_fetched_keeps_its_studies_beside_the_store(
     monkeypatch.setattr("tempfile.tempdir", str(workdir / "tmp"))
     uri = tracking_uri.format(home=str(home).replace("%", "%25"))
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.chdir(project)  # a clone of one's own
+    monkeypatch.chdir(project)  # a clone made by the user
     assert default_url(uri) == DEFAULT
     monkeypatch.setenv("MLFLOW_RUN_ID", "0")
     monkeypatch.chdir(home)  # mlflow run .

@@ -213,7 +213,7 @@ def test_the_next_epoch_does_not_change_the_previous_result() -> None:
 
 
 class Shuffled(DistributedSampler[Any]):
-    """The share of one of two ranks, in an order of its own in each epoch."""
+    """The share of one of two ranks, in a different order in each epoch."""
 
     def __init__(self) -> None:
         super().__init__(NUMBERS, num_replicas=2, rank=1, shuffle=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tracker.delivery.background import BackgroundDelivery, checked_timeout
+from tracker.delivery.background import BackgroundDelivery
 from tracker.delivery.inline import InlineDelivery
 from tracker.errors import ArgumentError
 from tracker.journal.writer import JournalWriter, NoJournal
@@ -79,15 +79,13 @@ def open_delivery(
         directory: The folder of the journals.
         tracking_uri: By default the one that MLflow itself would use.
         mode: Deliver by a second process, in the training thread, or only by `tracker sync`.
-        exit_timeout: How many seconds ends wait for the second process; the latest call counts.
+        exit_timeout: How many seconds ends wait for the second process, see `checked_timeout`; the
+            latest call counts.
         writes: Whether this process writes; under torchrun only rank 0 does.
 
     Raises:
-        ArgumentError: `exit_timeout` is not allowed.
         StoreError: The URI or the folder cannot be used.
     """
-    if exit_timeout is not None:
-        exit_timeout = checked_timeout("exit_timeout", exit_timeout)
     if not writes:
         return NoDelivery()
     if mode == "inline":

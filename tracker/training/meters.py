@@ -132,11 +132,9 @@ class EpochMeter:
         Raises:
             ArgumentError: The batch has no size.
         """
-        return (
-            None
-            if batch is None
-            else batch_size(batch, self._say_guess, is_collated=self._is_collated)
-        )
+        if batch is None:
+            return None
+        return batch_size(batch, self._say_guess, is_collated=self._is_collated)
 
     def _say_guess(self, samples: int) -> None:
         self._say("the batch can be read in several ways and is taken for %d samples", samples)
