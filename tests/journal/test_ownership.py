@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import tracker
+from tracker.delivery.leftovers import journals, sweep
 from tracker.errors import StoreError
+from tracker.journal import database
 from tracker.journal.ownership import (
     BEAT_SECONDS,
     LOST_SECONDS,
@@ -267,3 +269,29 @@ def test_a_folder_that_does_not_name_a_writer_is_not_a_journal(
     with pytest.raises(StoreError, match=r"^\S+ is not a tracker journal\.$"):
         ask(closed)
     assert sorted(closed.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["tracker.journal.database.create", "tracker.journal.database.restrict", "pathlib.Path.rename"],
+)
+def test_a_journal_whose_process_was_killed_while_it_made_it_is_swept_away(
+    step: str, tmp_path: Path
+) -> None:
+    dies = f"import os, pathlib, tracker.journal.database\n{step} = lambda *_: os._exit(9)\n"
+    with training(tmp_path, dies + WRITES) as process:
+        process.wait()
+    (half_made,) = tmp_path.glob(".*")
+    assert journals(tmp_path) == []
+
+    sweep(tmp_path)
+    assert not half_made.exists()
+
+
+def test_a_journal_that_is_being_made_is_not_swept_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "restrict", lambda _: sweep(tmp_path))
+    writer = JournalWriter(tmp_path)
+    writer.close()
+    assert journals(tmp_path) == [writer.folder]

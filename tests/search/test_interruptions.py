@@ -175,7 +175,9 @@ def test_a_signal_to_the_terminal_is_handled_by_the_search_while_its_processes_s
     os.killpg(program.pid, number)
     assert program.wait() != 0
     assert program.output().count("Traceback") == 1  # the search's own
-    assert statuses(store) == ("KILLED", Counter())
+    status, runs = statuses(store)
+    assert status == "KILLED"
+    assert runs.keys() <= {"KILLED"}  # a worker may have begun a trial by then
     finish(search, store)
 
 

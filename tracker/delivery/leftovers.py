@@ -74,8 +74,16 @@ def journals(path: Path) -> list[Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove the rest of delivered journals whose removal was interrupted."""
-    for folder in directory.glob(f".*{DONE}"):
+    """Remove journals whose creation, or whose removal after delivery, was interrupted."""
+    for folder in directory.glob(".*"):
+        if re.fullmatch(rf"\.{NAME}", folder.name):
+            try:
+                if writer_lives(folder):
+                    continue
+            except StoreError:  # its process is just about to take its lock, or cannot be asked for
+                continue
+        elif not folder.name.endswith(DONE):
+            continue
         shutil.rmtree(folder, ignore_errors=True)
 
 
