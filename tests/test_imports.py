@@ -27,9 +27,12 @@ LAYERS = {
     },
     "first_batch": {"base", "capture", "views", "run"},
     "managed_runs": {"base", "training", "store", "delivery", "run", "grid"},
+    "batch_tracking": {"base", "training", "journal", "views", "first_batch", "managed_runs"},
+    "tutorial_names": {"base", "training", "views", "run", "managed_runs"},
     "manager": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
         *("torch_recorder", "run", "first_batch", "managed_runs", "grid"),
+        *("batch_tracking", "tutorial_names"),
     },
     "grid": {"base"},
     "deploy": {"base"},

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tracker.batch_tracking import BatchTracking
 from tracker.capture.facts import training_facts, training_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
-from tracker.journal.records import Point, now
+from tracker.journal.records import Point
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, Keep, Retention
-from tracker.training.distributed import is_main
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.transfers import read_later
+from tracker.tutorial_names import TutorialNames
 from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.choice import views_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tracker.capture.model import Predictor
 
 
-class RunManager:
+class RunManager(BatchTracking, TutorialNames):
     """Tracks one run after another as MLflow runs with a common tag `tracker.session`.
 
     A method that is called out of order raises CallOrderError, and changes nothing.
@@ -121,27 +121,14 @@ class RunManager:
         self._views = views_of(self._results, tensorboard, live=run is None)
         self._first: FirstBatch | None = None
         self._epoch: OpenEpoch | None = None
-        self._meter = EpochMeter()  # of the current epoch, or of the last one
+        self._meter = EpochMeter()
         self._is_kept = True
         self._run_started = 0.0
         self._said: set[str] = set()  # warnings of the meters
         self._metrics: dict[str, float] = {}  # of the last epoch
         self._resume_state = run.resume_state if run is not None else None
 
-        self.network: nn.Module | None = None
-        """The network of the run."""
-        self.loader: Any = None
-        """The loader of the run."""
-        self.run_params: Any = None
-        """The hyperparameters of the run, as given to `begin_run`."""
-        self.run_count = 0
-        """Number of runs begun."""
-        self.epoch_count = 0
-        """Number of epochs begun in this run."""
         self.step = 0
-        """Number of steps in this run: calls of `track_loss`."""
-        self.run_data: list[dict[str, Any]] = self._results.rows
-        """The table that `save` writes: a row for each epoch of each run."""
         self.checkpoint: Checkpoint | None = getattr(self._resume_state, "checkpoint", None)
         """The checkpoint from which the run is resumed, or None."""
 
@@ -283,45 +270,6 @@ class RunManager:
         self._meter = self._epoch.meter
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
-    def track_loss(self, loss: Tensor | float, batch: Any = None) -> None:
-        """Add the loss of a batch without waiting for the device.
-
-        Args:
-            loss: Mean loss of the batch: a number or a tensor that holds one.
-            batch: The batch or its number of samples; default what its labels or the loader say.
-
-        Raises:
-            ArgumentError: The loss is not one number, or the batch has no size.
-        """
-        meter = self._current_epoch("track_loss").meter
-        scalar = meter.add_loss(loss, meter.size_of(batch))
-        self.step += 1
-        if self._batch_loss and self._is_kept and (run := self._runs.open_run) is not None:
-            number = scalar if isinstance(scalar, float) else read_later(scalar)
-            run.append_points((Point("batch_loss", number, self.step, now()),))
-        self._views.batch()
-        self._see(batch)
-
-    def _see(self, batch: Any = None) -> None:
-        if self._first is not None and not self._first.is_seen:
-            self._first.see(batch)
-
-    def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Add the number of correct predictions of a batch without waiting for the device.
-
-        Args:
-            preds, labels: Scores, shape (N, classes, …), and class numbers, shape (N, …).
-
-        Raises:
-            ArgumentError: The shapes do not fit.
-        """
-        self._current_epoch("track_num_correct").meter.add_correct(preds, labels)
-
-    def _current_epoch(self, verb: str) -> OpenEpoch:
-        if self._epoch is None:
-            raise CallOrderError(f"{verb}() was called outside an epoch; call begin_epoch() first.")
-        return self._epoch
-
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> None:
         """End the epoch, and log its loss, accuracy, duration and histograms.
 
@@ -423,28 +371,3 @@ class RunManager:
     def resumed_params(self) -> Mapping[str, str]:
         """Params of the run that the next `begin_run` continues; empty if it begins a new one."""
         return {} if self._resume_state is None else self._resume_state.params
-
-    @property
-    def run(self) -> Run:
-        """The current run; raises CallOrderError if there is none."""
-        return self._runs.current("run")
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the current run, to use with MLflow's own functions."""
-        return self._runs.run_id
-
-    @property
-    def epoch_loss(self) -> float:
-        """Sum of this epoch's losses over the samples of this rank; waits for the device."""
-        return self._meter.loss_sum
-
-    @property
-    def epoch_num_correct(self) -> int:
-        """Number of correct predictions in this epoch on this rank; waits for the device."""
-        return self._meter.correct
-
-    def save(self, name: str | Path) -> None:
-        """Write `run_data` to `name.csv` and `name.json`; raises ArgumentError if it cannot."""
-        if is_main():
-            self._results.save(name)

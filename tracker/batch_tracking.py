@@ -1,0 +1,67 @@
+"""What a loop tracks of each batch: loss and correct predictions, without waiting for a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tracker.errors import CallOrderError
+from tracker.first_batch import FirstBatch
+from tracker.journal.records import Point, now
+from tracker.managed_runs import ManagedRuns
+from tracker.training.epoch import OpenEpoch
+from tracker.transfers import read_later
+from tracker.views.base import Views
+
+
+class BatchTracking:
+    """The part of a manager that runs in every step of the loop."""
+
+    step: int
+    """Number of steps in this run: calls of `track_loss`."""
+    _runs: ManagedRuns
+    _views: Views
+    _first: FirstBatch | None
+    _epoch: OpenEpoch | None
+    _batch_loss: bool
+    _is_kept: bool
+
+    def track_loss(self, loss: Tensor | float, batch: Any = None) -> None:
+        """Add the loss of a batch without waiting for the device.
+
+        Args:
+            loss: Mean loss of the batch: a number or a tensor that holds one.
+            batch: The batch or its number of samples; default what its labels or the loader say.
+
+        Raises:
+            ArgumentError: The loss is not one number, or the batch has no size.
+        """
+        meter = self._current_epoch("track_loss").meter
+        scalar = meter.add_loss(loss, meter.size_of(batch))
+        self.step += 1
+        if self._batch_loss and self._is_kept and (run := self._runs.open_run) is not None:
+            number = scalar if isinstance(scalar, float) else read_later(scalar)
+            run.append_points((Point("batch_loss", number, self.step, now()),))
+        self._views.batch()
+        self._see(batch)
+
+    def _see(self, batch: Any = None) -> None:
+        if self._first is not None and not self._first.is_seen:
+            self._first.see(batch)
+
+    def track_num_correct(self, preds: Tensor, labels: Tensor) -> None:
+        """Add the number of correct predictions of a batch without waiting for the device.
+
+        Args:
+            preds, labels: Scores, shape (N, classes, …), and class numbers, shape (N, …).
+
+        Raises:
+            ArgumentError: The shapes do not fit.
+        """
+        self._current_epoch("track_num_correct").meter.add_correct(preds, labels)
+
+    def _current_epoch(self, verb: str) -> OpenEpoch:
+        if self._epoch is None:
+            raise CallOrderError(f"{verb}() was called outside an epoch; call begin_epoch() first.")
+        return self._epoch
