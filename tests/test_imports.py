@@ -29,10 +29,11 @@ LAYERS = {
     "managed_runs": {"base", "training", "store", "delivery", "run", "grid"},
     "batch_tracking": {"base", "training", "journal", "views", "first_batch", "managed_runs"},
     "tutorial_names": {"base", "training", "views", "run", "managed_runs"},
+    "loop_arguments": {"base", "training"},
     "manager": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
         *("torch_recorder", "run", "first_batch", "managed_runs", "grid"),
-        *("batch_tracking", "tutorial_names"),
+        *("batch_tracking", "tutorial_names", "loop_arguments"),
     },
     "grid": {"base"},
     "deploy": {"base"},

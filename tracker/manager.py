@@ -20,6 +20,7 @@ from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point
+from tracker.loop_arguments import LoopArguments
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
@@ -124,7 +125,7 @@ class RunManager(BatchTracking, TutorialNames):
         self._meter = EpochMeter()
         self._is_kept = True
         self._run_started = 0.0
-        self._said: set[str] = set()  # warnings of the meters
+        self._said: set[str] = set()  # warnings that are given once
         self._metrics: dict[str, float] = {}  # of the last epoch
         self._resume_state = run.resume_state if run is not None else None
 
@@ -153,22 +154,34 @@ class RunManager(BatchTracking, TutorialNames):
         manager.checkpoint = manager._resume_state.checkpoint
         return manager
 
-    def begin_run(self, run: Any, network: nn.Module, loader: Any) -> Run:
-        """Begin a run, and log its hyperparameters and data set.
+    def begin_run(
+        self,
+        run: Any = None,
+        network: nn.Module | None = None,
+        loader: Any = None,
+        *more: Any,
+        **named: Any,
+    ) -> Run:
+        """Begin a run, and log its hyperparameters and data sets.
 
         No sample is drawn: pictures, graph and the model's example are taken from the loop's first
         batch. A run that is still open is closed with the status of an abandoned one.
 
         Args:
             run: Hyperparameters: a named tuple, mapping, dataclass or namespace.
-            network: The network to train.
+            network: The network to train; without one, weights and a model are not logged.
             loader: Yields the batches.
+            more: A device, which is compared with the network's, and loaders or data sets to
+                validate and test with; one warning names what is something else.
+            named: The same; the name of a loader says what it is for (`val_loader=`).
 
         Raises:
             ArgumentError: A hyperparameter is not allowed; nothing has begun.
             StoreError: The store cannot be opened; nothing has begun.
         """
-        params = named_values(run, "run")
+        params = {} if run is None else named_values(run, "run")
+        given = LoopArguments.of(network, loader, more, named, self._said)
+        network, loader = given.network, given.loader
         self._abandon("when the next run began")
         resume_state, self._resume_state = self._resume_state, None
         facts, tags = training_facts(network, loader), training_tags(network)
@@ -189,10 +202,12 @@ class RunManager(BatchTracking, TutorialNames):
         self._views.begin_run(self.run_count, params)
         when_cell_fails(self._end_open)
         if self._is_kept:
-            if (dataset := getattr(loader, "dataset", None)) is not None:
-                tracked.log_dataset(dataset, digest=self._digest)
+            for context, dataset in given.datasets.items():
+                tracked.log_dataset(dataset, context, digest=self._digest)
             is_new = resume_state is None or self._runs.joined is not None
-            self._first = FirstBatch(tracked, network, self._views, is_new, self._samples)
+            self._first = None
+            if network is not None:
+                self._first = FirstBatch(tracked, network, self._views, is_new, self._samples)
             self._see(loader[0] if isinstance(loader, (list, tuple)) and loader else None)
         if resume_state is not None:
             self._continue(resume_state)

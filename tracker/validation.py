@@ -111,8 +111,9 @@ def named_values(given: Any, argument: str) -> dict[str, Any]:
         return {field.name: getattr(given, field.name) for field in fields(given)}
     if isinstance(given, (argparse.Namespace, SimpleNamespace)):
         return dict(vars(given))
+    shown = " ".join(reprlib.repr(given).split())
     raise ArgumentError(
-        f"{argument}={given!r} has no hyperparameters; it must be a mapping, a named tuple, a "
+        f"{argument}={shown} has no hyperparameters; it must be a mapping, a named tuple, a "
         "dataclass or a namespace."
     )
 

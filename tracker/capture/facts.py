@@ -11,19 +11,20 @@ from tracker.capture.dataset import dataset_name
 from tracker.training.device import describe_device, device_of, unwrap
 
 
-def training_facts(network: nn.Module, loader: Any) -> dict[str, Any]:
+def training_facts(network: nn.Module | None, loader: Any) -> dict[str, Any]:
     """Return the names of the model, data set and device, the seed and the batch size, if known."""
-    facts = {
-        "model": type(unwrap(network)).__name__,
-        "dataset": dataset_name(getattr(loader, "dataset", loader)),
-        "device": str(device_of(network)),
-        "seed": torch.initial_seed(),
-    }
+    facts: dict[str, Any] = {}
+    if network is not None:
+        facts["model"] = type(unwrap(network)).__name__
+        facts["device"] = str(device_of(network))
+    if loader is not None:
+        facts["dataset"] = dataset_name(getattr(loader, "dataset", loader))
+    facts["seed"] = torch.initial_seed()
     if isinstance(size := getattr(loader, "batch_size", None), int):
         facts["batch_size"] = size
     return facts
 
 
-def training_tags(network: nn.Module) -> dict[str, str]:
+def training_tags(network: nn.Module | None) -> dict[str, str]:
     """Return the device of a network, with the name of a GPU."""
-    return {"tracker.device": describe_device(device_of(network))}
+    return {} if network is None else {"tracker.device": describe_device(device_of(network))}

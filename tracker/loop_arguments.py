@@ -1,0 +1,177 @@
+"""The arguments of `begin_run`, in whatever order and number copies of the tutorial pass them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tracker.errors import ArgumentError
+from tracker.training.device import device_of, unwrap
+
+logger = logging.getLogger(__name__)
+
+_CONTEXTS = {"val": "validation", "dev": "validation", "test": "test"}
+"""What the name of a loader says of its use in MLflow's words."""
+
+
+@dataclass
+class LoopArguments:
+    """What a run trains, and on what."""
+
+    network: nn.Module | None = None
+    loader: Any = None
+    others: dict[str, Any] = field(default_factory=dict)
+    """The loaders that are not trained on, by `validation` and `test`."""
+
+    def __post_init__(self) -> None:
+        self._unused: list[str] = []
+        self._unnamed: list[tuple[str, Any]] = []
+
+    @classmethod
+    def of(
+        cls,
+        network: Any,
+        loader: Any,
+        more: tuple[Any, ...],
+        named: Mapping[str, Any],
+        said: set[str],
+    ) -> LoopArguments:
+        """Sort the arguments by what they are; one warning names those without a use.
+
+        Args:
+            network: The network, or networks in a list, tuple or mapping, or None.
+            loader: The loader, or None.
+            more: Further ones by position: a device, a test loader, a validation and a test loader.
+            named: Further ones by name, which says what a loader is for.
+            said: The warnings that were given before.
+
+        Raises:
+            ArgumentError: `network` is none, or an argument called `device` is no device.
+        """
+        sorted_ = cls()
+        rest = [(f"argument {place}", value) for place, value in enumerate(more, 4)]
+        rest += named.items()
+        if _is_network(loader) and not _is_network(network):
+            network, loader = loader, network
+        elif network is not None and not _is_network(network):
+            if not _is_loader(network):
+                unwrap(network)  # raises
+            rest.insert(0, ("argument 3", loader))
+            network, loader = None, network
+        elif _is_network(loader) or _device(loader) is not None:
+            rest.insert(0, ("argument 3", loader))
+            loader = None
+        sorted_.network = _joined(network)
+        sorted_.loader = loader
+        for name, value in rest:
+            if value is not None:
+                sorted_._add(name, value, said)
+        sorted_._settle()
+        if sorted_._unused:
+            _say("begin_run() has no use for %s.", ", ".join(sorted_._unused), said=said)
+        return sorted_
+
+    def _add(self, name: str, value: Any, said: set[str]) -> None:
+        device = _device(value)
+        if device is None and "device" in name:
+            raise ArgumentError(
+                f"{name}={value!r} is not a device; allowed are a torch.device and names such as "
+                "'cpu' and 'cuda:0'."
+            )
+        context = _context(name)
+        if device is not None:
+            self._check_device(device, said)
+        elif _is_network(value) and self.network is None:
+            self.network = _joined(value)
+        elif not (_is_loader(value) or (context and _is_iterable(value))):
+            self._unused.append(_described(name, value))
+        elif context and context not in self.others:
+            self.others[context] = value
+        elif self.loader is None and not context:
+            self.loader = value
+        elif name.startswith("argument"):
+            self._unnamed.append((name, value))
+        else:
+            self._unused.append(_described(name, value))
+
+    def _settle(self) -> None:
+        """Decide what loaders without a name are for: the last is a test, one before validates."""
+        free = [context for context in ("test", "validation") if context not in self.others]
+        used, unused = self._unnamed[: len(free)], self._unnamed[len(free) :]
+        for (_, loader), context in zip(reversed(used), free, strict=False):
+            self.others[context] = loader
+        self._unused += (_described(name, loader) for name, loader in unused)
+
+    def _check_device(self, device: torch.device, said: set[str]) -> None:
+        if self.network is None or not any(True for _ in self.network.parameters()):
+            return
+        there = device_of(self.network)
+        if there.type != device.type or (
+            None not in (there.index, device.index) and there.index != device.index
+        ):
+            what = "begin_run() was given the device %s, but the network is on %s."
+            _say(what, device, there, said=said)
+
+    @property
+    def datasets(self) -> dict[str, Any]:
+        """The data sets by their use: `training`, `validation`, `test`."""
+        loaders = {"training": self.loader, **self.others}
+        found = {
+            context: loader if isinstance(loader, Dataset) else getattr(loader, "dataset", None)
+            for context, loader in loaders.items()
+        }
+        return {context: dataset for context, dataset in found.items() if dataset is not None}
+
+
+def _is_network(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(part, nn.Module) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(part, nn.Module) for part in value)
+    return isinstance(value, nn.Module)
+
+
+def _joined(network: Any) -> nn.Module | None:
+    """Return several networks as one module, whose parts they are."""
+    if isinstance(network, Mapping):
+        return nn.ModuleDict({str(name): part for name, part in network.items()})
+    return nn.ModuleList(network) if isinstance(network, (list, tuple)) else network
+
+
+def _is_loader(value: Any) -> bool:
+    return isinstance(value, Dataset) or hasattr(value, "dataset")
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+
+def _device(value: Any) -> torch.device | None:
+    if not isinstance(value, str):
+        return value if isinstance(value, torch.device) else None
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        return None
+
+
+def _context(name: str) -> str | None:
+    return next((context for part, context in _CONTEXTS.items() if part in name.lower()), None)
+
+
+def _described(name: str, value: Any) -> str:
+    is_short = isinstance(value, (str, int, float)) and len(repr(value)) < 80
+    return f"{name} ({value!r})" if is_short else f"{name} (a {type(value).__name__})"
+
+
+def _say(message: str, *values: object, said: set[str]) -> None:
+    text = message % values
+    if text not in said:
+        said.add(text)
+        logger.warning(text)
