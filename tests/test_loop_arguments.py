@@ -148,3 +148,60 @@ def test_a_network_in_place_of_hyperparameters_is_refused_in_one_line(store: Sto
     assert str(raised.value).startswith("run=Sequential( ")
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 160
+
+
+# -- end_epoch ---------------------------------------------------------------------------------
+
+
+def test_end_epoch_returns_the_metrics_that_it_logs(store: Store) -> None:
+    with RunManager(model=False) as manager:
+        manager.begin_run({}, NET, TRAIN)
+        manager.begin_epoch()
+        manager.track_loss(0.5, 4)
+        found = manager.end_epoch({"f1": torch.tensor(0.25)}, {"auc": 0.75}, val_loss=0.125)
+        manager.end_run()
+    assert type(found) is dict
+    assert {"loss": 0.5, "f1": 0.25, "auc": 0.75, "val_loss": 0.125}.items() <= found.items()
+    assert set(found) == {"loss", "f1", "auc", "val_loss", "epoch_duration", "run_duration"}
+    assert store.run().data.metrics == found
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ((0.9,), "0.9"),
+        ((0.3, 0.9), "0.3, 0.9"),
+        (([0.3, 0.9],), "[0.3, 0.9]"),
+        ((torch.tensor(0.5),), "tensor(0.5000)"),
+        (("0.5",), "'0.5'"),
+    ],
+    ids=repr,
+)
+def test_numbers_without_names_are_refused_and_the_epoch_stays_open(
+    given: tuple[Any, ...], shown: str, store: Store
+) -> None:
+    with RunManager(model=False) as manager:
+        manager.begin_run({}, NET, TRAIN)
+        manager.begin_epoch()
+        with pytest.raises(ArgumentError) as raised:
+            manager.end_epoch(*given)
+        assert str(raised.value) == (
+            f"metrics={shown} is not allowed; it must be a mapping of numbers by name, or numbers "
+            "by name such as end_epoch(val_loss=0.3)."
+        )
+        assert set(manager.end_epoch(val_loss=0.3)) >= {"val_loss"}
+
+
+def test_what_holds_no_numbers_is_named_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RunManager(model=False) as manager:
+        manager.begin_run({}, NET, TRAIN)
+        for _ in range(2):
+            manager.begin_epoch()
+            manager.end_epoch(NET, TEST, network=NET, f1=0.5)  # type: ignore[arg-type]
+    assert store.history(store.run(), "f1") == [(1, 0.5), (2, 0.5)]
+    assert caplog.messages == [
+        "end_epoch() has no use for a Linear, a DataLoader, network (a Linear); it takes a mapping "
+        "of numbers by name."
+    ]

@@ -1,14 +1,16 @@
-"""The arguments of `begin_run`, in whatever order and number copies of the tutorial pass them."""
+"""The arguments of `begin_run` and `end_epoch`, however copies of the tutorial pass them."""
 
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tracker.errors import ArgumentError
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _CONTEXTS = {"val": "validation", "dev": "validation", "test": "test"}
 """What the name of a loader says of its use in MLflow's words."""
+_NUMBERS = (int, float, str, list, tuple, set, Tensor, np.ndarray, np.generic)
+"""What may be metrics without their names."""
 
 
 @dataclass
@@ -74,7 +78,7 @@ class LoopArguments:
                 sorted_._add(name, value, said)
         sorted_._settle()
         if sorted_._unused:
-            _say("begin_run() has no use for %s.", ", ".join(sorted_._unused), said=said)
+            say_once("begin_run() has no use for %s.", ", ".join(sorted_._unused), said=said)
         return sorted_
 
     def _add(self, name: str, value: Any, said: set[str]) -> None:
@@ -116,7 +120,7 @@ class LoopArguments:
             None not in (there.index, device.index) and there.index != device.index
         ):
             what = "begin_run() was given the device %s, but the network is on %s."
-            _say(what, device, there, said=said)
+            say_once(what, device, there, said=said)
 
     @property
     def datasets(self) -> dict[str, Any]:
@@ -127,6 +131,44 @@ class LoopArguments:
             for context, loader in loaders.items()
         }
         return {context: dataset for context, dataset in found.items() if dataset is not None}
+
+
+def given_metrics(
+    given: tuple[Any, ...], named: Mapping[str, Any], said: set[str]
+) -> dict[str, Any]:
+    """Return the metrics that `end_epoch` was given; a warning names what holds no numbers.
+
+    Args:
+        given: Mappings, or what copies of the tutorial pass: a network, a loader.
+        named: Metrics by name.
+        said: The warnings that were given before.
+
+    Raises:
+        ArgumentError: Numbers have no names.
+    """
+    metrics: dict[str, Any] = {}
+    unused, nameless = [], []
+    for value in given:
+        if isinstance(value, Mapping):
+            metrics |= value
+        elif isinstance(value, _NUMBERS):
+            nameless.append(reprlib.repr(value))
+        elif value is not None:
+            unused.append(f"a {type(value).__name__}")
+    for name, value in named.items():
+        if _is_network(value) or _is_loader(value) or isinstance(value, torch.device):
+            unused.append(_described(name, value))
+        else:
+            metrics[name] = value
+    if nameless:
+        raise ArgumentError(
+            f"metrics={', '.join(nameless)} is not allowed; it must be a mapping of numbers by "
+            "name, or numbers by name such as end_epoch(val_loss=0.3)."
+        )
+    if unused:
+        what = "end_epoch() has no use for %s; it takes a mapping of numbers by name."
+        say_once(what, ", ".join(unused), said=said)
+    return metrics
 
 
 def _is_network(value: Any) -> bool:
@@ -170,7 +212,8 @@ def _described(name: str, value: Any) -> str:
     return f"{name} ({value!r})" if is_short else f"{name} (a {type(value).__name__})"
 
 
-def _say(message: str, *values: object, said: set[str]) -> None:
+def say_once(message: str, *values: object, said: set[str]) -> None:
+    """Log a warning unless it is in `said`."""
     text = message % values
     if text not in said:
         said.add(text)

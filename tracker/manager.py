@@ -20,7 +20,7 @@ from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point
-from tracker.loop_arguments import LoopArguments
+from tracker.loop_arguments import LoopArguments, given_metrics
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
@@ -285,11 +285,18 @@ class RunManager(BatchTracking, TutorialNames):
         self._meter = self._epoch.meter
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
-    def end_epoch(self, metrics: Mapping[str, float] | None = None) -> None:
+    def end_epoch(
+        self, metrics: Mapping[str, float] | None = None, *more: Any, **named: Any
+    ) -> dict[str, float]:
         """End the epoch, and log its loss, accuracy, duration and histograms.
 
         Args:
             metrics: More metrics to log, such as `{"val_loss": 0.4}`.
+            more: Further mappings; one warning names a network, a loader and the like.
+            named: The same by name: `val_loss=0.4`.
+
+        Returns:
+            All metrics of the epoch.
 
         Raises:
             ArgumentError: A metric is not allowed; the epoch has not ended.
@@ -297,10 +304,12 @@ class RunManager(BatchTracking, TutorialNames):
         """
         epoch, run = self._current_epoch("end_epoch"), self._runs.current("end_epoch")
         epoch_metrics = epoch.meter.compute()  # waits for the device and for the other ranks
-        epoch_metrics |= checked_metrics(metrics or {}, run.name_of)
+        given = given_metrics((metrics, *more), named, self._said)
+        epoch_metrics |= checked_metrics(given, run.name_of)
         epoch_metrics["epoch_duration"] = epoch.seconds
         self._epoch = None
         self._log_metrics(epoch_metrics)
+        return dict(self._metrics)
 
     def log_epoch(self, epoch: Epoch) -> None:
         """Log an epoch of `fit`; raises NonFiniteLossError as `end_epoch` does."""
