@@ -61,6 +61,29 @@ class BatchTracking:
         """
         self._current_epoch("track_num_correct").meter.add_correct(preds, labels)
 
+    def track_val_loss(self, loss: Tensor | float, batch: Any = None) -> None:
+        """Add the loss of a validation batch to `val_loss`; otherwise like `track_loss`."""
+        self._add_loss("val", loss, batch)
+
+    def track_val_num_correct(self, preds: Tensor, labels: Tensor) -> None:
+        """Add a validation batch to `val_accuracy`; otherwise like `track_num_correct`."""
+        self._add_correct("val", preds, labels)
+
+    def track_test_loss(self, loss: Tensor | float, batch: Any = None) -> None:
+        """Add the loss of a test batch to `test_loss`; otherwise like `track_loss`."""
+        self._add_loss("test", loss, batch)
+
+    def track_test_num_correct(self, preds: Tensor, labels: Tensor) -> None:
+        """Add a test batch to `test_accuracy`; otherwise like `track_num_correct`."""
+        self._add_correct("test", preds, labels)
+
+    def _add_loss(self, part: str, loss: Tensor | float, batch: Any) -> None:
+        meter = self._current_epoch(f"track_{part}_loss").meter_of(part)
+        meter.add_loss(loss, meter.size_of(batch))
+
+    def _add_correct(self, part: str, preds: Tensor, labels: Tensor) -> None:
+        self._current_epoch(f"track_{part}_num_correct").meter_of(part).add_correct(preds, labels)
+
     def _current_epoch(self, verb: str) -> OpenEpoch:
         if self._epoch is None:
             raise CallOrderError(f"{verb}() was called outside an epoch; call begin_epoch() first.")

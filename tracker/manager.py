@@ -121,6 +121,7 @@ class RunManager(BatchTracking, TutorialNames):
         self._results = ResultTable()
         self._views = views_of(self._results, tensorboard, live=run is None)
         self._first: FirstBatch | None = None
+        self._other_loaders: Mapping[str, Any] = {}
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()
         self._is_kept = True
@@ -191,6 +192,7 @@ class RunManager(BatchTracking, TutorialNames):
             self._views = Views(self._results)
         self.network = network
         self.loader = loader
+        self._other_loaders = given.others
         self.run_params = run
         self.run_count += 1
         self.epoch_count = self.step = 0
@@ -281,7 +283,8 @@ class RunManager(BatchTracking, TutorialNames):
                 f"begin_epoch() was called within epoch {self.epoch_count}; call end_epoch() first."
             )
         self.epoch_count += 1
-        self._epoch = OpenEpoch(self.loader, self._mid_epoch_checkpoint(), self._said)
+        saved = self._mid_epoch_checkpoint()
+        self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said)
         self._meter = self._epoch.meter
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
@@ -303,7 +306,7 @@ class RunManager(BatchTracking, TutorialNames):
             NonFiniteLossError: The loss is NaN or infinite and `stop_on_nonfinite` is set.
         """
         epoch, run = self._current_epoch("end_epoch"), self._runs.current("end_epoch")
-        epoch_metrics = epoch.meter.compute()  # waits for the device and for the other ranks
+        epoch_metrics = epoch.compute()  # waits for the device and for the other ranks
         given = given_metrics((metrics, *more), named, self._said)
         epoch_metrics |= checked_metrics(given, run.name_of)
         epoch_metrics["epoch_duration"] = epoch.seconds

@@ -144,7 +144,7 @@ def trained():
     return epochs, evaluate(network, alone, F.cross_entropy, accuracy=True)
 
 def tracked():
-    data = points(22, seed=0)
+    data, validated = points(22, seed=0), []
     loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False))
     network = DistributedDataParallel(classifier())
     optimizer = SGD(network.parameters(), lr=0.5)
@@ -155,7 +155,11 @@ def tracked():
         for _ in range(2):
             manager.begin_epoch()
             train_epoch(network, loader, optimizer, manager)
-            manager.end_epoch({"lr_now": 0.5})
+            if me == 0:
+                manager.track_val_loss(2.0, 3)
+                manager.track_val_num_correct(torch.eye(2), torch.tensor([0, 0]))
+            manager.track_test_loss(1.0 + me, 1 + 2 * me)
+            validated.append(manager.end_epoch({"lr_now": 0.5}))
         for epoch in fit(network, loader, optimizer, F.cross_entropy, epochs=1, accuracy=True):
             manager.log_epoch(epoch)
         run.log_params({"writer": me})
@@ -170,12 +174,13 @@ def tracked():
         manager.run_id
     with start_run(experiment="plain", params={"lr": 0.5}, tags={"writer": me}) as run:
         run.log_metrics({"loss": 0.5 + me})
+    return validated
 
 if backend == "gloo":
     results["drawn"] = [drawn(*arguments) for arguments in json.loads(sys.argv[2])]
     results["fit"], results["evaluate"] = trained()
     results["collectives"] = list(collectives)
-    tracked()
+    results["validated"] = tracked()
 
 dist.barrier()
 dist.destroy_process_group()
@@ -399,6 +404,14 @@ def test_two_ranks_are_one_run_written_by_rank_0(
     for name in ("loss", "accuracy"):
         expected = {epoch.number: epoch.metrics[name] for epoch in alone[1]}
         assert dict(store.history(run, name)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_all_ranks_know_the_sums_of_those_that_validate(results: list[dict[str, Any]]) -> None:
+    expected = {"val_loss": 2.0, "val_accuracy": 0.5, "test_loss": (1.0 + 2.0 * 3) / 4}
+    for result in results:
+        for metrics in result["validated"]:
+            assert {name: metrics[name] for name in expected} == expected
+            assert "test_accuracy" not in metrics
 
 
 # -- taking turns ----------------------------------------------------------------------------------

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tracker.training.checkpoint import Checkpoint
-from tracker.training.meters import EpochMeter
+from tracker.training.meters import EpochMeter, compute_all
 from tracker.training.rng import RandomStates
+
+PARTS = {"val": "validation", "test": "test"}
+"""The prefixes of metrics of what is not trained on, and the use of their data."""
 
 
 class OpenEpoch:
     """An epoch between `begin_epoch` and `end_epoch`."""
 
-    def __init__(self, loader: Any, checkpoint: Checkpoint | None, said: set[str]) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        others: Mapping[str, Any],
+        checkpoint: Checkpoint | None,
+        said: set[str],
+    ) -> None:
         """Begin an epoch.
 
         Args:
             loader: Yields the batches.
+            others: The loaders of validation and test, by `PARTS`, if they are known.
             checkpoint: The checkpoint in the middle of the epoch from which it continues.
             said: The warnings that were given in this manager's epochs.
         """
+        # Not in checkpoints: a loop that continues in the middle of an epoch validates anew.
+        self._others = {
+            part: EpochMeter(others.get(context), said) for part, context in PARTS.items()
+        }
         if checkpoint is None:
             self.meter = EpochMeter(loader, said)
             self._random_states = RandomStates.capture(loader)
@@ -28,6 +43,15 @@ class OpenEpoch:
             self.meter = EpochMeter.of(checkpoint.extra, loader, said)
             self._random_states = checkpoint.epoch_start
         self._started = time.perf_counter()
+
+    def meter_of(self, part: str) -> EpochMeter:
+        """Return the meter of `val` or `test`."""
+        return self._others[part]
+
+    def compute(self) -> dict[str, float]:
+        """Return all sums as metrics, on every rank at once: see `compute_all`."""
+        others = {f"{part}_": meter for part, meter in self._others.items()}
+        return compute_all({"": self.meter, **others})
 
     @property
     def seconds(self) -> float:

@@ -239,28 +239,56 @@ class EpochMeter:
     def compute(self) -> dict[str, float]:
         """Return the mean `loss` per sample and the `accuracy` per label, if tracked.
 
-        Waits for the device. In a process group this is one collective, which all ranks must call,
-        even without batches; the result covers all ranks and is the same on each. A sample that
-        several ranks saw counts several times: a DistributedSampler repeats some if the number of
-        samples is not a multiple of the number of ranks.
+        Waits for the device. In a process group this is one collective, see `compute_all`.
         """
+        return compute_all({"": self})
+
+    def _sums(self) -> tuple[float, ...]:
+        """Return the sums over this rank: loss, samples, correct predictions, labels."""
         size = float(self.sizes.sum())
         labels = sum(labels for _, labels in self._labels)
         # Without samples the mean losses are NaN: leave them out.
-        sums = (self.loss_sum if size else 0.0, size, self.correct, labels)
-        loss, samples, correct, answers = sum_over_ranks(sums, self._device)
+        return self.loss_sum if size else 0.0, size, self.correct, labels
+
+    @staticmethod
+    def _metrics(sums: Sequence[float]) -> dict[str, float]:
+        loss, samples, correct, labels = sums
         metrics = {}
         if samples:
             metrics["loss"] = loss / samples
-        if answers:
-            metrics["accuracy"] = correct / answers
+        if labels:
+            metrics["accuracy"] = correct / labels
         return metrics
 
     @property
     def _device(self) -> torch.device:
         """The GPU if either series is there: losses may be numbers, and predictions on a GPU."""
-        devices = (self._losses.device, self._correct.device)
-        return max(devices, key=lambda device: device.type != "cpu")
+        return _busiest(self._losses.device, self._correct.device)
+
+
+def compute_all(meters: Mapping[str, EpochMeter]) -> dict[str, float]:
+    """Return the `loss` and `accuracy` of several meters, each name behind the meter's prefix.
+
+    Waits for the device. In a process group this is one collective, which all ranks must call with
+    as many meters, even without batches: only rank 0 may have validated. The result covers all
+    ranks and is the same on each. A sample that several ranks saw counts several times: a
+    DistributedSampler repeats some if the number of samples is not a multiple of the ranks.
+    """
+    sums = [meter._sums() for meter in meters.values()]
+    devices = (meter._device for meter in meters.values())
+    total = sum_over_ranks([number for each in sums for number in each], _busiest(*devices))
+    metrics: dict[str, float] = {}
+    start = 0
+    for (prefix, meter), each in zip(meters.items(), sums, strict=True):
+        found = meter._metrics(total[start : start + len(each)])
+        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        start += len(each)
+    return metrics
+
+
+def _busiest(*devices: torch.device) -> torch.device:
+    """A device that is not the CPU if there is one."""
+    return max(devices, key=lambda device: device.type != "cpu")
 
 
 def _contradict(sizes: Sequence[int | None], labels: Sequence[int]) -> bool:

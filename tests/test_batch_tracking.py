@@ -1,0 +1,97 @@
+"""What a manager tracks of each batch: training, validation and test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.helpers import Store
+from tracker import CallOrderError, RunManager
+
+LOADER = DataLoader(TensorDataset(torch.arange(10.0)), 4)
+SCORES, LABELS = torch.eye(2), torch.tensor([0, 1])
+
+
+def quiet(**settings: Any) -> RunManager:
+    return RunManager(model=False, histograms=False, **settings)
+
+
+def test_validation_and_test_have_their_own_sums(store: Store) -> None:
+    with quiet(batch_loss=True) as manager:
+        manager.begin_run({}, nn.Linear(1, 1), LOADER)
+        for _ in range(2):
+            manager.begin_epoch()
+            manager.track_val_loss(8.0, 1)  # before the training part
+            manager.track_loss(1.0, LABELS)
+            manager.track_num_correct(SCORES, LABELS)
+            manager.track_val_loss(torch.tensor(4.0), 3)
+            manager.track_val_num_correct(SCORES, 1 - LABELS)
+            manager.track_test_loss(torch.tensor(3.0), LABELS)
+            manager.track_test_num_correct(SCORES, torch.tensor([0, 0]))
+            found = manager.end_epoch()
+            assert manager.epoch_loss == 2.0
+            assert manager.epoch_num_correct == 2
+        manager.end_run()
+    expected = {"loss": 1.0, "accuracy": 1.0, "val_loss": 5.0, "val_accuracy": 0.0}
+    expected |= {"test_loss": 3.0, "test_accuracy": 0.5}
+    assert {name: found[name] for name in expected} == expected
+    run = store.run()
+    for name, value in expected.items():
+        assert store.history(run, name) == [(1, value), (2, value)]
+    assert len(store.history(run, "batch_loss")) == 2
+
+
+def test_the_sizes_of_validation_batches_are_those_of_its_loader(store: Store) -> None:
+    losses = [1.0, 2.0, 7.0]  # of 4, 4 and 2 samples
+    with quiet() as manager:
+        manager.begin_run({}, None, None, val_loader=LOADER)
+        manager.begin_epoch()
+        for loss in losses:
+            manager.track_val_loss(loss)
+            manager.track_test_loss(loss)
+        found = manager.end_epoch()
+    assert found["val_loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 7) / 10)
+    assert found["test_loss"] == pytest.approx(10 / 3)
+    assert "loss" not in found
+
+
+def test_an_explicit_metric_replaces_a_tracked_one(store: Store) -> None:
+    with quiet() as manager:
+        manager.begin_run({}, None, None)
+        manager.begin_epoch()
+        manager.track_val_loss(1.0, 2)
+        assert manager.end_epoch({"val_loss": 9.0})["val_loss"] == 9.0
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_validation_belongs_to_an_epoch(part: str, store: Store) -> None:
+    with quiet() as manager:
+        manager.begin_run({}, None, None)
+        with pytest.raises(CallOrderError, match=rf"^track_{part}_loss\(\) was called outside"):
+            getattr(manager, f"track_{part}_loss")(1.0)
+        with pytest.raises(CallOrderError, match=rf"^track_{part}_num_correct\(\) was called"):
+            getattr(manager, f"track_{part}_num_correct")(SCORES, LABELS)
+
+
+def test_a_run_resumed_while_it_validated_validates_anew(store: Store) -> None:
+    network = nn.Linear(1, 1)
+    with quiet() as manager:
+        manager.begin_run({}, network, LOADER)
+        manager.begin_epoch()
+        manager.track_loss(1.0, 4)
+        manager.track_loss(2.0, 4)
+        manager.track_val_loss(100.0, 4)
+        manager.save_checkpoint()
+    with RunManager.resume(store.run().info.run_id, model=False) as manager:
+        manager.begin_run({}, network, LOADER)
+        manager.begin_epoch()
+        (last,) = manager.rest_of_epoch()
+        manager.track_loss(3.0, last)
+        manager.track_val_loss(5.0, 4)
+        found = manager.end_epoch()
+    assert found["loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
+    assert found["val_loss"] == 5.0
