@@ -32,5 +32,5 @@ bench: setup
 	$(BIN)/python -m bench.outage
 
 lock:
-	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade \
+	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --quiet -o requirements.txt

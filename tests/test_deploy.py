@@ -282,7 +282,7 @@ def test_a_model_with_two_inputs_is_refused_in_one_sentence(tmp_path: Path) -> N
             "RUN --to pt2 --tracking-uri file:none",
             "none' does not exist, so it does not have",
         ),
-        ("RUN --to onnx", 'needs onnxruntime: pip install ".[onnx]" in the clone.'),
+        ("RUN --to onnx", 'needs onnxruntime; pip install "mlflow-runmanager[onnx]"'),
         ("RUN --to aoti", "format='aoti' needs the C++ compiler '/no/compiler'."),
     ],
 )

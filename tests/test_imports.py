@@ -58,6 +58,7 @@ BASE = {
     "locks",
     "logs",
     "exported",
+    "extras",
     "transfers",
 }
 """Modules at the top that every layer may import, and that import only each other."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import tracker
+from tests.test_imports import imports, modules
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,8 +47,56 @@ def test_conda_installs_the_dependencies_at_the_tested_versions(
     conda = yaml.safe_load((ROOT / "conda.yaml").read_text())
     python, _, pip = conda["dependencies"]
     assert python == "python=3.11"
-    dependencies = [Requirement(line) for line in project["project"]["dependencies"]]
-    assert pip["pip"] == [f"{one.name}{pins[one.name]}" for one in dependencies]
+    extras = project["project"]["optional-dependencies"]
+    lines = [*project["project"]["dependencies"], *chain(*every_extra(extras))]
+    assert pip["pip"] == [pinned(Requirement(line), pins) for line in lines]
+
+
+def every_extra(extras: dict[str, list[str]]) -> list[list[str]]:
+    """What each extra brings; the extra `all` names the others."""
+    (every,) = map(Requirement, extras["all"])
+    assert every.name == "mlflow-runmanager"
+    assert every.extras == set(extras) - {"all"}
+    return [lines for name, lines in extras.items() if name != "all"]
+
+
+def pinned(requirement: Requirement, pins: dict[str, str]) -> str:
+    extras = f"[{','.join(requirement.extras)}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{pins[requirement.name]}"
+
+
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "psycopg": "psycopg",
+    "typing_extensions": "typing-extensions",
+}
+"""The names of packages that are installed under another one than they are imported by."""
+
+NOT_OURS = {"IPython", "pytest", "sqlalchemy", "urllib3"}
+"""A notebook, a test, MLflow's stores: who uses what imports them has them."""
+
+
+def test_what_the_package_imports_is_a_dependency_or_in_an_extra(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    lines = [*project["project"]["dependencies"], *chain(*every_extra(extras))]
+    installed = {Requirement(line).name for line in lines}
+    imported = {
+        name.split(".")[0] for path in modules().values() for name in imports(path, lazy=True)
+    }
+    third = imported - set(sys.stdlib_module_names) - {"tracker"} - NOT_OURS
+    assert {DISTRIBUTIONS.get(name, name) for name in third} <= installed
+
+
+def test_an_installation_brings_the_tracker_alone(project: dict[str, Any]) -> None:
+    """Nothing of what a search, a picture or another format needs, unless MLflow needs it."""
+    extras = project["project"]["optional-dependencies"]
+    brought = {Requirement(line).name for line in project["project"]["dependencies"]}
+    optional = {Requirement(line).name for line in chain(*every_extra(extras))}
+    assert brought == {
+        *("torch", "mlflow", "numpy", "pandas", "tqdm", "psutil", "nvidia-ml-py"),
+        *("filelock", "pydantic", "typing-extensions"),
+    }
+    assert not brought & optional
 
 
 def test_requirements_are_pinned_with_hashes_and_name_no_registry() -> None:

@@ -1,6 +1,7 @@
 """Experiment tracking for PyTorch training loops, on MLflow."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tracker._version import __version__ as __version__
@@ -49,7 +50,18 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted([*_MODULES, "__version__"])
+
+def _names() -> list[str]:
+    """The public names; `from tracker import *` works without the extra `search`."""
+    try:
+        found = find_spec("optuna")
+    except (ImportError, ValueError):  # an import hook, or None in sys.modules, forbids it
+        found = None
+    absent = () if found else ("Study", "Trial")
+    return sorted({*_MODULES, "__version__"}.difference(absent))
+
+
+__all__ = _names()
 
 
 def __getattr__(name: str) -> Any:

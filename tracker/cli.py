@@ -11,15 +11,15 @@ from pathlib import Path
 
 from tracker._version import __version__
 from tracker.arguments import OneSentenceParser
-from tracker.errors import StoreError, TrackerError
+from tracker.errors import MissingError, StoreError, TrackerError
 from tracker.validation import DIRECTORY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for a mistake or an unfinished upload."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    given = _parser(with_studies=words[:1] not in (["sync"], ["status"])).parse_args(words)
     try:
+        given = _parser(words[:1]).parse_args(words)
         return int(given.run(given))
     except TrackerError as error:
         print(f"tracker: {error}", file=sys.stderr)
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
+def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     parser = OneSentenceParser(prog="tracker", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,8 +45,8 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
         description="List unfinished uploads and why they are unfinished.",
     )
     status.set_defaults(run=_status)
-    for command in (sync, status):
-        command.add_argument(
+    for each in (sync, status):
+        each.add_argument(
             "path",
             type=Path,
             nargs="*",
@@ -63,10 +63,14 @@ def _parser(*, with_studies: bool) -> argparse.ArgumentParser:
     choice.add_argument(
         "--drop", metavar="RUN", help="remove a run that cannot be delivered; uploads nothing"
     )
-    if with_studies:  # importing Optuna takes a second
-        from tracker.search.cli import add_commands
-
-        add_commands(commands)
+    if command not in (["sync"], ["status"]):  # importing Optuna takes a second
+        try:
+            from tracker.search.cli import add_commands
+        except MissingError:
+            if command in (["mirror"], ["reap"]):
+                raise
+        else:
+            add_commands(commands)
     return parser
 
 

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from tracker.errors import TrackerError, first_line
 from tracker.exported import load_exported
+from tracker.extras import install
 from tracker.logs import muted
 
 Model = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class Format(Protocol):
     """Programs that read it, and its drawbacks."""
 
     def missing(self) -> str | None:
-        """Return the requirement that this machine lacks, if any."""
+        """Return what this machine lacks, if anything, and how to install it."""
 
     def write(self, program: ExportedProgram, path: Path) -> None:
         """Write `program` to the new file `path`; raises whatever torch raises."""
@@ -93,8 +94,7 @@ class Onnx:
 
     def missing(self) -> str | None:  # noqa: D102
         names = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-        install = 'pip install ".[onnx]" in the clone'
-        return f"{' and '.join(names)}: {install}" if names else None
+        return f"{' and '.join(names)}; {install('onnx')}" if names else None
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
         exported = torch.onnx.export(program, dynamo=True, verbose=False)
@@ -117,7 +117,7 @@ class Aoti:
 
     def missing(self) -> str | None:  # noqa: D102
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        return None if shutil.which(compiler) else f"the C++ compiler {compiler!r}"
+        return None if shutil.which(compiler) else f"the C++ compiler {compiler!r}."
 
     def write(self, program: ExportedProgram, path: Path) -> None:  # noqa: D102
         # It warns about a CUDA toolkit without a GPU, which a model on the CPU does not need.
@@ -152,7 +152,7 @@ def deploy(program: ExportedProgram, path: Path, to: str) -> float:
     """
     target = FORMATS[to]
     if (missing := target.missing()) is not None:
-        raise DeployError(f"format={to!r} needs {missing}.")
+        raise DeployError(f"format={to!r} needs {missing}")
     if os.path.isdir(path):
         raise DeployError(f"output={str(path)!r} is a folder; it must be a file.")
     batches = _batches(program)

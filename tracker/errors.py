@@ -6,6 +6,7 @@ TrackerError             base of all of them
 ├── StoreError           the tracking URI, experiment, run or journal cannot be used
 │   ├── RefusedError     the store answered, and will never accept the request
 │   └── GoneError        the experiment or run does not exist, or is deleted
+├── MissingError         a package that an extra brings is not installed (also an ImportError)
 ├── DeployError          a model cannot be written in a format, or the file computes something else
 └── NonFiniteLossError   the loss became NaN or infinite and `stop_on_nonfinite` is set
 
@@ -69,6 +70,10 @@ class RefusedError(StoreError):
 
 class GoneError(StoreError):
     """The experiment or run of a request does not exist, or is deleted."""
+
+
+class MissingError(TrackerError, ImportError):
+    """A package is not installed that one of the extras brings."""
 
 
 class NonFiniteLossError(TrackerError, ArithmeticError):

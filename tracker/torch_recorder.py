@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
 from tracker.capture.histograms import HistogramState, network_histograms
-from tracker.capture.images import mlflow_image_files, to_pil
+from tracker.capture.images import cannot_draw, mlflow_image_files, to_pil
 from tracker.errors import ArgumentError, StoreError
 from tracker.journal import records
 from tracker.journal.recorder import Recorder
@@ -64,6 +64,8 @@ class TorchRecorder(Recorder):
             image, key = key, image
         if not isinstance(key, str):
             raise ArgumentError(f"key is a {type(key).__name__}; it must be text.")
+        if cannot_draw():
+            return
         picture = to_pil(image)
         if step is None:
             checked_path(key, "key")

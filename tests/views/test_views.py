@@ -161,7 +161,7 @@ def test_the_error_without_tensorboard_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ArgumentError, match="needs the package tensorboard: pip install "):
+    with pytest.raises(ArgumentError, match="needs the package tensorboard; pip install "):
         RunManager(tensorboard="runs")
 
 

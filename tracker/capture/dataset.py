@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
@@ -177,6 +176,12 @@ def _is_plain(value: Any, numpy: bool = True, depth: int = 0) -> bool:
     return depth < _DEPTH and all(_is_plain(item, numpy, depth + 1) for item in nested)
 
 
+def _is_picture(value: Any) -> bool:
+    """Whether it is a picture in memory; Pillow's other classes read files when used."""
+    pillow = sys.modules.get("PIL.Image")  # whoever made the picture has imported it
+    return pillow is not None and type(value) is pillow.Image
+
+
 def _hash(hasher: Any, value: Any, depth: int = 0) -> None:
     """Add the content and the type of `value` to the digest, without calling its own code."""
     if depth > _DEPTH:
@@ -189,7 +194,7 @@ def _hash(hasher: Any, value: Any, depth: int = 0) -> None:
     elif isinstance(value, (np.ndarray, np.generic)):
         hasher.update(f"array {value.dtype} {value.shape};".encode())
         _hash_array(hasher, np.asarray(value))
-    elif type(value) is Image.Image:  # in memory; Pillow's other classes read files when used
+    elif _is_picture(value):
         hasher.update(f"image {value.mode} {value.size} {value.getpalette()};".encode())
         hasher.update(value.tobytes())
     elif isinstance(value, dict):

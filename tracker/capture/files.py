@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 import pandas as pd
 from torch import Tensor, nn
 
+from tracker.capture.images import cannot_draw
 from tracker.capture.layers import graph_svg, layer_table
-from tracker.capture.mistakes import confusion_picture, find_mistakes, worst_picture
+from tracker.capture.mistakes import (
+    cannot_plot,
+    confusion_picture,
+    find_mistakes,
+    worst_picture,
+)
 from tracker.capture.trace import trace
 from tracker.texts import csv_cell
 from tracker.training.device import unwrap
@@ -44,10 +50,12 @@ def mistake_files(
     files = {
         "mistakes/confusion.csv": _encoded(_csv(mistakes.confusion)),
         "mistakes/worst.csv": _encoded(_csv(mistakes.worst, index=False)),
-        "mistakes/confusion.png": confusion_picture(mistakes.confusion),
-        "mistakes/worst.png": worst_picture(mistakes),
     }
-    return {path: content for path, content in files.items() if content is not None}
+    if not cannot_draw() and not cannot_plot():
+        files["mistakes/confusion.png"] = confusion_picture(mistakes.confusion)
+        if (worst := worst_picture(mistakes)) is not None:
+            files["mistakes/worst.png"] = worst
+    return files
 
 
 def _csv(table: pd.DataFrame, *, index: bool = True) -> str:

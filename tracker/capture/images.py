@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tracker.errors import ArgumentError
+from tracker.extras import is_missing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PREVIEW = 256  # pixels of the longer side; mlflow.tracking.multimedia, 3.17
+_PADDING = 2  # white pixels around each picture of a grid
+
+
+def cannot_draw() -> bool:
+    """Return whether Pillow is not installed, without which nothing is drawn."""
+    return is_missing("PIL.Image", "vision", "Pictures are left out, as they need Pillow")
 
 
 def to_pil(image: Any) -> Image.Image:
@@ -29,6 +38,8 @@ def to_pil(image: Any) -> Image.Image:
     Raises:
         ArgumentError: The type, the dtype or the shape is not allowed.
     """
+    from PIL import Image
+
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, (Tensor, np.ndarray)):
@@ -67,22 +78,40 @@ def image_grid(batch: Tensor) -> Image.Image | None:
     Returns:
         The grid, enlarged by a whole factor if the pictures are small; None for another shape.
     """
-    if batch.dim() != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape:
+    if batch.dim() != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape or cannot_draw():
         return None
-    from torchvision.utils import make_grid  # imports torch's compiler, which takes seconds
+    from PIL import Image
 
-    grid = make_grid(
-        batch.detach().cpu().float(),
-        nrow=math.ceil(math.sqrt(len(batch))),
-        normalize=True,  # data sets are normalised to various ranges
-        padding=2,
-        pad_value=1.0,
-    )
-    picture = to_pil(grid)
-    factor = max(1, 600 // max(picture.size))
-    return picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
+    pictures = to_range(batch.detach().cpu()).expand(-1, 3, -1, -1)
+    number, _, height, width = pictures.shape
+    columns = math.ceil(math.sqrt(number))
+    grid = pictures[0]
+    if number > 1:
+        high, wide = height + _PADDING, width + _PADDING
+        grid = torch.ones(3, -(-number // columns) * high + _PADDING, columns * wide + _PADDING)
+        for place, picture in enumerate(pictures):
+            top, left = place // columns * high + _PADDING, place % columns * wide + _PADDING
+            grid[:, top : top + height, left : left + width] = picture
+    shown = to_pil(grid)
+    factor = max(1, 600 // max(shown.size))
+    return shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+
+
+def to_range(pictures: Tensor) -> Tensor:
+    """Scale pictures to [0, 1] by their lowest and highest number: data sets have various ranges.
+
+    Args:
+        pictures: Of any shape and dtype.
+
+    Returns:
+        Floats of the same shape; NaN stays NaN, and infinities become 0 and 1.
+    """
+    pictures = pictures.float()
+    finite = pictures[pictures.isfinite()]
+    if not len(finite):
+        return pictures
+    low, high = finite.min(), finite.max()
+    return ((pictures - low) / (high - low).clamp(min=1e-5)).clamp(0, 1)
 
 
 def mlflow_image_files(

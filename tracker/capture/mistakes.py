@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tracker.capture.images import to_pil
+from tracker.capture.images import to_pil, to_range
 from tracker.errors import ArgumentError
+from tracker.extras import is_missing
 from tracker.texts import visible
 from tracker.training.device import device_of, evaluation_mode, unwrap
 
@@ -109,6 +110,11 @@ def find_mistakes(
     return Mistakes(confusion, table.round(6), pictures)
 
 
+def cannot_plot() -> bool:
+    """Return whether Matplotlib is not installed, without which the tables have no pictures."""
+    return is_missing("matplotlib", "vision", "Mistakes are not drawn, as this needs Matplotlib")
+
+
 def confusion_picture(confusion: pd.DataFrame) -> bytes:
     """Draw the confusion matrix as a PNG: counts, shaded by their share of the row."""
     size = len(confusion)
@@ -134,14 +140,12 @@ def worst_picture(mistakes: Mistakes) -> bytes | None:
     """Draw the worst misclassified pictures with both labels as a PNG; None without pictures."""
     if not mistakes.pictures:
         return None
-    from torchvision.utils import make_grid  # takes seconds
-
     rows = -(-len(mistakes.pictures) // _COLUMNS)
     figure = _figure(1.5 * _COLUMNS, 1.8 * rows)
     pairs = zip(mistakes.pictures, mistakes.worst.itertuples(), strict=True)
     for place, (picture, mistake) in enumerate(pairs, 1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
-        axes.imshow(to_pil(make_grid(picture, normalize=True, padding=0)))
+        axes.imshow(to_pil(to_range(picture).expand(3, -1, -1)))
         axes.set_axis_off()
         label, predicted = (visible(str(n), _LABEL) for n in (mistake.label, mistake.predicted))
         title = f"{label}\n\N{RIGHTWARDS ARROW} {predicted}"

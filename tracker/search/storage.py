@@ -28,6 +28,7 @@ from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from tracker.errors import ArgumentError, StoreError, first_line
+from tracker.extras import install
 from tracker.locks import Lock
 from tracker.logs import muted
 from tracker.redaction import public_uri
@@ -136,6 +137,9 @@ class Storage:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             with self.lock(), quiet():
                 self.optuna = self._open()
+        except ModuleNotFoundError as error:
+            needs = f"needs the package {error.name}; {install('postgresql')}"
+            raise StoreError(f"storage={public_uri(self.url)!r} {needs}") from error
         except (OSError, SQLAlchemyError, RuntimeError, ValueError, ImportError) as error:
             raise self._error("cannot be opened", error) from error
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
 from tqdm import tqdm
 
 from tracker.views.base import View
@@ -31,6 +30,7 @@ class NotebookTable(View):
         self, epoch: int, metrics: Mapping[str, float], histograms: Mapping[str, Any] | None
     ) -> None:
         """Replace the table."""
+        import pandas as pd
         from IPython.display import display
 
         frame = pd.DataFrame(self._rows)

@@ -7,18 +7,21 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from tracker.capture.histograms import bin_edges
 from tracker.errors import ArgumentError
+from tracker.extras import install
 from tracker.training.device import device_of, is_sharded, unwrap
 from tracker.training.rng import preserve_rng
 from tracker.validation import checked_local_path
 from tracker.views.base import View
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,8 @@ class TensorBoard(View):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ArgumentError(
-                f"tensorboard={str(folder)!r} needs the package tensorboard: "
-                'pip install ".[tensorboard]" in the clone.'
+                f"tensorboard={str(folder)!r} needs the package tensorboard; "
+                f"{install('tensorboard')}"
             ) from error
         self._make_writer = SummaryWriter
         self._folder = checked_local_path(folder, "tensorboard")
