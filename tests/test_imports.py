@@ -27,7 +27,7 @@ LAYERS = {
     },
     "first_batch": {"base", "capture", "views", "run"},
     "managed_runs": {"base", "training", "store", "delivery", "run", "grid"},
-    "batch_tracking": {"base", "training", "journal", "views", "first_batch", "managed_runs"},
+    "batch_tracking": {"base", "training", "journal", "first_batch", "tutorial_names"},
     "tutorial_names": {"base", "training", "views", "run", "managed_runs"},
     "loop_arguments": {"base", "training"},
     "manager": {

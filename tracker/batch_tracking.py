@@ -9,23 +9,19 @@ from torch import Tensor
 from tracker.errors import CallOrderError
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point, now
-from tracker.managed_runs import ManagedRuns
 from tracker.training.epoch import OpenEpoch
 from tracker.transfers import read_later
-from tracker.views.base import Views
+from tracker.tutorial_names import TutorialNames
 
 
-class BatchTracking:
+class BatchTracking(TutorialNames):
     """The part of a manager that runs in every step of the loop."""
 
     step: int
     """Number of steps in this run: calls of `track_loss`."""
-    _runs: ManagedRuns
-    _views: Views
     _first: FirstBatch | None
     _epoch: OpenEpoch | None
     _batch_loss: bool
-    _is_kept: bool
 
     def track_loss(self, loss: Tensor | float, batch: Any = None) -> None:
         """Add the loss of a batch without waiting for the device.
@@ -86,5 +82,8 @@ class BatchTracking:
 
     def _current_epoch(self, verb: str) -> OpenEpoch:
         if self._epoch is None:
-            raise CallOrderError(f"{verb}() was called outside an epoch; call begin_epoch() first.")
+            raise CallOrderError(
+                f"{verb}() was called outside an epoch; call begin_epoch() first."
+                f"{self._hint('begin_epoch')}"
+            )
         return self._epoch

@@ -20,7 +20,7 @@ from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point
-from tracker.loop_arguments import LoopArguments, given_metrics
+from tracker.loop_arguments import LoopArguments, given_metrics, say_once
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
@@ -29,7 +29,6 @@ from tracker.training.checkpoint import Checkpoint, Keep, Retention
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.tutorial_names import TutorialNames
 from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.choice import views_of
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from tracker.capture.model import Predictor
 
 
-class RunManager(BatchTracking, TutorialNames):
+class RunManager(BatchTracking):
     """Tracks one run after another as MLflow runs with a common tag `tracker.session`.
 
     A method that is called out of order raises CallOrderError, and changes nothing.
@@ -120,6 +119,7 @@ class RunManager(BatchTracking, TutorialNames):
         self._stop_on_nonfinite = stop_on_nonfinite
         self._results = ResultTable()
         self._views = views_of(self._results, tensorboard, live=run is None)
+        self._has_tensorboard = tensorboard is not None
         self._first: FirstBatch | None = None
         self._other_loaders: Mapping[str, Any] = {}
         self._epoch: OpenEpoch | None = None
@@ -200,7 +200,9 @@ class RunManager(BatchTracking, TutorialNames):
         self._meter = EpochMeter(loader)
         self._metrics = {}
         self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
-        self._run_started = time.perf_counter()
+        self._run_started, self.run_start_time = time.perf_counter(), time.time()
+        self._last_run = tracked
+        tracked.given, tracked.count, tracked.data = params, self.run_count, self.run_data
         self._views.begin_run(self.run_count, params)
         when_cell_fails(self._end_open)
         if self._is_kept:
@@ -224,7 +226,9 @@ class RunManager(BatchTracking, TutorialNames):
         for row in state.rows:
             metrics = {name: value for name, value in row.items() if name != "epoch"}
             self._results.end_epoch(row["epoch"], metrics, None)
-            self._run_started = time.perf_counter() - metrics.get("run_duration", 0.0)
+            before = metrics.get("run_duration", 0.0)
+            self._run_started = time.perf_counter() - before
+            self.run_start_time = time.time() - before
 
     def end_run(
         self, model_files: Mapping[str, str] | None = None, predictor: Predictor | None = None
@@ -234,6 +238,10 @@ class RunManager(BatchTracking, TutorialNames):
         Args:
             model_files, predictor: `files` and `predictor` of `Run.log_model`.
         """
+        if model_files is not None and not isinstance(model_files, Mapping):
+            what = "end_run() has no use for a %s; model_files are texts by name."
+            say_once(what, type(model_files).__name__, said=self._said)
+            model_files = None
         self._end(outcome(None), files=model_files, predictor=predictor)
 
     def _end(self, ended: Outcome, **model_extras: Any) -> None:
@@ -275,17 +283,20 @@ class RunManager(BatchTracking, TutorialNames):
         if self._runs.open_run is not None and not self._runs.is_forked:
             self._end(ended)
 
-    def begin_epoch(self) -> None:
-        """Begin an epoch."""
+    def begin_epoch(self, *unused: Any, **named: Any) -> None:
+        """Begin an epoch; arguments, such as its number, are ignored with one warning."""
+        if unused or named:
+            say_once("begin_epoch() takes no arguments and ignores those given.", said=self._said)
         self._runs.current("begin_epoch")
         if self._epoch is not None:
             raise CallOrderError(
                 f"begin_epoch() was called within epoch {self.epoch_count}; call end_epoch() first."
+                f"{self._hint('end_epoch')}"
             )
         self.epoch_count += 1
         saved = self._mid_epoch_checkpoint()
         self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said)
-        self._meter = self._epoch.meter
+        self._meter, self.epoch_start_time = self._epoch.meter, time.time()
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
     def end_epoch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from tracker.validation import (
     checked_tags,
     checked_text,
     fitted,
+    named_values,
 )
 
 
@@ -91,6 +93,22 @@ def start_run(
     return run
 
 
+class GivenParams(dict[str, str]):
+    """Params as text, which also reads like the named tuple that a run was begun with."""
+
+    def __init__(self, texts: Mapping[str, str], given: Mapping[str, Any]) -> None:
+        super().__init__(texts)
+        self._given = given
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(self._given)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._given:
+            raise AttributeError(f"the run has no hyperparameter {name!r}.")
+        return self._given[name]
+
+
 class Run(TorchRecorder):
     """One tracked run.
 
@@ -147,6 +165,14 @@ class Run(TorchRecorder):
         self._error_before = uncaught_error()
         self.resume_state: ResumeState | None = resume
         """State of the earlier run that this one continues."""
+        self.given: Mapping[str, Any] = named_values(params or {}, "params")
+        """The hyperparameters, as given."""
+        self.start_time = time.time()
+        """When the run began, in seconds since 1970."""
+        self.count = 1
+        """Number of the run in its RunManager."""
+        self.data: list[dict[str, Any]] = []
+        """The table of its RunManager, `run_data`."""
         checked = checked_params(params or {}, self.name_of)
         if environment is None:
             environment = {"tracker.resumed": "true"} if resume else environment_tags()
@@ -177,6 +203,11 @@ class Run(TorchRecorder):
                 self._append(records.Histograms(old["step"], old["histograms"], there=True))
         self._log_params(checked)
         delivery.begin(self._key, self.abandon)
+
+    @property
+    def params(self) -> GivenParams:
+        """The params logged so far, as text; the hyperparameters, as given, are its attributes."""
+        return GivenParams(self._params, self.given)
 
     def _parent(self, parent: Run | str | None) -> records.Parent | None:
         if parent is None:

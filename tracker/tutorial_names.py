@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tracker.errors import CallOrderError
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.training.distributed import is_main
 from tracker.training.meters import EpochMeter
+from tracker.views.base import Views
 from tracker.views.files import ResultTable
+from tracker.views.tensorboard import NoWriter
+
+
+class NotInitializedError(CallOrderError, AttributeError):
+    """A subclass does not call `super().__init__()`; hasattr and copy expect an AttributeError."""
 
 
 class TutorialNames:
-    """The public state of a manager, under the tutorial's names."""
+    """The public state of a manager, under the tutorial's names.
+
+    Subclasses and scripts may set all of it. A loop of theirs that adds to `epoch_loss` itself,
+    and does not call `track_loss`, has the loss of the tutorial: the sum over the data set's size.
+    """
 
     network: nn.Module | None = None
     """The network of the run."""
@@ -27,14 +40,30 @@ class TutorialNames:
     """Number of runs begun."""
     epoch_count = 0
     """Number of epochs begun in this run."""
+    run_start_time = 0.0
+    """When the run began, in seconds since 1970; of a resumed run, less the time it ran before."""
+    epoch_start_time = 0.0
+    """When the epoch began, in seconds since 1970."""
     _runs: ManagedRuns
     _results: ResultTable
+    _views: Views
+    _said: set[str]
+    _is_kept: bool
+    _has_tensorboard: bool
     _meter: EpochMeter  # of the current epoch, or of the last one
+    _last_run: Run | None = None
+    _own_tb: Any = None
 
     @property
     def run(self) -> Run:
-        """The current run; raises CallOrderError if there is none."""
+        """The current run, or the last one that ended; raises CallOrderError if there is none."""
+        if self._last_run is not None and self._runs.open_run is None:
+            return self._last_run
         return self._runs.current("run")
+
+    @run.setter
+    def run(self, value: object) -> None:
+        """Copies of the class assign a record of their own, which has the same names."""
 
     @property
     def run_id(self) -> str | None:
@@ -46,17 +75,120 @@ class TutorialNames:
         """The table that `save` writes: a row for each epoch of each run."""
         return self._results.rows
 
+    @run_data.setter
+    def run_data(self, rows: Iterable[dict[str, Any]] | None) -> None:
+        if "_results" in vars(self):
+            self._results.rows = rows if isinstance(rows, list) else list(rows or ())
+
+    @property
+    def epoch(self) -> EpochNames:
+        """The epoch's `count`, `loss`, `num_correct` and `start_time`."""
+        return EpochNames(self)
+
+    @epoch.setter
+    def epoch(self, value: object) -> None:
+        """Copies of the class assign a record of their own, which has the same names."""
+
     @property
     def epoch_loss(self) -> float:
         """Sum of this epoch's losses over the samples of this rank; waits for the device."""
         return self._meter.loss_sum
+
+    @epoch_loss.setter
+    def epoch_loss(self, value: Any) -> None:
+        if "_meter" in vars(self):
+            self._meter.loss_sum = value
 
     @property
     def epoch_num_correct(self) -> int:
         """Number of correct predictions in this epoch on this rank; waits for the device."""
         return self._meter.correct
 
+    @epoch_num_correct.setter
+    def epoch_num_correct(self, value: Any) -> None:
+        if "_meter" in vars(self):
+            self._meter.correct = value
+
+    @property
+    def tb(self) -> Any:
+        """The SummaryWriter of `tensorboard=` while a run is open, or the one assigned here.
+
+        Without one, an object whose methods write nothing and say once what to pass.
+        """
+        writer = self._own_tb or self._views.writer
+        if writer is None:
+            return NoWriter(self._has_tensorboard, self._said if self._is_kept else None)
+        return writer
+
+    @tb.setter
+    def tb(self, writer: Any) -> None:
+        self._own_tb = writer
+
     def save(self, name: str | Path) -> None:
         """Write `run_data` to `name.csv` and `name.json`; raises ArgumentError if it cannot."""
         if is_main():
             self._results.save(name)
+
+    def _hint(self, verb: str) -> str:
+        """Return what to do if a subclass overrides the method `verb`."""
+        if getattr(type(self), verb).__module__.startswith("tracker."):
+            return ""
+        return f" {type(self).__name__}.{verb}() must call super().{verb}()."
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self).__name__
+        if "_runs" not in vars(self) and not name.startswith("__"):
+            raise NotInitializedError(
+                f"{kind}.__init__() must call super().__init__() before the manager is used."
+            )
+        message = f"{kind} has no method or attribute {name!r}"
+        if name.startswith("_"):
+            raise AttributeError(f"{message}.")
+        if hasattr(Run, name):
+            raise AttributeError(f"{message}; a run has it: manager.run.{name}.")
+        names = [known for known in {*dir(type(self)), *vars(self)} if not known.startswith("_")]
+        nearest = "".join(get_close_matches(name, sorted(names), n=1, cutoff=0.0))
+        raise AttributeError(f"{message}; the nearest is {nearest!r}.")
+
+
+class EpochNames:
+    """A manager's epoch under the names of the tutorial's later versions: `manager.epoch.count`."""
+
+    def __init__(self, manager: TutorialNames) -> None:
+        self._manager = manager
+
+    @property
+    def count(self) -> int:
+        """Number of epochs begun in this run."""
+        return self._manager.epoch_count
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._manager.epoch_count = value
+
+    @property
+    def loss(self) -> float:
+        """Sum of the losses over the samples; waits for the device."""
+        return self._manager.epoch_loss
+
+    @loss.setter
+    def loss(self, value: Any) -> None:
+        self._manager.epoch_loss = value
+
+    @property
+    def num_correct(self) -> int:
+        """Number of correct predictions; waits for the device."""
+        return self._manager.epoch_num_correct
+
+    @num_correct.setter
+    def num_correct(self, value: Any) -> None:
+        self._manager.epoch_num_correct = value
+
+    @property
+    def start_time(self) -> float:
+        """When the epoch began, in seconds since 1970."""
+        return self._manager.epoch_start_time
+
+    @start_time.setter
+    def start_time(self, value: float) -> None:
+        self._manager.epoch_start_time = value

@@ -122,6 +122,8 @@ class EpochMeter:
     _sizes: list[int | None] = field(default_factory=list)
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
+    _own_loss: float = 0.0  # what the loop has set beside the tracked sums
+    _own_correct: float = 0.0
 
     def __post_init__(self) -> None:
         self._is_collated = getattr(self.loader, "collate_fn", None) is default_collate
@@ -190,13 +192,15 @@ class EpochMeter:
             "sizes": list(self._sizes),
             "correct": torch.from_numpy(self._correct.read()),
             "labels": list(self._labels),
+            "own": [self._own_loss, self._own_correct],
         }
 
     @classmethod
     def of(cls, state: Mapping[str, Any], loader: Any, said: set[str]) -> EpochMeter:
         """Return a meter that continues from `state`."""
         losses, correct = _Scalars(state["losses"]), _Scalars(state["correct"])
-        return cls(loader, said, losses, list(state["sizes"]), correct, list(state["labels"]))
+        sizes, labels = list(state["sizes"]), list(state["labels"])
+        return cls(loader, said, losses, sizes, correct, labels, *state.get("own", ()))
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -228,13 +232,33 @@ class EpochMeter:
 
     @property
     def loss_sum(self) -> float:
-        """Sum of the loss over all samples. Waits for the device."""
-        return float(self.losses @ self.sizes)
+        """Sum of the loss over all samples. Waits for the device. A loop may set it."""
+        return self._own_loss + float(self.losses @ self.sizes)
+
+    @loss_sum.setter
+    def loss_sum(self, value: Any) -> None:
+        self._own_loss = 0.0
+        self._own_loss = _number(value) - self.loss_sum
 
     @property
     def correct(self) -> int:
-        """Number of correct predictions. Waits for the device."""
-        return int(self._correct.read().sum())
+        """Number of correct predictions. Waits for the device. A loop may set it."""
+        return int(self._own_correct + self._correct.read().sum())
+
+    @correct.setter
+    def correct(self, value: Any) -> None:
+        self._own_correct = 0.0
+        self._own_correct = _number(value) - self.correct
+
+    @property
+    def _samples(self) -> int:
+        """Samples that the loader yields in an epoch; 0 if that is not known."""
+        for owner in (getattr(self.loader, "sampler", None), getattr(self.loader, "dataset", None)):
+            try:
+                return len(owner)  # type: ignore[arg-type]
+            except Exception:  # noqa: BLE001 - its own length may raise anything
+                continue
+        return 0
 
     def compute(self) -> dict[str, float]:
         """Return the mean `loss` per sample and the `accuracy` per label, if tracked.
@@ -245,8 +269,9 @@ class EpochMeter:
 
     def _sums(self) -> tuple[float, ...]:
         """Return the sums over this rank: loss, samples, correct predictions, labels."""
-        size = float(self.sizes.sum())
+        size = float(self.sizes.sum()) or (self._samples if self._own_loss else 0.0)
         labels = sum(labels for _, labels in self._labels)
+        labels = labels or (self._samples if self._own_correct else 0)
         # Without samples the mean losses are NaN: leave them out.
         return self.loss_sum if size else 0.0, size, self.correct, labels
 
@@ -284,6 +309,10 @@ def compute_all(meters: Mapping[str, EpochMeter]) -> dict[str, float]:
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         start += len(each)
     return metrics
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value or 0.0)
 
 
 def _busiest(*devices: torch.device) -> torch.device:

@@ -16,6 +16,11 @@ logger = logging.getLogger(__name__)
 class View:
     """Shows a manager's runs while they last; subclasses override the events they need."""
 
+    @property
+    def writer(self) -> Any:
+        """TensorBoard's SummaryWriter, of a view that has one open."""
+        return None
+
     def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Receive the start of a run.
 
@@ -80,6 +85,7 @@ class Views(View):
     """Passes each event on to several views, and switches off one that raises with a warning."""
 
     def __init__(self, *views: View) -> None:
+        self._views = list(views)
         self._handlers = {
             name: [view for view in views if getattr(type(view), name) is not getattr(View, name)]
             for name, event in vars(View).items()
@@ -93,7 +99,14 @@ class Views(View):
     end_epoch = _to_each(View.end_epoch)
     end_run = _to_each(View.end_run)
 
+    @property
+    def writer(self) -> Any:
+        """The first open SummaryWriter of the views."""
+        writers = (view.writer for view in self._views)
+        return next((writer for writer in writers if writer is not None), None)
+
     def _switch_off(self, view: View) -> None:
+        self._views.remove(view)
         for name, views in self._handlers.items():
             self._handlers[name] = [other for other in views if other is not view]
 

@@ -24,7 +24,7 @@ def views_of(results: ResultTable, tensorboard: str | Path | None, *, live: bool
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         if shell is not None and hasattr(shell, "kernel"):
-            views.append(NotebookTable(results.rows))
+            views.append(NotebookTable(results))
         elif sys.stderr.isatty():
             views.append(TerminalLines())
     if tensorboard is not None:

@@ -9,13 +9,14 @@ from typing import Any
 from tqdm import tqdm
 
 from tracker.views.base import View
+from tracker.views.files import ResultTable
 
 
 class NotebookTable(View):
     """The table of all runs and epochs, updated in place below the cell."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
+    def __init__(self, results: ResultTable) -> None:
+        self._results = results
         self._handle: Any = None
         self._cell: int | None = None
 
@@ -33,7 +34,7 @@ class NotebookTable(View):
         import pandas as pd
         from IPython.display import display
 
-        frame = pd.DataFrame(self._rows)
+        frame = pd.DataFrame(self._results.rows)
         if self._handle is None:
             self._handle = display(frame, display_id=True)
         else:

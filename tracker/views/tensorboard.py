@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,11 @@ class TensorBoard(View):
         self._writer: Any = None
         self._params: Mapping[str, Any] = {}
         self._last: dict[str, float] = {}
+
+    @property
+    def writer(self) -> Any:
+        """The SummaryWriter of the open run."""
+        return self._writer
 
     def begin_run(self, number: int, params: Mapping[str, Any]) -> None:
         """Open a new folder."""
@@ -112,6 +117,34 @@ class TensorBoard(View):
             self._writer.file_writer.add_summary(summary)
         self._writer.close()
         self._writer = None
+
+
+class NoWriter:
+    """Takes every call of a SummaryWriter, writes nothing, and says so once."""
+
+    def __init__(self, has_folder: bool, said: set[str] | None) -> None:
+        """Stand for the writer that is not there.
+
+        Args:
+            has_folder: Whether there are event files, but no run is open.
+            said: The warnings that were given; None for none at all.
+        """
+        self._todo = "call begin_run() first" if has_folder else "pass RunManager(tensorboard=…)"
+        self._said = said
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(f"tb has no method {name!r}.")
+
+        def ignore(*arguments: object, **named: object) -> None:
+            if self._said is None or self._todo in self._said or name in ("flush", "close"):
+                return
+            self._said.add(self._todo)
+            logger.warning(
+                "tb.%s() writes nothing; %s to write TensorBoard's event files.", name, self._todo
+            )
+
+        return ignore
 
 
 def _unused(folder: Path) -> Path:
