@@ -29,6 +29,7 @@ from tracker.training.checkpoint import Checkpoint, Keep, Retention
 from tracker.training.epoch import OpenEpoch
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
+from tracker.training.watch import LoopWatch, beside, gradient_metrics, gradient_norm
 from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.choice import views_of
@@ -55,6 +56,7 @@ class RunManager(BatchTracking):
         directory: str | Path = DIRECTORY,
         batch_loss: bool = False,
         histograms: bool = True,
+        loop_metrics: bool = True,
         model: bool = True,
         samples: bool = True,
         digest: bool = True,
@@ -77,6 +79,7 @@ class RunManager(BatchTracking):
             directory: Holds the journal while a run lasts.
             batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
             histograms: Log the histograms of all weights and gradients in each epoch.
+            loop_metrics: Log learning rates, speed, data wait, memory, gradient norm of each epoch.
             model: Log the trained network at the end of a run.
             samples: Keep samples of the first batch: as pictures, and as the model's example.
             digest: Log a digest of the data that the data set holds in memory.
@@ -113,6 +116,7 @@ class RunManager(BatchTracking):
         self._keep = checkpoints
         self._batch_loss = batch_loss
         self._histograms = histograms
+        self._loop_metrics = loop_metrics
         self._model = model
         self._samples = samples
         self._digest = digest
@@ -197,6 +201,7 @@ class RunManager(BatchTracking):
         self.run_count += 1
         self.epoch_count = self.step = 0
         self._epoch = None
+        self._watch = LoopWatch(network, loader, self._loop_metrics and self._is_kept)
         self._meter = EpochMeter(loader)
         self._metrics = {}
         self._retention = Retention(self._keep, resume_state.kept if resume_state else None)
@@ -259,6 +264,7 @@ class RunManager(BatchTracking):
             raise
         finally:  # whatever was raised, the run gets its status
             self._epoch = self._first = None
+            self._watch.close()
             self._runs.end(ended)
             self._views.end_run(ended.status)
 
@@ -295,7 +301,7 @@ class RunManager(BatchTracking):
             )
         self.epoch_count += 1
         saved = self._mid_epoch_checkpoint()
-        self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said)
+        self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said, self._watch)
         self._meter, self.epoch_start_time = self._epoch.meter, time.time()
         self._views.begin_epoch(self.epoch_count, length_of(self.loader))
 
@@ -322,7 +328,7 @@ class RunManager(BatchTracking):
         epoch_metrics |= checked_metrics(given, run.name_of)
         epoch_metrics["epoch_duration"] = epoch.seconds
         self._epoch = None
-        self._log_metrics(epoch_metrics)
+        self._log_metrics(epoch_metrics, self._watch.end(epoch.meter))
         return dict(self._metrics)
 
     def log_epoch(self, epoch: Epoch) -> None:
@@ -335,7 +341,7 @@ class RunManager(BatchTracking):
             batches = zip(count(self.step + 1), epoch.batch_losses.tolist(), epoch.batch_times)
             run.append_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
         self.step += len(epoch.batch_losses)
-        self._log_metrics(epoch.metrics)
+        self._log_metrics(epoch.metrics, epoch.observed if self._loop_metrics else {})
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
         """Wrap a loader for `fit`, so that the progress of each epoch is shown.
@@ -346,16 +352,18 @@ class RunManager(BatchTracking):
         """
         return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length, self._see)
 
-    def _log_metrics(self, metrics: Mapping[str, float]) -> None:
+    def _log_metrics(self, metrics: Mapping[str, float], observed: Mapping[str, float]) -> None:
         run, epoch = self._runs.current("end_epoch"), self.epoch_count
         self._see()
         seconds = time.perf_counter() - self._run_started
         self._metrics = metrics = {**metrics, "run_duration": seconds}
-        run.log_metrics(metrics, epoch)
+        run.log_metrics(beside(observed, metrics) | metrics, epoch)
         run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
         if self._histograms and self._is_kept and self.network is not None:
+            norm = gradient_norm(self.network) if self._loop_metrics else None
             histograms = run.log_histograms(self.network, epoch)
+            run.log_metrics(beside(gradient_metrics(norm, histograms), metrics), epoch)
         run.deliver()
         self._views.end_epoch(epoch, metrics, histograms)
         if self._stop_on_nonfinite and not math.isfinite(loss := metrics.get("loss", 0.0)):

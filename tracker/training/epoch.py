@@ -9,6 +9,7 @@ from typing import Any
 from tracker.training.checkpoint import Checkpoint
 from tracker.training.meters import EpochMeter, compute_all
 from tracker.training.rng import RandomStates
+from tracker.training.watch import LoopWatch
 
 PARTS = {"val": "validation", "test": "test"}
 """The prefixes of metrics of what is not trained on, and the use of their data."""
@@ -23,6 +24,7 @@ class OpenEpoch:
         others: Mapping[str, Any],
         checkpoint: Checkpoint | None,
         said: set[str],
+        watch: LoopWatch,
     ) -> None:
         """Begin an epoch.
 
@@ -31,6 +33,7 @@ class OpenEpoch:
             others: The loaders of validation and test, by `PARTS`, if they are known.
             checkpoint: The checkpoint in the middle of the epoch from which it continues.
             said: The warnings that were given in this manager's epochs.
+            watch: Watches the loop of the run.
         """
         # Not in checkpoints: a loop that continues in the middle of an epoch validates anew.
         self._others = {
@@ -43,6 +46,7 @@ class OpenEpoch:
             self.meter = EpochMeter.of(checkpoint.extra, loader, said)
             self._random_states = checkpoint.epoch_start
         self._started = time.perf_counter()
+        watch.begin(len(self.meter))
 
     def meter_of(self, part: str) -> EpochMeter:
         """Return the meter of `val` or `test`."""

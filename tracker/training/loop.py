@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, evaluation_mode
 from tracker.training.meters import EpochMeter
+from tracker.training.watch import LoopWatch, waited
 from tracker.transfers import to_device
 
 Loss = Callable[[Any, Any], Tensor]
@@ -41,6 +42,8 @@ class Epoch:
     """Mean loss of each batch, shape (batches,); of this rank only."""
     batch_times: list[int]
     """When each batch was completed, in milliseconds since 1970."""
+    observed: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates, speed, waiting for data and memory in training, named as a manager's."""
 
 
 def fit(
@@ -102,7 +105,8 @@ def fit(
         )
         return {f"val_{name}": value for name, value in metrics.items()}
 
-    return _epochs(lambda number, meter: train(meter), validate, _numbers(epochs, done), loader)
+    numbers = _numbers(epochs, done)
+    return _epochs(lambda number, meter: train(meter), validate, numbers, loader, network)
 
 
 def run_epochs(
@@ -147,15 +151,23 @@ def _epochs(
     validate: Callable[[], Mapping[str, float]],
     numbers: range,
     loader: Any,
+    network: nn.Module | None = None,
 ) -> Iterator[Epoch]:
-    for number in numbers:
-        started = time.perf_counter()
-        set_epoch(loader, number - 1)
-        meter = EpochMeter()
-        times = [time.time_ns() // 1_000_000 for _ in train(number, meter)]
-        metrics = meter.compute() | dict(validate())
-        metrics["epoch_duration"] = time.perf_counter() - started
-        yield Epoch(number, metrics, meter.losses, times)
+    watch = LoopWatch(network, loader)
+    try:
+        for number in numbers:
+            started = time.perf_counter()
+            set_epoch(loader, number - 1)
+            watch.begin()
+            meter = EpochMeter()
+            times = [time.time_ns() // 1_000_000 for _ in train(number, meter)]
+            metrics = meter.compute()
+            observed = watch.end(meter)
+            metrics |= validate()
+            metrics["epoch_duration"] = time.perf_counter() - started
+            yield Epoch(number, metrics, meter.losses, times, observed)
+    finally:
+        watch.close()
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -213,6 +225,6 @@ def _forward(
 ) -> Iterator[tuple[Any, Any]]:
     """The network's outputs and the targets of each batch, on the device."""
     target = device_of(network) if device is None else torch.device(device)
-    for inputs, targets in loader:
+    for inputs, targets in waited(loader):
         outputs = network(to_device(inputs, target))
         yield outputs, to_device(targets, target)

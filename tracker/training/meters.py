@@ -225,6 +225,13 @@ class EpochMeter:
         pairs = zip(self._sizes, guesses, strict=True)
         return np.array([guess if size is None else size for size, guess in pairs], dtype=float)
 
+    def samples(self, first: int = 0) -> int | None:
+        """Return the number of samples from the batch `first` on; None if it is only guessed."""
+        is_told = len(self._labels) == len(self._sizes) or None not in self._sizes
+        if not is_told and not isinstance(getattr(self.loader, "batch_size", None), int):
+            return None
+        return int(self.sizes[first:].sum())
+
     @property
     def losses(self) -> npt.NDArray[np.float64]:
         """Mean loss of each batch, shape (batches,). Waits for the device."""
