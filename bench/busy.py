@@ -1,20 +1,21 @@
 """Measures delivery on a busy machine: a training beside one busy loop per core.
 
 Printed are the time until the run exists in the store, the lag of a point, how long `end_run`
-waits, and how many steps the training did beside its uploader for each step that it does without
-one, as medians of a few trainings on a new SQLite store each.
+waits, and how many steps the training does while its uploader runs for each one that it does while
+the uploader is suspended, as medians of a few trainings on a new SQLite store each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import median
@@ -26,42 +27,26 @@ from bench.measuring import machine, table
 from tracker.delivery.background import DEADLINE_SECONDS
 
 TRAINING = """
-import sys, time
+import json, sys, time
 from tracker import start_run
 run = start_run()
 print("begun", flush=True)
-begun, until, steady, step = time.monotonic(), float(sys.argv[1]), float(sys.argv[2]), 0
-late = 0  # steps after the uploader has started
-while (passed := time.monotonic() - begun) < until:
-    run.log_metrics({"loss": 1.0}, step)
-    step += 1
-    late += passed >= steady
+until, steps = time.monotonic() + float(sys.argv[1]), []
+while time.monotonic() < until:
+    run.log_metrics({"loss": 1.0}, len(steps))
+    steps.append(time.monotonic())
     for _ in range(500_000):
         pass
 started = time.monotonic()
 run.end()
-print(time.monotonic() - started, late, flush=True)
+print(json.dumps([time.monotonic() - started, steps]), flush=True)
 """
 ROOT = Path(__file__).parents[1]
 NEVER = float("inf")
 STEADY = 0.4
-"""Steps are counted after this share of a training, when its uploader has long started."""
-
-
-class Row(NamedTuple):
-    """One way to deliver."""
-
-    name: str
-    niceness: int | None = None
-    """What the uploader has from its start; None leaves the tracker's choice."""
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-ROWS = (
-    Row("no uploader (`TRACKER_OFFLINE`)", environment=(("TRACKER_OFFLINE", "1"),)),
-    Row("niceness 19 from the start", 19),
-    Row("today"),
-)
+"""After this share of a training its uploader is suspended, and goes on, in turn."""
+WINDOW = 2.0
+"""Seconds that it runs, or is suspended."""
 
 
 class Figures(NamedTuple):
@@ -74,21 +59,25 @@ class Figures(NamedTuple):
     end: float
     """What `end_run` waited."""
     steps: float
-    """How many steps it did in a second, once its uploader had started."""
+    """Steps per second beside the uploader, by those beside a suspended one."""
 
 
-def measure(seconds: float, row: Row) -> Figures:
-    """Measure one training that logs for `seconds`."""
+def measure(seconds: float, niceness: int | None) -> Figures:
+    """Measure one training.
+
+    Args:
+        seconds: How long it logs.
+        niceness: What its uploader has from its start; None leaves the tracker's choice.
+    """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "mlflow.db"
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "MLFLOW_TRACKING_URI": f"sqlite:///{store}",
             "TRACKER_INLINE": "0",
-            **dict(row.environment),
         }
         training = subprocess.Popen(
-            [sys.executable, "-c", TRAINING, str(seconds), str(STEADY * seconds)],
+            [sys.executable, "-c", TRAINING, str(seconds)],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -100,25 +89,48 @@ def measure(seconds: float, row: Row) -> Figures:
             assert said.readline() == "begun\n"
             begun = time.monotonic()
             exists, lags = NEVER, []
-            while time.monotonic() < begun + seconds:
-                if row.niceness is not None:
-                    _renice(training.pid, row.niceness)
+            while time.monotonic() < begun + STEADY * seconds:
+                for child in _uploader(training.pid):
+                    if niceness is not None and child.nice() < niceness:
+                        child.nice(niceness)
                 newest = _newest_point(store)
                 if newest is not None:
                     exists = min(exists, time.monotonic() - begun)
                     lags.append(time.time() - newest / 1000)
                 time.sleep(0.1)
-            end, steps = map(float, said.readline().split())
-        if not row.environment:
-            _wait_for_uploader(Path(folder))
-    return Figures(exists, median(lags) if lags else NEVER, end, steps / seconds / (1 - STEADY))
+            windows = _toggle(training.pid, begun + seconds)
+            end, steps = json.loads(said.readline())
+        _wait_for_uploader(Path(folder))
+    return Figures(exists, median(lags) if lags else NEVER, end, _ratio(windows, steps))
 
 
-def _renice(pid: int, niceness: int) -> None:
-    for child in psutil.Process(pid).children():
-        with suppress(psutil.NoSuchProcess):
-            if child.nice() < niceness:
-                child.nice(niceness)
+def _uploader(pid: int) -> Iterator[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        yield from psutil.Process(pid).children()
+
+
+def _toggle(pid: int, until: float) -> list[tuple[bool, float, float]]:
+    """Suspend the uploader and let it go on, in turn; return (runs, from, to) of each window."""
+    windows = []
+    runs = False
+    while (now := time.monotonic()) + WINDOW < until:
+        for child in _uploader(pid):
+            child.resume() if runs else child.suspend()
+        time.sleep(WINDOW)
+        windows.append((runs, now, time.monotonic()))
+        runs = not runs
+    for child in _uploader(pid):
+        child.resume()
+    return windows
+
+
+def _ratio(windows: Sequence[tuple[bool, float, float]], steps: Sequence[float]) -> float:
+    rates = []
+    for kind in (True, False):
+        spans = [(start, end) for runs, start, end in windows if runs == kind]
+        done = sum(start <= step < end for start, end in spans for step in steps)
+        rates.append(done / sum(end - start for start, end in spans))
+    return rates[0] / rates[1]
 
 
 def _newest_point(store: Path) -> int | None:
@@ -139,14 +151,13 @@ def _wait_for_uploader(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _columns(figures: list[Figures], alone: list[Figures]) -> list[str]:
-    seconds = [median(column) for column in list(zip(*figures, strict=True))[:3]]
+def _columns(figures: Sequence[Figures]) -> list[str]:
+    *seconds, steps = (median(column) for column in zip(*figures, strict=True))
     late = sum(figure.end >= DEADLINE_SECONDS for figure in figures)
-    steps = [one.steps / other.steps for one, other in zip(figures, alone, strict=True)]
     return [
-        *("" if value == NEVER else f"{value:.1f}" for value in seconds),
+        *("never" if value == NEVER else f"{value:.1f}" for value in seconds),
         f"{late} of {len(figures)}",
-        f"{median(steps):.3f}",
+        f"{steps:.3f}",
     ]
 
 
@@ -154,23 +165,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="trainings per row")
-    parser.add_argument("--seconds", type=float, default=40.0, help="length of a training")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of a training")
     parser.add_argument("--loops", type=int, default=os.cpu_count(), help="busy loops beside it")
     given = parser.parse_args(arguments)
     loops = [subprocess.Popen([sys.executable, "-c", "while 1: 1"]) for _ in range(given.loops)]
-    figures: dict[Row, list[Figures]] = {row: [] for row in ROWS}
+    rows: dict[str, int | None] = {"niceness 19 from the start": 19, "today": None}
+    figures: dict[str, list[Figures]] = {name: [] for name in rows}
     try:
         for _ in range(given.rounds):  # in turn, because other programs disturb the machine
-            for row in ROWS:
-                figures[row].append(measure(given.seconds, row))
+            for name, niceness in rows.items():
+                figures[name].append(measure(given.seconds, niceness))
     finally:
         for loop in loops:
             loop.kill()
             loop.wait()
     print(machine("mlflow"))
     columns = ["", "run exists", "lag of a point", "end_run", "ends at the deadline", "steps"]
-    rows = [[row.name, *_columns(figures[row], figures[ROWS[0]])] for row in ROWS]
-    table(f"Delivery beside {given.loops} busy loops, seconds", columns, rows)
+    table(
+        f"Delivery beside {given.loops} busy loops, seconds",
+        columns,
+        [[name, *_columns(figures[name])] for name in rows],
+    )
     return 0
 
 
