@@ -6,10 +6,11 @@ import logging
 import weakref
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from PIL.Image import Image
+from torch import nn
 
-from tracker.capture.example import FirstInputs, inputs_of
+from tracker.capture.example import Example, FirstInputs, inputs_of, pictures_of
+from tracker.capture.example import as_example as as_example
 from tracker.capture.images import image_grid
 from tracker.run import Run
 from tracker.views.base import View
@@ -21,7 +22,14 @@ class FirstBatch:
     """Describes a run once its loop has drawn a batch; nothing else is read from the data set."""
 
     def __init__(
-        self, run: Run, network: nn.Module, view: View, is_new: bool, samples: bool
+        self,
+        run: Run,
+        network: nn.Module,
+        view: View,
+        is_new: bool,
+        samples: bool,
+        example: Example | None = None,
+        loader: Any = None,
     ) -> None:
         """Wait for the first call of `network`.
 
@@ -31,13 +39,16 @@ class FirstBatch:
             view: Shows the first batch too.
             is_new: Whether the run lacks pictures and graph: it is not resumed.
             samples: Whether to keep samples; otherwise zeros stand for them, without pictures.
+            example: The user's own example, described instead of the first batch.
+            loader: If it is a list of batches, the first one is that of a loop that passes none.
         """
         self._run, self._network, self._view = run, network, view
         self._is_new, self._samples = is_new, samples
         self.is_seen = False
         """Whether the run is described."""
-        self._example: Tensor | None = None
-        self._first = FirstInputs(network)
+        self._example: Example | None = None
+        self._drawn = loader[0] if isinstance(loader, (list, tuple)) and loader else None
+        self._first = FirstInputs(network, example)
         weakref.finalize(self, self._first.remove).atexit = False
 
     def see(self, batch: Any = None) -> None:
@@ -49,33 +60,34 @@ class FirstBatch:
         if self.is_seen:
             return
         try:
-            drawn, passed = inputs_of(batch), self._first.inputs
-            if drawn is None and passed is None:
+            batch = self._drawn if batch is None else batch
+            passed, self._first.inputs = self._first.inputs, None
+            if passed is None and (guess := inputs_of(batch)) is not None:
+                passed = Example((guess,), {})
+            if passed is None:
                 return
-            self.is_seen, self._first.is_wanted, self._first.inputs = True, False, None
-            self._describe(*(t if t is None else t.cpu() for t in (drawn, passed)))
+            self.is_seen, self._first.is_wanted = True, False
+            self._describe(passed.to("cpu"), batch)
         except Exception as error:  # noqa: BLE001 - training must go on
             self.is_seen = True
             logger.warning("The first batch is not logged: %r.", error)
 
-    def _describe(self, drawn: Tensor | None, passed: Tensor | None) -> None:
-        example = drawn if passed is None else passed
-        assert example is not None
-        grid = None
+    def _describe(self, example: Example, batch: Any) -> None:
+        grid: Image | None = None
         if self._samples:
-            grids = (image_grid(tensor) for tensor in (drawn, passed) if tensor is not None)
-            grid = next((grid for grid in grids if grid is not None), None)
+            tensors = (pictures_of(batch), pictures_of(example.leaves))
+            grid = next((image_grid(tensor) for tensor in tensors if tensor is not None), None)
         else:
-            example = torch.zeros_like(example)
-        self._example = example[:4].clone()
+            example = example.zeros()
+        self._example = example.first(4)
         if self._is_new:
             if grid is not None:
                 self._run.log_image(grid, "samples.png")
             self._run.log_network(self._network, self._example)
         self._view.first_batch(self._network, self._example, grid)
 
-    def close(self, *, finished: bool) -> Tensor | None:
-        """Stop waiting, and return the example for the logged model, (N, …), if there is one.
+    def close(self, *, finished: bool) -> Example | None:
+        """Stop waiting, and return the example for the logged model, if there is one.
 
         Args:
             finished: Whether the run ends well; otherwise the network is not called any more.

@@ -18,7 +18,7 @@ from tracker.capture.facts import training_facts, training_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
-from tracker.first_batch import FirstBatch
+from tracker.first_batch import FirstBatch, as_example
 from tracker.journal.records import Point
 from tracker.loop_arguments import LoopArguments, given_metrics, say_once
 from tracker.managed_runs import ManagedRuns
@@ -165,6 +165,7 @@ class RunManager(BatchTracking):
         network: nn.Module | None = None,
         loader: Any = None,
         *more: Any,
+        example: Any = None,
         **named: Any,
     ) -> Run:
         """Begin a run, and log its hyperparameters and data sets.
@@ -178,7 +179,8 @@ class RunManager(BatchTracking):
             loader: Yields the batches.
             more: A device, which is compared with the network's, and loaders or data sets to
                 validate and test with; one warning names what is something else.
-            named: The same; the name of a loader says what it is for (`val_loader=`).
+            example: Inputs as for `Run.log_model`; default those of the network's first call.
+            named: As `more`; the name of a loader says what it is for (`val_loader=`).
 
         Raises:
             ArgumentError: A hyperparameter is not allowed; nothing has begun.
@@ -187,6 +189,7 @@ class RunManager(BatchTracking):
         params = {} if run is None else named_values(run, "run")
         given = LoopArguments.of(network, loader, more, named, self._said)
         network, loader = given.network, given.loader
+        inputs = None if example is None or network is None else as_example(network, example)
         self._abandon("when the next run began")
         resume_state, self._resume_state = self._resume_state, None
         facts, tags = training_facts(network, loader), training_tags(network)
@@ -216,8 +219,9 @@ class RunManager(BatchTracking):
             is_new = resume_state is None or self._runs.joined is not None
             self._first = None
             if network is not None:
-                self._first = FirstBatch(tracked, network, self._views, is_new, self._samples)
-            self._see(loader[0] if isinstance(loader, (list, tuple)) and loader else None)
+                self._first = FirstBatch(
+                    tracked, network, self._views, is_new, self._samples, inputs, loader
+                )
         if resume_state is not None:
             self._continue(resume_state)
         tracked.deliver()

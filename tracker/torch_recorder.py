@@ -101,11 +101,12 @@ class TorchRecorder(Recorder):
         fields = described.fields(str(name or dataset_name(dataset)))
         self._append(records.Dataset(fields, context))
 
-    def log_network(self, network: nn.Module, example: Tensor | None) -> None:
+    def log_network(self, network: nn.Module, example: Any = None) -> None:
         """Log `network/layers.csv` and `network/graph.svg`; the network does not change.
 
         Args:
-            example: A batch of inputs; without one there are no shapes and no graph.
+            example: A batch of inputs, as in `log_model`; without one there are no shapes and no
+                graph.
         """
         from tracker.capture.files import network_files
 
@@ -174,7 +175,7 @@ class TorchRecorder(Recorder):
     def log_model(
         self,
         network: nn.Module,
-        example: Tensor | None,
+        example: Any,
         name: str = "model",
         step: int = 0,
         *,
@@ -188,7 +189,8 @@ class TorchRecorder(Recorder):
 
         Args:
             network: The trained network.
-            example: A batch of inputs.
+            example: A batch of inputs: a tensor, a tuple of positional arguments, or a mapping of
+                keyword arguments, of tensors in tuples, lists and dicts.
             name: Name of the model.
             step: Step of the model.
             files: Texts by name that the model's folder `extra_files` holds, such as a vocabulary.

@@ -144,7 +144,7 @@ def live(change: Any, exported: Any = lambda y: y * 1) -> Any:
 @pytest.mark.parametrize(
     ("network", "problem"),
     [
-        (Outputs(lambda y: (y, "text")), "the network returns tuple, which holds more than"),
+        (Outputs(lambda y: (y, "text")), "the network returns tuple, which holds a str"),
         (nn.Linear(3, 3), "a copy of the network fails on a batch of 2"),
         (FixedBatch(), "it fails on a batch of 3"),
         (Outputs(live(lambda y: (y, y))), "the saved model returns 1 instead of 2 outputs on a b"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
+from tracker.capture.example import as_example
 from tracker.capture.images import cannot_draw
 from tracker.capture.layers import graph_svg, layer_table
 from tracker.capture.mistakes import (
@@ -23,12 +25,12 @@ from tracker.training.device import unwrap
 logger = logging.getLogger(__name__)
 
 
-def network_files(network: nn.Module, example: Tensor | None) -> dict[str, str]:
+def network_files(network: nn.Module, example: Any) -> dict[str, str]:
     """Return the table of layers and the graph; see `Run.log_network`."""
     traced = None
     if example is not None:
         try:
-            traced = trace(network, example[:2])
+            traced = trace(network, as_example(network, example).first(2))
         except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
             logger.warning("The graph of the network is not logged: %s", error)
     files = {"network/layers.csv": _csv(layer_table(network, traced), index=False)}

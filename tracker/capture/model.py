@@ -6,7 +6,6 @@ A model is saved as a graph (torch.export, pt2) with weights on the CPU; no clas
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import shutil
@@ -24,18 +23,32 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
-from tracker.errors import first_line
+from tracker.capture.example import Example, as_example, path_names
+from tracker.capture.exporting import (
+    EXAMPLE_SIZE,
+    Attempt,
+    call,
+    cpu_copy,
+    difference,
+    export,
+    output_problem,
+    plain,
+    shapes_of,
+    tolerance,
+)
+from tracker.errors import ArgumentError, first_line
 from tracker.logs import muted
-from tracker.training.device import device_of, evaluation_mode, unwrap
+from tracker.training.device import device_of, unwrap
 from tracker.training.rng import preserve_rng
 
 EXPORTED = "data/model.pt2"
 """The exported graph, below the model's folder; the path is mlflow.pytorch's."""
 FILES = "extra_files"
 """The folder of a model's extra files; the name is mlflow.pytorch's."""
-EXAMPLE_SIZE = 2  # torch.export treats a batch of one as a constant
-_CHECKED_SIZES = (EXAMPLE_SIZE, EXAMPLE_SIZE + 1)
+_DATA = str(Path(EXPORTED).parent)
 _EXPORTING = threading.Lock()  # torch.export works in one thread at a time
 
 _LOADER = f'''
@@ -47,6 +60,45 @@ def _load_pyfunc(folder: str) -> object:
 
     files = {{path.name: path.read_text("utf-8") for path in Path(folder, {FILES!r}).glob("*")}}
     return load(mlflow.pytorch.load_model(folder), files)
+'''
+
+# Arrays by name in and out, for calls that MLflow's own loader does not know.
+_PREDICTOR = '''"""Predicts with a network that takes or returns more than one array."""
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+INPUTS = {inputs!r}  # (name, None) of an array, or (None, value) of a constant
+OUTPUTS = {outputs!r}
+
+
+def load(network, files):
+    return Predictor(network)
+
+
+class Predictor:
+    def __init__(self, network):
+        self.network = network
+
+    def predict(self, inputs, params=None):
+        leaves = [self.leaf(inputs, *each) for each in INPUTS]
+        args, kwargs = pytree.tree_unflatten(leaves, self.network._in_spec)
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(self.network(*args, **kwargs))
+        arrays = dict(zip(OUTPUTS, map(self.array, leaves)))
+        return arrays[""] if list(arrays) == [""] else arrays
+
+    def leaf(self, inputs, name, constant):
+        if name is None:
+            return constant
+        is_named = hasattr(inputs, "keys")
+        return torch.from_numpy(np.array(inputs[name] if is_named else inputs))
+
+    def array(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
 '''
 
 logger = logging.getLogger(__name__)
@@ -69,19 +121,20 @@ class Predictor:
 
 def save_model(
     network: nn.Module,
-    example: Tensor,
+    example: Any,
     folder: Path,
     files: Mapping[str, str] | None = None,
     predictor: Predictor | None = None,
 ) -> str | None:
     """Save a copy of `network` as an MLflow model, in evaluation mode on the CPU.
 
-    The saved model is loaded and compared with the network on two batch sizes. The live network's
-    weights and modes and all random generators stay unchanged.
+    The saved model is loaded and compared with the network on two batch sizes, or on the example
+    alone if its tensors disagree on the batch. The live network's weights and modes and all random
+    generators stay unchanged.
 
     Args:
-        network: Takes one tensor, and returns tensors.
-        example: A batch of inputs, (N, …); the first samples are used.
+        network: Returns tensors, in tuples, lists, mappings or dataclasses.
+        example: A call of the network: an `Example`, or what `as_example` takes.
         folder: Must not exist yet.
         files: Texts by name, saved in the model's folder `extra_files`.
         predictor: Becomes the model's `pyfunc` if its predictions are correct after loading;
@@ -90,101 +143,168 @@ def save_model(
     Returns:
         None, or why the model was not saved, as part of a sentence; `folder` is then incomplete.
     """
-    with _preserve_logging():
-        import mlflow.pytorch  # takes a second, and is needed only when a run ends
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
     network = unwrap(network)
-    if not isinstance(example, Tensor) or not example.dim():
-        return "its example is not a batch in one tensor"
-    if len(example) == 0:
-        return "the example batch is empty"
+    try:
+        inputs = as_example(network, example).to("cpu")
+    except ArgumentError as error:
+        return str(error).rstrip(".")
+    problem: str | None = None
     with _EXPORTING, preserve_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own deprecations
+        for attempt in Attempt.all_for(inputs):
+            shutil.rmtree(folder, ignore_errors=True)
+            problem = _save_graph(network, attempt, folder)
+            if problem is None:
+                _add_extras(folder, files or {}, predictor, tolerance(device_of(network)))
+                break
+    return problem
+
+
+def _add_extras(
+    folder: Path, files: Mapping[str, str], predictor: Predictor | None, rounding: float
+) -> None:
+    for name, content in files.items():
+        (folder / FILES).mkdir(exist_ok=True)
+        (folder / FILES / name).write_text(content, encoding="utf-8")
+    if predictor is not None:
         try:
-            inputs = _batch(example, EXAMPLE_SIZE)
-            model = _cpu_copy(network).eval()
-            with torch.no_grad():
-                output = model(inputs)
-        except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
-            return f"a copy of the network fails on a batch of {EXAMPLE_SIZE}: {first_line(error)}"
-        outputs = _leaves(output)
-        if not outputs or not all(isinstance(part, Tensor) for part in outputs):
-            return f"the network returns {type(output).__name__}, which holds more than tensors"
+            reason = _add_predictor(folder, predictor, rounding)
+        except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
+            reason = first_line(error)
+        if reason is not None:
+            logger.warning("The model is logged without its predictor: %s.", reason)
 
-        if torch.bfloat16 in (inputs.dtype, *(part.dtype for part in outputs)):
-            return "the network takes or returns bfloat16, which MLflow's signatures do not support"
 
-        def spec(tensor: Tensor) -> TensorSpec:
-            return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]) if tensor.dim() else ())
+def _save_graph(network: nn.Module, attempt: Attempt, folder: Path) -> str | None:
+    """Save the graph of `network`, and return what is wrong with it, if anything."""
+    with _preserve_logging():
+        import mlflow.pytorch  # takes a second, and is needed only when a run ends
 
-        try:
-            mlflow.pytorch.save_model(
-                model,
-                str(folder),
-                input_example=inputs.numpy(),
-                # MLflow describes one tensor, not several.
-                signature=ModelSignature(
-                    Schema([spec(inputs)]),
-                    Schema([spec(output)]) if isinstance(output, Tensor) else None,
-                ),
-                serialization_format="pt2",
-                pip_requirements=_requirements(),
-            )
-            saved = mlflow.pytorch.load_model(str(folder))
-        except Exception as error:  # noqa: BLE001 - torch.export may raise anything
-            return f"torch.export fails: {first_line(error)}"
-        for name, content in (files or {}).items():
-            (folder / FILES).mkdir(exist_ok=True)
-            (folder / FILES / name).write_text(content, encoding="utf-8")
-        problem = _difference(network, saved, example)
-        if problem is None and predictor is not None:
-            try:
-                reason = _add_predictor(folder, predictor, _tolerance(device_of(network)))
-            except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
-                reason = first_line(error)
-            if reason is not None:
-                logger.warning("The model is logged without its predictor: %s.", reason)
+    try:
+        model = cpu_copy(network).eval()
+        output = call(model, attempt.example.to("cpu"))
+    except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
+        inputs = attempt.described(attempt.example)
+        return f"a copy of the network fails on {inputs}: {first_line(error)}"
+    if (problem := output_problem(output)) is not None:
         return problem
+    try:
+        program = export(model, attempt, output)
+        _write_graph(folder, program, attempt.example, attempt.example.names(network), output)
+        saved = mlflow.pytorch.load_model(str(folder))
+    except Exception as error:  # noqa: BLE001 - torch.export may raise anything
+        return f"torch.export fails: {first_line(error)}"
+    return difference(network, saved, attempt)
 
 
-def _add_predictor(folder: Path, predictor: Predictor, tolerance: float) -> str | None:
+def _write_graph(
+    folder: Path, program: ExportedProgram, example: Example, names: list[str], output: Any
+) -> None:
+    """Write a graph as an MLflow model; its `pyfunc` takes and returns arrays, by name if several.
+
+    MLflow knows no bfloat16, so a model that takes or returns it has no signature.
+    """
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def specs(names: Sequence[str], leaves: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
+        return [
+            TensorSpec(torch.empty(0, dtype=leaf.dtype).numpy().dtype, shape, name or None)
+            for name, leaf, shape in zip(names, leaves, shapes, strict=False)  # see `difference`
+            if isinstance(leaf, Tensor)
+        ]
+
+    shapes = shapes_of(program)
+    inputs, outputs = example.leaves, pytree.tree_leaves(plain(output))
+    names = [""] if len(example.args) == len(inputs) == 1 else names
+    results = [""] if isinstance(output, Tensor) else path_names(plain(output))
+    described = Model()
+    described.add_flavor("pytorch", model_data=_DATA, pytorch_version=str(torch.__version__))
+    options: dict[str, Any] = {"mlflow_model": described}
+    try:
+        arrays = {
+            name: leaf.numpy()
+            for name, leaf in zip(names, inputs, strict=True)
+            if isinstance(leaf, Tensor)
+        }
+        options["signature"] = ModelSignature(
+            Schema(specs(names, inputs, shapes[0])), Schema(specs(results, outputs, shapes[1]))
+        )
+        options["input_example"] = arrays.get("", arrays)
+    except TypeError:  # of a dtype that NumPy lacks
+        options.pop("input_example", None)
+    is_simple = "signature" in options and names == results == [""]
+    source = _PREDICTOR.format(
+        inputs=[
+            (name, None) if isinstance(leaf, Tensor) else (None, leaf)
+            for name, leaf in zip(names, inputs, strict=True)
+        ],
+        outputs=results,
+    )
+    _write(folder, None if is_simple else source + _LOADER, **options)
+    (folder / _DATA).mkdir()
+    torch.export.save(program, folder / EXPORTED)
+    pyfunc = described.flavors["python_function"]
+    pyfunc |= {"config": {"device": "cpu"}, "data": _DATA} if is_simple else {}
+    _describe(folder, described)
+
+
+def _write(folder: Path, source: str | None, **options: Any) -> None:
+    """Write the files of an MLflow model, without its data.
+
+    Args:
+        folder: Must not exist yet.
+        source: Defines `_load_pyfunc`; None for the loader of mlflow.pytorch.
+        options: More arguments of `mlflow.pyfunc.save_model`.
+    """
+    import mlflow.pyfunc
+
+    with TemporaryDirectory(dir=folder.parent) as temporary, muted("mlflow", logging.WARNING):
+        loader: dict[str, Any] = {"loader_module": "mlflow.pytorch"}
+        if source is not None:
+            # Named by its content, so that it clashes with no module of another model or program.
+            digest = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+            code = Path(temporary, f"predictor_{digest}.py")
+            code.write_text(source, encoding="utf-8")
+            loader = {"loader_module": code.stem, "code_paths": [str(code)]}
+        mlflow.pyfunc.save_model(str(folder), pip_requirements=_requirements(), **loader, **options)
+
+
+def _describe(folder: Path, model: Any) -> None:
+    """Write the `MLmodel` of a folder whose files have changed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    model.model_size_bytes = sum(path.stat().st_size for path in files)
+    model.save(str(folder / "MLmodel"))
+
+
+def _add_predictor(folder: Path, predictor: Predictor, rounding: float) -> str | None:
     """Make `predictor` the `pyfunc` of the model in `folder`, or return why it stays unchanged."""
     import mlflow.pyfunc
     from mlflow.models import Model, infer_signature
 
     inputs = list(predictor.inputs)
     source = predictor.file.read_text("utf-8") + _LOADER
-    # Named by its content, so that it clashes with no module of another model or program.
-    name = f"predictor_{hashlib.blake2b(source.encode(), digest_size=16).hexdigest()}"
     # On the same file system as the model, so that it can be renamed.
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        code, combined = Path(temporary, f"{name}.py"), Path(temporary, "model")
-        code.write_text(source, encoding="utf-8")
+        combined = Path(temporary, "model")
         described = Model.load(str(folder))
-        with muted("mlflow.pyfunc", logging.WARNING):
-            mlflow.pyfunc.save_model(
-                str(combined),
-                loader_module=name,
-                code_paths=[str(code)],
-                mlflow_model=described,
-                signature=infer_signature(inputs, predictor.expected),
-                input_example=inputs[:EXAMPLE_SIZE],
-                pip_requirements=_requirements(),
-            )
-        for part in (Path(EXPORTED).parent.name, FILES):
+        _write(
+            combined,
+            source,
+            mlflow_model=described,
+            signature=infer_signature(inputs, predictor.expected),
+            input_example=inputs[:EXAMPLE_SIZE],
+        )
+        for part in (_DATA, FILES):
             if (folder / part).exists():
                 shutil.copytree(folder / part, combined / part)
-        files = [path for path in combined.rglob("*") if path.is_file()]
-        described.model_size_bytes = sum(path.stat().st_size for path in files)
-        described.save(str(combined / "MLmodel"))
+        _describe(combined, described)
         with _preserve_imports(), _preserve_logging():
             loaded = mlflow.pyfunc.load_model(str(combined), suppress_warnings=True)
             predictions = loaded.predict(inputs)
         try:
             pd.testing.assert_frame_equal(
-                predictions, predictor.expected, rtol=tolerance, atol=tolerance
+                predictions, predictor.expected, rtol=rounding, atol=rounding
             )
         except AssertionError as error:
             return f"its predictions differ from the expected ones: {' '.join(str(error).split())}"
@@ -222,75 +342,6 @@ def _preserve_logging() -> Iterator[None]:
     finally:
         if stand_in is not None:
             logging.root.removeHandler(stand_in)
-
-
-def _difference(network: nn.Module, saved: Any, example: Tensor) -> str | None:
-    """Return how the saved model differs from the live network; None if it does not."""
-    device = device_of(network)
-    for size in _CHECKED_SIZES:
-        inputs = _batch(example, size)
-        try:
-            with evaluation_mode(network), torch.no_grad():
-                live = [part.cpu() for part in _leaves(network(inputs.to(device)))]
-            problem = _mismatch(live, _leaves(saved(inputs)), _tolerance(device))
-        except Exception as error:  # noqa: BLE001 - the user's forward, or a guard of the export
-            return f"it fails on a batch of {size}: {first_line(error)}"
-        if problem is not None:
-            return f"the saved model {problem} on a batch of {size}"
-    return None
-
-
-def _mismatch(live: Sequence[Tensor], saved: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return what the saved model does with its outputs that the live network does not."""
-    if len(live) != len(saved):
-        return f"returns {len(saved)} instead of {len(live)} outputs"
-    for one, other in zip(live, saved, strict=True):
-        for what, is_now, was in (
-            ("shape", tuple(other.shape), tuple(one.shape)),
-            ("dtype", other.dtype, one.dtype),
-        ):
-            if is_now != was:
-                return f"returns the {what} {is_now} instead of {was}"
-        if not (one.is_floating_point() or one.is_complex()):  # bytes have no differences
-            one, other = one.double(), other.double()
-        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
-            return f"returns an output that differs by {(one - other).abs().max().item():.2g}"
-    return None
-
-
-def _leaves(output: Any) -> list[Any]:
-    """The tensors, and anything else, in nested tuples, lists and mappings."""
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if not isinstance(output, (tuple, list)):
-        return [output]
-    return [leaf for part in output for leaf in _leaves(part)]
-
-
-def _tolerance(device: torch.device) -> float:
-    # Convolutions on CUDA may use TF32, which has ten bits of mantissa.
-    return 1e-4 if device.type == "cpu" else 1e-2
-
-
-def _cpu_copy(network: nn.Module) -> nn.Module:
-    """A deep copy on the CPU that uses no memory on the network's device."""
-    memo: dict[int, Any] = {}
-    for module in network.modules():  # kept activations cannot be copied
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().cpu()
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().cpu().clone(), requires_grad=False)
-    for buffer in network.buffers():
-        memo[id(buffer)] = buffer.detach().cpu().clone()
-    return copy.deepcopy(network, memo)
-
-
-def _batch(example: Tensor, size: int) -> Tensor:
-    """`size` samples on the CPU, repeated from `example` if it has fewer."""
-    example = example.detach().cpu()
-    repeats = -(-size // len(example))
-    return torch.cat([example] * repeats)[:size].clone()
 
 
 def _requirements() -> list[str]:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 
+from tracker.capture.example import as_example
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, evaluation_mode, unwrap
 from tracker.training.rng import preserve_rng
@@ -65,7 +66,7 @@ class Trace:
         return shape[0] if shape else None
 
 
-def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
+def trace(network: nn.Module, example: Any) -> Trace:
     """Run `network` on `example` in evaluation mode without gradients, and record its calls.
 
     A leaf module (one without children, or torch's MultiheadAttention) counts as one call.
@@ -78,11 +79,11 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
     Args:
         network: Wrapped or not.
-        example: A batch, or one tensor per argument of forward; moved to the network's device.
+        example: A call of the network, as `as_example` takes it; copied to the network's device.
 
     Raises:
         ArgumentError: The network has lazy parameters; initialising them here would consume random
-            numbers. Errors of forward are passed through.
+            numbers. Or the example is not allowed. Errors of forward are passed through.
     """
     network = unwrap(network)
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -92,8 +93,7 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
             f"network has parameters without a shape ({', '.join(lazy)}); "
             "run a batch through it before the run begins."
         )
-    examples = (example,) if isinstance(example, Tensor) else example
-    device = device_of(network)
+    inputs = as_example(network, example).to(device_of(network))
     recorder = _Recorder()
     with ExitStack() as stack:
         stack.enter_context(preserve_rng())
@@ -106,14 +106,14 @@ def trace(network: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
             name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
             for name, tensor in state.items()
         }
-        arguments = tuple(tensor.detach().to(device, copy=True) for tensor in examples)
-        for argument in arguments:
-            recorder.record("input", (), argument)
+        for leaf in inputs.leaves:
+            if next(_tensors(leaf), None) is not None:
+                recorder.record("input", (), leaf)
         for name, module in modules_outside_leaves(network).items():
             if is_leaf(module):
                 stack.enter_context(recorder.collapsed(name, module))
         with recorder:
-            output = functional_call(network, copies, arguments)
+            output = functional_call(network, copies, inputs.args, inputs.kwargs)
         recorder.record("output", output, output)
     return Trace(tuple(recorder.calls))
 

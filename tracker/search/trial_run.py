@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tracker.delivery.base import Delivery
 from tracker.errors import StoreError
@@ -59,7 +59,7 @@ class TrialRun(Run):
     def log_model(
         self,
         network: nn.Module,
-        example: Tensor | None,
+        example: Any,
         name: str = MODEL,
         step: int = 0,
         **more: Any,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import nn
+
+    from tracker.capture.example import Example
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,12 @@ class View:
             params: Hyperparameters of the run.
         """
 
-    def first_batch(self, network: nn.Module, example: Tensor, pictures: Image | None) -> None:
+    def first_batch(self, network: nn.Module, example: Example, pictures: Image | None) -> None:
         """Receive the first batch of a run.
 
         Args:
             network: The network, which may have made one step.
-            example: Some inputs of the network, on the CPU.
+            example: A call of the network with some inputs, on the CPU.
             pictures: The samples as a grid, if they are pictures.
         """
 

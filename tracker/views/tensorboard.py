@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from tracker.capture.example import Example
 from tracker.capture.histograms import bin_edges
 from tracker.errors import ArgumentError
 from tracker.extras import install
@@ -60,7 +62,7 @@ class TensorBoard(View):
         self._params = params
         self._last = {}
 
-    def first_batch(self, network: nn.Module, example: Tensor, pictures: Image | None) -> None:
+    def first_batch(self, network: nn.Module, example: Example, pictures: Image | None) -> None:
         """Write the sample pictures and the graph."""
         if pictures is not None:
             formats = "HWC" if pictures.mode == "RGB" else "HW"
@@ -71,7 +73,9 @@ class TensorBoard(View):
             warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
             try:
                 model = copy.deepcopy(unwrap(network)).eval()
-                self._writer.add_graph(model, example[:2].to(device_of(network)))
+                inputs = example.first(2).to(device_of(network))
+                bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+                self._writer.add_graph(model, bound.args)  # what is keyword-only is left out
             except Exception as error:  # noqa: BLE001 - the user's forward may raise anything
                 logger.warning("TensorBoard shows no graph of the network: %s", error)
 
