@@ -95,3 +95,61 @@ def test_a_run_resumed_while_it_validated_validates_anew(store: Store) -> None:
         found = manager.end_epoch()
     assert found["loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
     assert found["val_loss"] == 5.0
+
+
+# -- accuracy of the user's own ----------------------------------------------------------------
+
+
+class Counts(RunManager):
+    """Counts in one of the ways in which copies of the class do."""
+
+    def _get_num_correct(self, preds: torch.Tensor, labels: torch.Tensor) -> Any:
+        return (preds.flatten() > 0).eq(labels.flatten()).sum()
+
+
+class CountsWithoutGradients(RunManager):
+    @staticmethod
+    @torch.no_grad()
+    def _get_num_correct(preds: torch.Tensor, labels: torch.Tensor) -> int:
+        return int((preds.flatten() > 0).eq(labels.flatten()).sum().item())
+
+
+def counts(preds: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return (preds.flatten() > 0).eq(labels.flatten()).sum(), labels.numel()
+
+
+@pytest.mark.parametrize(
+    "manager",
+    [
+        Counts(model=False, histograms=False),
+        CountsWithoutGradients(model=False, histograms=False),
+        quiet(accuracy=counts),
+    ],
+    ids=["method", "static", "argument"],
+)
+def test_a_function_of_the_user_counts_in_training_validation_and_test(
+    manager: RunManager, store: Store
+) -> None:
+    preds, labels = torch.tensor([[1.0], [-1.0], [1.0], [1.0]]), torch.tensor([1, 1, 1, 0])
+    with manager:
+        manager.begin_run({}, nn.Linear(1, 1), LOADER)
+        manager.begin_epoch()
+        for track in ("track", "track_val", "track_test"):
+            getattr(manager, f"{track}_num_correct")(preds, labels)
+        found = manager.end_epoch()
+        assert manager.epoch_num_correct == 2
+    assert {found[name] for name in ("accuracy", "val_accuracy", "test_accuracy")} == {0.5}
+    assert store.run().data.metrics["val_accuracy"] == 0.5
+
+
+def test_a_script_may_count_with_the_tutorial_s_own_function() -> None:
+    assert RunManager()._get_num_correct(torch.eye(3), torch.tensor([0, 1, 0])) == 2
+
+
+def test_a_dropped_subclass_that_counts_ends_its_run(store: Store) -> None:
+    manager = Counts(model=False)
+    manager.begin_run({}, nn.Linear(1, 1), LOADER)
+    manager.begin_epoch()
+    manager.track_num_correct(torch.ones(2), torch.ones(2))
+    del manager
+    assert store.run().info.status == "FAILED"

@@ -487,8 +487,8 @@ def test_labels_of_the_wrong_shape_are_refused(
 ) -> None:
     manager.begin_run({}, network, loader)
     manager.begin_epoch()
-    with pytest.raises(ArgumentError, match=r"preds has the shape \(4, 3\) and labels \(4, 1\)"):
-        manager.track_num_correct(torch.rand(4, 3), torch.zeros(4, 1))
+    with pytest.raises(ArgumentError, match=r"preds has the shape \(4, 3\) and labels \(4, 2\)"):
+        manager.track_num_correct(torch.rand(4, 3), torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from tracker.errors import CallOrderError
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point, now
 from tracker.training.epoch import OpenEpoch
+from tracker.training.meters import EpochMeter
 from tracker.transfers import read_later
 from tracker.tutorial_names import TutorialNames
 
@@ -22,6 +24,8 @@ class BatchTracking(TutorialNames):
     _first: FirstBatch | None
     _epoch: OpenEpoch | None
     _batch_loss: bool
+    _accuracy: Callable[[Any, Any], Any] | None
+    _counts_itself: bool  # whether a function of the user's counts correct predictions
 
     def track_loss(self, loss: Tensor | float, batch: Any = None) -> None:
         """Add the loss of a batch without waiting for the device.
@@ -50,12 +54,34 @@ class BatchTracking(TutorialNames):
         """Add the number of correct predictions of a batch without waiting for the device.
 
         Args:
-            preds, labels: Scores, shape (N, classes, …), and class numbers, shape (N, …).
+            preds, labels: Scores, shape (N, classes, …), and class numbers, shape (N, …); or one
+                score for each label, which is a yes or no; or what `accuracy=` takes.
 
         Raises:
             ArgumentError: The shapes do not fit.
         """
-        self._current_epoch("track_num_correct").meter.add_correct(preds, labels)
+        meter = self._current_epoch("track_num_correct").meter
+        if self._counts_itself:
+            meter.add_counted(self._get_num_correct(preds, labels), labels)
+        else:
+            meter.add_correct(preds, labels)
+
+    def _get_num_correct(self, preds: Any, labels: Any) -> Any:
+        """Return the number of correct predictions of a batch; subclasses may override this.
+
+        Returns:
+            The number, out of `len(labels)`; or a pair, that and the number of labels.
+        """
+        if self._accuracy is not None:
+            return self._accuracy(preds, labels)
+        meter = EpochMeter()
+        meter.add_correct(preds, labels)
+        return meter.correct
+
+    @property
+    def _is_counting_overridden(self) -> bool:
+        function = getattr(self._get_num_correct, "__func__", None)
+        return function is not BatchTracking._get_num_correct
 
     def track_val_loss(self, loss: Tensor | float, batch: Any = None) -> None:
         """Add the loss of a validation batch to `val_loss`; otherwise like `track_loss`."""
@@ -78,7 +104,11 @@ class BatchTracking(TutorialNames):
         meter.add_loss(loss, meter.size_of(batch))
 
     def _add_correct(self, part: str, preds: Tensor, labels: Tensor) -> None:
-        self._current_epoch(f"track_{part}_num_correct").meter_of(part).add_correct(preds, labels)
+        meter = self._current_epoch(f"track_{part}_num_correct").meter_of(part)
+        if self._counts_itself:
+            meter.add_counted(self._get_num_correct(preds, labels), labels)
+        else:
+            meter.add_correct(preds, labels)
 
     def _current_epoch(self, verb: str) -> OpenEpoch:
         if self._epoch is None:

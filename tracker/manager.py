@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ class RunManager(BatchTracking):
         tags: Mapping[str, str] | None = None,
         directory: str | Path = DIRECTORY,
         batch_loss: bool = False,
+        accuracy: Callable[[Any, Any], Any] | None = None,
         histograms: bool = True,
         loop_metrics: bool = True,
         model: bool = True,
@@ -78,6 +79,8 @@ class RunManager(BatchTracking):
             tags: Tags of every run.
             directory: Holds the journal while a run lasts.
             batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
+            accuracy: `accuracy(preds, labels)` returns the number of correct predictions, out of
+                `len(labels)`; or a pair: that, and the number of labels. Numbers or tensors.
             histograms: Log the histograms of all weights and gradients in each epoch.
             loop_metrics: Log learning rates, speed, data wait, memory, gradient norm of each epoch.
             model: Log the trained network at the end of a run.
@@ -115,6 +118,7 @@ class RunManager(BatchTracking):
         )
         self._keep = checkpoints
         self._batch_loss = batch_loss
+        self._accuracy = accuracy
         self._histograms = histograms
         self._loop_metrics = loop_metrics
         self._model = model
@@ -304,6 +308,7 @@ class RunManager(BatchTracking):
                 f"{self._hint('end_epoch')}"
             )
         self.epoch_count += 1
+        self._counts_itself = self._accuracy is not None or self._is_counting_overridden
         saved = self._mid_epoch_checkpoint()
         self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said, self._watch)
         self._meter, self.epoch_start_time = self._epoch.meter, time.time()

@@ -26,7 +26,8 @@ from torch.utils.data import (
 
 from tests.devices import a_device, away
 from tracker.errors import ArgumentError
-from tracker.training.meters import EpochMeter, num_correct
+from tracker.training.accuracy import num_correct
+from tracker.training.meters import EpochMeter
 
 patient = settings(deadline=None)
 

@@ -84,6 +84,8 @@ def fit(
         ArgumentError: `epochs` is below 1 or `done` below 0.
     """
 
+    said: set[str] = set()
+
     def train(meter: EpochMeter) -> Iterator[None]:
         for outputs, targets in _forward(network, loader, device):
             loss = loss_fn(outputs, targets)
@@ -100,9 +102,8 @@ def fit(
     def validate() -> Mapping[str, float]:
         if val_loader is None:
             return {}
-        metrics = evaluate(
-            network, val_loader, loss_fn, device=device, accuracy=accuracy, scores=scores
-        )
+        meter = EpochMeter(said=said)
+        metrics = _evaluated(meter, network, val_loader, loss_fn, device, accuracy, scores)
         return {f"val_{name}": value for name, value in metrics.items()}
 
     numbers = _numbers(epochs, done)
@@ -153,13 +154,14 @@ def _epochs(
     loader: Any,
     network: nn.Module | None = None,
 ) -> Iterator[Epoch]:
+    said: set[str] = set()
     watch = LoopWatch(network, loader)
     try:
         for number in numbers:
             started = time.perf_counter()
             set_epoch(loader, number - 1)
             watch.begin()
-            meter = EpochMeter()
+            meter = EpochMeter(said=said)
             times = [time.time_ns() // 1_000_000 for _ in train(number, meter)]
             metrics = meter.compute()
             observed = watch.end(meter)
@@ -184,7 +186,6 @@ def set_epoch(loader: Any, epoch: int) -> None:
             tell(epoch)
 
 
-@torch.no_grad()
 def evaluate(
     network: nn.Module,
     loader: Iterable[Any],
@@ -211,7 +212,19 @@ def evaluate(
     Returns:
         `loss` and, if requested, `accuracy`; empty without samples.
     """
-    meter = EpochMeter()
+    return _evaluated(EpochMeter(), network, loader, loss_fn, device, accuracy, scores)
+
+
+@torch.no_grad()
+def _evaluated(
+    meter: EpochMeter,
+    network: nn.Module,
+    loader: Iterable[Any],
+    loss_fn: Loss,
+    device: torch.device | str | None,
+    accuracy: bool,
+    scores: Callable[[Tensor], Tensor] | None,
+) -> dict[str, float]:
     with evaluation_mode(network):
         for outputs, targets in _forward(network, loader, device):
             meter.add_loss(loss_fn(outputs, targets), len(targets))

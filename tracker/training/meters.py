@@ -18,43 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from tracker.errors import ArgumentError
+from tracker.training.accuracy import (
+    Readings,
+    arranged,
+    classes_correct,
+    decide,
+    has_classes,
+    numbers_correct,
+)
 from tracker.training.batches import batch_size
 from tracker.training.distributed import sum_over_ranks
-from tracker.transfers import check_computed, to_device, whole
+from tracker.transfers import check_computed, whole
 
 _CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
 
 logger = logging.getLogger(__name__)
-
-
-def num_correct(preds: Tensor, labels: Tensor) -> Tensor:
-    """Count the correct predictions.
-
-    Args:
-        preds: Scores, (N, classes, …), with at least two classes.
-        labels: Class numbers, (N, …).
-
-    Returns:
-        The count, an int64 scalar on the device of `preds`.
-
-    Raises:
-        ArgumentError: The shapes do not match. Comparing them might broadcast.
-    """
-    if not (isinstance(preds, Tensor) and isinstance(labels, Tensor)):
-        kinds = f"preds is a {type(preds).__name__} and labels a {type(labels).__name__}"
-        raise ArgumentError(f"{kinds}; they must be tensors.")
-    if preds.dim() < 2 or preds.shape[1] < 2 or labels.shape != preds.shape[:1] + preds.shape[2:]:
-        raise ArgumentError(
-            f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must "
-            "be scores (N, classes, …) of two classes or more, and class numbers (N, …)."
-        )
-    if not preds.is_cpu:
-        check_computed(preds, "preds", "track_num_correct")
-    if not type(preds) is type(labels) is Tensor:
-        preds, labels = whole(preds), whole(labels)
-    if labels.device != preds.device:
-        labels = to_device(labels, preds.device)
-    return preds.argmax(dim=1).eq(labels).sum()
 
 
 class _Scalars:
@@ -124,6 +102,8 @@ class EpochMeter:
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
     _own_loss: float = 0.0  # what the loop has set beside the tracked sums
     _own_correct: float = 0.0
+    _counted: _Scalars = field(default_factory=_Scalars)  # labels, by a function of the user's
+    _readings: Readings = field(default_factory=Readings)
 
     def __post_init__(self) -> None:
         self._is_collated = getattr(self.loader, "collate_fn", None) is default_collate
@@ -140,6 +120,11 @@ class EpochMeter:
 
     def _say_guess(self, samples: int) -> None:
         self._say("the batch can be read in several ways and is taken for %d samples", samples)
+
+    def _say_reading(self, what: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            logger.warning("track_num_correct(): %s", what)
 
     def _say(self, what: str, *values: object) -> None:
         if what not in self.said:
@@ -181,9 +166,48 @@ class EpochMeter:
         return copied
 
     def add_correct(self, preds: Tensor, labels: Tensor) -> None:
-        """Add the number of correct predictions of a batch; arguments as for `num_correct`."""
-        self._correct.append(num_correct(preds, labels))
+        """Add the number of correct predictions of a batch without waiting for its device.
+
+        Args:
+            preds, labels: Scores, (N, classes, …), and class numbers, (N, …), or other ones that
+                the module `accuracy` knows.
+
+        Raises:
+            ArgumentError: The shapes do not match.
+        """
+        if has_classes(preds, labels):  # in most loops
+            self._correct.append(classes_correct(preds, labels))
+            self._labels.append((len(labels), labels.numel()))
+            return
+        preds, labels, kind = arranged(preds, labels)
+        if kind in ("columns", "flags"):
+            self._readings.add(preds, labels, kind)
+            self._labels.append((len(labels), 0))
+            return
+        count = classes_correct if kind == "classes" else numbers_correct
+        self._correct.append(count(preds, labels))
         self._labels.append((len(labels), labels.numel()))
+
+    def add_counted(self, counted: Any, labels: Any) -> None:
+        """Add what a function of the user's has counted, without waiting for a device.
+
+        Args:
+            counted: The number of correct predictions, out of `len(labels)`; or that and the
+                number of labels that were counted.
+            labels: The labels of the batch.
+
+        Raises:
+            ArgumentError: These are no numbers.
+        """
+        try:
+            size = len(labels)
+        except TypeError:
+            size = 1
+        correct, total = counted if isinstance(counted, tuple) else (counted, size)
+        correct, total = _scalar(correct), _scalar(total)
+        self._correct.append(correct)
+        self._counted.append(total)
+        self._labels.append((size, 0))
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint. Waits for the device."""
@@ -193,6 +217,8 @@ class EpochMeter:
             "correct": torch.from_numpy(self._correct.read()),
             "labels": list(self._labels),
             "own": [self._own_loss, self._own_correct],
+            "counted": torch.from_numpy(self._counted.read()),
+            "readings": self._readings.read(),
         }
 
     @classmethod
@@ -200,7 +226,13 @@ class EpochMeter:
         """Return a meter that continues from `state`."""
         losses, correct = _Scalars(state["losses"]), _Scalars(state["correct"])
         sizes, labels = list(state["sizes"]), list(state["labels"])
-        return cls(loader, said, losses, sizes, correct, labels, *state.get("own", ()))
+        meter = cls(loader, said, losses, sizes, correct, labels, *state.get("own", ()))
+        if "readings" in state:
+            meter._counted, meter._readings = (
+                _Scalars(state["counted"]),
+                Readings(state["readings"]),
+            )
+        return meter
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -250,12 +282,16 @@ class EpochMeter:
     @property
     def correct(self) -> int:
         """Number of correct predictions. Waits for the device. A loop may set it."""
-        return int(self._own_correct + self._correct.read().sum())
+        return int(self._correct_sum + decide(self._readings.read(), set())[0])
 
     @correct.setter
     def correct(self, value: Any) -> None:
         self._own_correct = 0.0
         self._own_correct = _number(value) - self.correct
+
+    @property
+    def _correct_sum(self) -> float:
+        return self._own_correct + float(self._correct.read().sum())
 
     @property
     def _samples(self) -> int:
@@ -275,16 +311,20 @@ class EpochMeter:
         return compute_all({"": self})
 
     def _sums(self) -> tuple[float, ...]:
-        """Return the sums over this rank: loss, samples, correct predictions, labels."""
+        """Return this rank's sums: loss, samples, correct predictions, labels, and readings."""
         size = float(self.sizes.sum()) or (self._samples if self._own_loss else 0.0)
-        labels = sum(labels for _, labels in self._labels)
-        labels = labels or (self._samples if self._own_correct else 0)
+        labels = sum(labels for _, labels in self._labels) + float(self._counted.read().sum())
+        labels = labels or (self._samples if self._own_correct else 0.0)
         # Without samples the mean losses are NaN: leave them out.
-        return self.loss_sum if size else 0.0, size, self.correct, labels
+        loss = self.loss_sum if size else 0.0
+        return loss, size, self._correct_sum, labels, *self._readings.read()
 
-    @staticmethod
-    def _metrics(sums: Sequence[float]) -> dict[str, float]:
-        loss, samples, correct, labels = sums
+    def _metrics(self, sums: Sequence[float], prefix: str) -> dict[str, float]:
+        loss, samples, correct, labels, *readings = sums
+        known = {name for name in ("several", "logits") if f"{prefix}{name}" in self.said}
+        more_correct, more_labels = decide(readings, known, self._say_reading)
+        self.said |= {f"{prefix}{name}" for name in known}
+        correct, labels = correct + more_correct, labels + more_labels
         metrics = {}
         if samples:
             metrics["loss"] = loss / samples
@@ -295,7 +335,8 @@ class EpochMeter:
     @property
     def _device(self) -> torch.device:
         """The GPU if either series is there: losses may be numbers, and predictions on a GPU."""
-        return _busiest(self._losses.device, self._correct.device)
+        counted = (self._counted.device, self._readings.device)
+        return _busiest(self._losses.device, self._correct.device, *counted)
 
 
 def compute_all(meters: Mapping[str, EpochMeter]) -> dict[str, float]:
@@ -312,10 +353,25 @@ def compute_all(meters: Mapping[str, EpochMeter]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     start = 0
     for (prefix, meter), each in zip(meters.items(), sums, strict=True):
-        found = meter._metrics(total[start : start + len(each)])
+        found = meter._metrics(total[start : start + len(each)], prefix)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         start += len(each)
     return metrics
+
+
+def _scalar(value: Any) -> Tensor | float:
+    """Return a copy of one number, which stays on its device."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = whole(value.detach())
+        return float(value.item()) if value.is_cpu else value.reshape(()).clone()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise ArgumentError(
+            f"the function that counts correct predictions returned a {type(value).__name__}"
+            f"{shape}; it must return their number, or that and the number of labels."
+        ) from error
 
 
 def _number(value: Any) -> float:
