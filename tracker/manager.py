@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class RunManager(BatchTracking):
         accuracy: Callable[[Any, Any], Any] | None = None,
         histograms: bool = True,
         loop_metrics: bool = True,
-        model: bool = True,
+        model: bool | Literal["pickle"] = True,
         samples: bool = True,
         digest: bool = True,
         checkpoints: Keep = Keep(),  # noqa: B008 - immutable
@@ -83,7 +83,7 @@ class RunManager(BatchTracking):
                 `len(labels)`; or a pair: that, and the number of labels. Numbers or tensors.
             histograms: Log the histograms of all weights and gradients in each epoch.
             loop_metrics: Log learning rates, speed, data wait, memory, gradient norm of each epoch.
-            model: Log the trained network at the end of a run.
+            model: Log the trained network at the end of a run; "pickle": with its class.
             samples: Keep samples of the first batch: as pictures, and as the model's example.
             digest: Log a digest of the data that the data set holds in memory.
             checkpoints: Which checkpoints of `save_checkpoint` to keep.
@@ -266,7 +266,8 @@ class RunManager(BatchTracking):
             if self._first is not None:
                 example = self._first.close(finished=ended.status == "FINISHED")
                 if self._model and ended.status == "FINISHED" and self.network is not None:
-                    run.log_model(self.network, example, step=self.epoch_count, **model_extras)
+                    model_extras |= {"step": self.epoch_count, "pickle": self._model == "pickle"}
+                    run.log_model(self.network, example, **model_extras)
         except BaseException as error:
             ended = ended if isinstance(error, Exception) else outcome(error)
             raise

@@ -181,6 +181,7 @@ class TorchRecorder(Recorder):
         *,
         files: Mapping[str, str] | None = None,
         predictor: Predictor | None = None,
+        pickle: bool = False,
     ) -> bool:
         """Log an MLflow model that loads without this project and without CUDA.
 
@@ -195,6 +196,8 @@ class TorchRecorder(Recorder):
             step: Step of the model.
             files: Texts by name that the model's folder `extra_files` holds, such as a vocabulary.
             predictor: Predicts from raw inputs in `pyfunc`; left out, with a warning, if wrong.
+            pickle: Log the network itself, as MLflow's `serialization_format="pickle"`, instead of
+                its graph: it has `train()` and `eval()`, but loading it runs code.
 
         Returns:
             Whether the model is logged, not only its weights.
@@ -213,7 +216,7 @@ class TorchRecorder(Recorder):
             nonlocal problem
             if example is not None:
                 try:
-                    problem = save_model(network, example, folder, files, predictor)
+                    problem = save_model(network, example, folder, files, predictor, pickle=pickle)
                 except OSError as error:  # the disk has no room for temporary files
                     problem = str(error)
 
@@ -228,7 +231,12 @@ class TorchRecorder(Recorder):
         torch.save(unwrap(network).state_dict(), weights)
         write = partial(Path.write_bytes, data=weights.getbuffer())
         if self._log_file(f"{name}.pt", write) is not None:
-            logger.warning("Only the weights are logged, as %s.pt: %s.", name, problem)
+            advice = "tracker.load_trained(run_id, into=network) restores them"
+            if not pickle and example is not None:
+                advice += (
+                    '; log_model(…, pickle=True) or RunManager(model="pickle") logs the network'
+                )
+            logger.warning("Only the weights are logged, as %s.pt: %s; %s.", name, problem, advice)
         return False
 
     def log_checkpoint(self, step: int, **states: Any) -> bool:

@@ -1,7 +1,7 @@
 """Saves models that load without this project and without CUDA.
 
-A model is saved as a graph (torch.export, pt2) with weights on the CPU; no classes are pickled.
-`mlflow.pytorch.load_model` reads it.
+A model is saved as a graph (torch.export, pt2) with weights on the CPU; nothing is pickled, unless
+the user asks for it. `mlflow.pytorch.load_model` reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from tracker.capture.exporting import (
     shapes_of,
     tolerance,
 )
+from tracker.capture.sources import copy_sources
 from tracker.errors import ArgumentError, first_line
 from tracker.logs import muted
 from tracker.training.device import device_of, unwrap
@@ -46,6 +47,8 @@ from tracker.training.rng import preserve_rng
 
 EXPORTED = "data/model.pt2"
 """The exported graph, below the model's folder; the path is mlflow.pytorch's."""
+PICKLED = "data/model.pth"
+"""The pickled network, if the user wanted one; the path is mlflow.pytorch's."""
 FILES = "extra_files"
 """The folder of a model's extra files; the name is mlflow.pytorch's."""
 _DATA = str(Path(EXPORTED).parent)
@@ -125,6 +128,8 @@ def save_model(
     folder: Path,
     files: Mapping[str, str] | None = None,
     predictor: Predictor | None = None,
+    *,
+    pickle: bool = False,
 ) -> str | None:
     """Save a copy of `network` as an MLflow model, in evaluation mode on the CPU.
 
@@ -139,6 +144,8 @@ def save_model(
         files: Texts by name, saved in the model's folder `extra_files`.
         predictor: Becomes the model's `pyfunc` if its predictions are correct after loading;
             otherwise a warning says why, and the network is the `pyfunc`.
+        pickle: Save the network itself instead of its graph, with the source of the user's modules.
+            Loading it runs code; it has `train()` and `eval()`.
 
     Returns:
         None, or why the model was not saved, as part of a sentence; `folder` is then incomplete.
@@ -153,7 +160,8 @@ def save_model(
         warnings.simplefilter("ignore")  # torch.export's own deprecations
         for attempt in Attempt.all_for(inputs):
             shutil.rmtree(folder, ignore_errors=True)
-            problem = _save_graph(network, attempt, folder)
+            save = _save_pickle if pickle else _save_graph
+            problem = save(network, attempt, folder)
             if problem is None:
                 _add_extras(folder, files or {}, predictor, tolerance(device_of(network)))
                 break
@@ -194,6 +202,44 @@ def _save_graph(network: nn.Module, attempt: Attempt, folder: Path) -> str | Non
         saved = mlflow.pytorch.load_model(str(folder))
     except Exception as error:  # noqa: BLE001 - torch.export may raise anything
         return f"torch.export fails: {first_line(error)}"
+    return difference(network, saved, attempt)
+
+
+def _save_pickle(network: nn.Module, attempt: Attempt, folder: Path) -> str | None:
+    """Save the network itself in MLflow's format `pickle`, as `_save_graph` does the graph."""
+    with _preserve_logging():
+        import mlflow.pytorch
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+    example = attempt.example
+    try:
+        model = cpu_copy(network).eval()
+        output = call(model, example.to("cpu"))
+        for copied, parameter in zip(model.parameters(), network.parameters(), strict=True):
+            copied.requires_grad_(parameter.requires_grad)
+        options: dict[str, Any] = {"signature": False}
+        if len(example.args) == len(example.leaves) == 1 and isinstance(output, Tensor):
+            with suppress(TypeError):  # of a dtype that NumPy lacks
+                sides = [
+                    Schema([TensorSpec(each.numpy().dtype, (-1, *each.shape[1:]))])
+                    for each in (*example.tensors, output)
+                ]
+                options["signature"] = ModelSignature(sides[0], sides[1])
+                options["input_example"] = example.tensors[0].numpy()
+        with TemporaryDirectory(dir=folder.parent) as temporary, muted("mlflow"):
+            mlflow.pytorch.save_model(
+                model,
+                str(folder),
+                serialization_format="pickle",
+                code_paths=copy_sources(network, Path(temporary)) or None,
+                pip_requirements=[*_requirements(), f"cloudpickle=={version('cloudpickle')}"],
+                **options,
+            )
+        with _preserve_imports():
+            saved = mlflow.pytorch.load_model(str(folder))
+    except Exception as error:  # noqa: BLE001 - the user's classes may raise anything
+        return f"it cannot be pickled: {first_line(error)}"
     return difference(network, saved, attempt)
 
 

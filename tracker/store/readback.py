@@ -6,19 +6,24 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tracker.capture.histograms import bin_edges
-from tracker.capture.model import EXPORTED, FILES
-from tracker.errors import StoreError, first_line
+from tracker.capture.model import EXPORTED, FILES, PICKLED
+from tracker.errors import ArgumentError, StoreError, first_line
 from tracker.exported import load_exported
 from tracker.logs import muted
 from tracker.store.history import load_histogram_records
 from tracker.store.uri import check_exists, resolve
+from tracker.training.device import unwrap
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,93 @@ class Trained:
     """The texts logged with it, by name."""
 
 
-def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
-    """Load a model that `Run.log_model` has logged.
+@overload
+def load_trained(model: Any, tracking_uri: str | None = None) -> Trained: ...
+
+
+@overload
+def load_trained(model: Any, tracking_uri: str | None = None, *, into: Network) -> Network: ...
+
+
+def load_trained(
+    model: Any, tracking_uri: str | None = None, *, into: Network | None = None
+) -> Trained | Network:
+    """Load what `Run.log_model` has logged; no code of the model is run.
 
     Args:
-        model_uri: `runs:/RUN_ID/model`, `models:/NAME@ALIAS` or `models:/NAME/1`.
-        tracking_uri: By default the one that MLflow itself would use.
+        model: A Run, the id of a run, or a URI: `runs:/RUN_ID/model`, `models:/NAME@ALIAS` or
+            `models:/NAME/1`.
+        tracking_uri: Default that of the Run, or the one that MLflow itself would use.
+        into: A network whose weights become those of the model; then it is returned. It works for
+            runs that have only the weights (`model.pt`) too.
 
     Raises:
+        ArgumentError: `into` has other tensors than the model; nothing is changed.
         StoreError: The model does not exist, or was not logged by `Run.log_model`.
     """
+    if (flush := getattr(model, "flush", None)) is not None:
+        flush()
+        tracking_uri = tracking_uri or model.tracking_uri
+    uri = getattr(getattr(model, "info", model), "run_id", model)  # MLflow's run has `info`
+    if not isinstance(uri, str):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}; it must be a Run, a run's id or a model's URI."
+        )
+    uri = uri if ":" in uri else f"runs:/{uri}/model"
+    if into is None:
+        return _load_program(uri, tracking_uri)
+    state = _load_weights(uri, tracking_uri) or _load_program(uri, tracking_uri).program.state_dict
+    network = unwrap(into)
+    if problem := _misfit(network.state_dict(), state):
+        raise ArgumentError(f"into={type(network).__name__} does not fit {uri!r}: {problem}.")
+    network.load_state_dict(state)
+    return into
+
+
+def _misfit(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """Name the first tensors that differ between a network and saved weights, if any do."""
+    shapes = {
+        name: [
+            None if not isinstance(each, torch.Tensor) or is_lazy(each) else tuple(each.shape)
+            for each in (own.get(name), saved.get(name))
+        ]
+        for name in {**own, **saved}
+    }
+    problems = [
+        f"{name} is not in the {'network' if name in saved else 'model'}"
+        if not (name in own and name in saved)
+        else f"{name} has the shape {mine} instead of {other}"
+        for name, (mine, other) in shapes.items()
+        if not (name in own and name in saved) or (None not in (mine, other) and mine != other)
+    ]
+    more = [f"and {len(problems) - 3} more"] if problems[3:] else []
+    return "; ".join(problems[:3] + more)
+
+
+def _load_weights(uri: str, tracking_uri: str | None) -> Mapping[str, Any] | None:
+    """Load the weights `NAME.pt` of a run that has no model, if there are any."""
+    from tracker.store.client import MlflowStore
+
+    scheme, _, path = uri.partition(":/")
+    run_id, _, name = path.strip("/").partition("/")
+    if scheme != "runs" or not name:
+        return None
+    check_exists(resolve(tracking_uri), f"the model {uri!r}")
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            file = MlflowStore(tracking_uri).download(run_id, f"{name}.pt", Path(temporary))
+        except StoreError:  # the run has a model, or neither
+            return None
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise StoreError(
+                f"{name}.pt of {uri!r} cannot be read: {first_line(error)}."
+            ) from error
+    return dict(state)
+
+
+def _load_program(model_uri: str, tracking_uri: str | None) -> Trained:
     from tracker.store.client import MlflowStore  # importing mlflow takes seconds
 
     check_exists(resolve(tracking_uri), f"the model {model_uri!r}")
@@ -48,6 +130,11 @@ def load_trained(model_uri: str, tracking_uri: str | None = None) -> Trained:
         folder = MlflowStore(tracking_uri).models.download(model_uri, Path(temporary))
         exported = folder / EXPORTED
         if not exported.is_file():
+            if (folder / PICKLED).is_file():
+                raise StoreError(
+                    f"model={model_uri!r} is pickled, and reading it would run its code; if you "
+                    "trust it, load it with mlflow.pytorch.load_model."
+                )
             raise StoreError(
                 f"model={model_uri!r} was not logged by tracker: it has no {EXPORTED}."
             )

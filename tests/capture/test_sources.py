@@ -1,0 +1,176 @@
+"""Networks that torch.export cannot follow, or that are wanted with their classes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import Store
+from tracker import ArgumentError, RunManager, StoreError, load_trained, start_run
+from tracker.capture.sources import copy_sources
+
+PACKAGE = {
+    "net.py": "from parts.flow import Flow\n\nclass Net(Flow):\n    pass\n",
+    "parts/__init__.py": "",
+    "parts/flow.py": (
+        "import torch\nfrom torch import nn\nfrom shared import double\n\n"
+        "class Flow(nn.Module):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        self.linear, self.drop = nn.Linear(4, width), nn.Dropout()\n"
+        "    def forward(self, x):\n"
+        "        y = self.drop(self.linear(x))\n"
+        "        return double(y) if y.sum() > 0 else y\n"
+    ),
+    "shared.py": "def double(y):\n    return y * 2\n",
+    "parts/data.bin": "no code",
+    "unused.py": "raise SystemExit\n",
+}
+
+
+class Flow(nn.Module):
+    """Its graph depends on its data, which torch.export refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+def forget() -> None:
+    for name in ("net", "parts", "parts.flow", "shared"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A class of the user's, in a file that imports from others."""
+    for name, text in PACKAGE.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "own"))
+    yield importlib.import_module("net").Net
+    forget()
+
+
+def test_the_files_that_a_class_needs_are_copied_without_data(own: Any, tmp_path: Path) -> None:
+    paths = copy_sources(nn.Sequential(own(3)), tmp_path / "code")
+    assert [Path(path).name for path in paths] == ["net.py", "parts", "shared.py"]
+    copied = {
+        str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*.py")
+    }
+    assert copied == {"net.py", "parts/__init__.py", "parts/flow.py", "shared.py"}
+    assert not list((tmp_path / "code").rglob("*.bin"))
+
+
+def test_a_network_of_installed_classes_needs_no_files(tmp_path: Path) -> None:
+    assert copy_sources(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 4)), tmp_path) == []
+
+
+def test_a_pickled_model_loads_with_its_class_and_its_modes(
+    own: Any, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network = own(3)
+    network.linear.bias.requires_grad_(False)
+    with start_run() as run:
+        assert run.log_model(network, torch.rand(5, 4), pickle=True)
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/model")
+    forget()
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path / "own")])
+    with pytest.raises(ImportError):
+        importlib.import_module("net")
+    loaded = mlflow.pytorch.load_model(path)
+    inputs = torch.rand(3, 4)
+    assert type(loaded).__name__ == "Net"
+    torch.testing.assert_close(loaded(inputs), network.eval()(inputs))
+    assert loaded.train().drop.training
+    assert [p.requires_grad for p in loaded.parameters()] == [True, False]
+    with pytest.raises(StoreError, match="is pickled, and reading it would run its code"):
+        load_trained(run, into=own(3))
+
+
+def test_a_manager_logs_the_network_itself_if_asked(store: Store) -> None:
+    network = Flow()
+    with RunManager(model="pickle") as manager:
+        run = manager.begin_run({}, network, [])
+        manager.begin_epoch()
+        manager.track_loss(network(torch.rand(5, 4)).sum(), 5)
+        manager.end_epoch()
+        manager.end_run()
+    loaded = mlflow.pytorch.load_model(f"runs:/{run.run_id}/model")
+    inputs = torch.rand(2, 4)
+    assert torch.equal(loaded.train()(inputs), network(inputs))
+
+
+def test_a_network_that_cannot_be_pickled_is_reported_in_one_line(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Flow()
+    network.generator = (number for number in range(3))
+    with start_run() as run:
+        assert not run.log_model(network, torch.rand(5, 4), pickle=True)
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert message.startswith("Only the weights are logged, as model.pt: ")
+    assert "generator" in message
+    assert "\n" not in message
+
+
+# -- load_trained(into=network) ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Flow, lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))])
+@pytest.mark.parametrize("named_by", [lambda run: run, lambda run: run.run_id, "runs:/{}/model"])
+def test_weights_are_restored_into_a_network_whatever_was_logged(
+    kind: Any, named_by: Any, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, fresh = kind(), kind()
+    network(torch.rand(9, 4))
+    with start_run(tracking_uri=store.uri) as run:
+        run.log_model(network, torch.rand(5, 4))
+        named = named_by.format(run.run_id) if isinstance(named_by, str) else named_by(run)
+    assert load_trained(named, store.uri, into=fresh) is fresh
+    assert fresh.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name])
+    if kind is Flow:
+        assert "tracker.load_trained(run_id, into=network) restores them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (nn.Linear(4, 2), "weight has the shape (2, 4) instead of (3, 4); bias has the shape (2,)"),
+        (nn.Linear(4, 3, bias=False), "bias is not in the network"),
+        (nn.ModuleDict({"a": nn.BatchNorm1d(3)}), "a.weight is not in the model; a.bias is not"),
+    ],
+    ids=["shapes", "missing", "others"],
+)
+def test_a_network_that_does_not_fit_is_refused_in_one_sentence(
+    other: nn.Module, problem: str, store: Store
+) -> None:
+    with start_run() as run:
+        run.log_model(nn.Linear(4, 3), torch.rand(5, 4))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ArgumentError) as caught:
+        load_trained(run, into=other)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], other.state_dict()[name]) for name in before)
+
+
+def test_a_model_is_named_by_a_run_an_id_or_a_uri(store: Store) -> None:
+    with pytest.raises(ArgumentError, match="model is a int; it must be a Run"):
+        load_trained(3, into=nn.Linear(2, 2))
+    with pytest.raises(StoreError):
+        load_trained("0" * 32, store.uri, into=nn.Linear(2, 2))
