@@ -20,7 +20,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -108,7 +108,7 @@ class Lane:
 
     def train(self, batches: Batches) -> None:
         """Run the tutorial's loop."""
-        for batch in batches:
+        for batch in DataLoader(cast(Any, batches), batch_size=None, collate_fn=list):
             images, labels = batch
             preds = self.network(images)
             loss = F.cross_entropy(preds, labels)
