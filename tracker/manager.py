@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from tracker.batch_tracking import BatchTracking
@@ -379,20 +378,15 @@ class RunManager(BatchTracking):
         if self._stop_on_nonfinite and not math.isfinite(loss := metrics.get("loss", 0.0)):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")
 
-    def save_checkpoint(
-        self,
-        *,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
+    def save_checkpoint(self, **objects: Any) -> None:
         """Log all states that `resume` needs, and delete superseded checkpoints.
 
         Call it between two epochs, or after `track_loss` of a batch. The states of the network and
         of all random generators are always included.
 
         Args:
-            optimizer, scheduler, scaler: Their states are saved, if given.
+            objects: Optimizers, schedulers, scalers, other networks and whatever has `state_dict`,
+                or lists and dicts of them, by the names that `checkpoint.restore` takes.
 
         Raises:
             ArgumentError: A state holds more than tensors, numbers and text.
@@ -402,10 +396,8 @@ class RunManager(BatchTracking):
             return
         if run.log_checkpoint(
             self.step,
-            network=self.network,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            scaler=scaler,
+            network=objects.pop("network", self.network),
+            objects=objects,
             loader=self.loader,
             epoch=self.epoch_count - (self._epoch is not None),
             metrics=self._metrics,

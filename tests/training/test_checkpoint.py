@@ -1034,3 +1034,75 @@ def test_cuda_random_states_are_restored(tmp_path: Path) -> None:
     expected = torch.rand(3, device="cuda")
     load_checkpoint(tmp_path / "a").restore()
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+class Average:
+    """An average of weights that is no module."""
+
+    def __init__(self, **shadow: Any) -> None:
+        self.shadow = {"decay": 0.9, **shadow}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.shadow
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow = state
+
+
+def adversaries(seed: int) -> dict[str, Any]:
+    """Two networks with two optimizers, and averages of one: what a GAN has to save."""
+    torch.manual_seed(seed)
+    generator, critic = nn.Linear(3, 4), nn.Linear(4, 1)
+    optimizers = {"g": Adam(generator.parameters(), 0.1), "d": SGD(critic.parameters(), 0.1, 0.9)}
+    for optimizer in optimizers.values():
+        critic(generator(torch.rand(2, 3))).sum().backward()
+        optimizer.step()
+    ema = swa_utils.AveragedModel(generator)
+    return {
+        "network": (generator, critic),
+        "optimizer": optimizers,
+        "ema": ema,
+        "schedulers": [lr_scheduler.StepLR(each, 2 + seed) for each in optimizers.values()],
+        "average": Average(weight=torch.rand(2)),
+        "scaler": [torch.amp.GradScaler("cpu", enabled=False)],
+    }
+
+
+def states_of(given: Any) -> Any:
+    if hasattr(given, "state_dict"):
+        return given.state_dict()
+    items = given.values() if isinstance(given, dict) else given
+    return [states_of(item) for item in items]
+
+
+def test_several_networks_and_optimizers_are_restored_by_their_names(tmp_path: Path) -> None:
+    first, second = adversaries(1), adversaries(2)
+    others = {name: first[name] for name in ("ema", "schedulers", "average")}
+    usual = {name: first[name] for name in ("network", "optimizer", "scaler")}
+    save_checkpoint(tmp_path / "c", **usual, objects=others, epoch=1, step=3)
+    load_checkpoint(tmp_path / "c").restore(**second)
+    for name in first:
+        if name != "scaler":
+            assert_same(states_of(second[name]), states_of(first[name]))
+    one, other = load_checkpoint(tmp_path / "c"), nn.Linear(4, 1)
+    with pytest.raises(ArgumentError, match=r"^ema does not match the checkpoint"):
+        one.restore(ema=other)
+    with pytest.raises(
+        ArgumentError, match=r"^network is not in the checkpoint; it has network\[0\]"
+    ):
+        one.restore(network=other)
+
+
+@pytest.mark.parametrize("given", [3, "text", [nn.Linear(1, 1), 3]], ids=str)
+def test_what_has_no_state_is_refused(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="allowed are objects with state_dict"):
+        save_checkpoint(
+            tmp_path / "c", network=nn.Linear(1, 1), objects={"epoch": given}, epoch=1, step=3
+        )
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_state_with_an_object_is_named(tmp_path: Path) -> None:
+    average = {"average": Average(weight=object())}
+    with pytest.raises(ArgumentError, match=r"^average\['weight'\] has the type object; a checkp"):
+        save_checkpoint(tmp_path / "c", network=nn.Linear(1, 1), objects=average, epoch=1, step=3)

@@ -24,7 +24,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from tracker.errors import ArgumentError, StoreError
 from tracker.training.checkpoint_files import read_files, read_state, write_files
@@ -32,6 +31,9 @@ from tracker.training.device import is_sharded, unwrap
 from tracker.training.rng import RandomStates
 from tracker.training.states import decode, encode
 from tracker.validation import checked_number
+
+Stateful = Any
+"""An object with `state_dict` and `load_state_dict`, or a list, tuple or dict of such objects."""
 
 _FOREIGN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, struct.error)
 
@@ -56,12 +58,13 @@ class Checkpoint:
     def restore(
         self,
         *,
-        network: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
-        scaler: GradScaler | None = None,
+        network: Stateful | None = None,
+        optimizer: Stateful | None = None,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
         loader: Iterable[Any] | None = None,
         random_states: bool = True,
+        **objects: Stateful,
     ) -> None:
         """Load the saved states into the given objects, on the device where each object is.
 
@@ -73,12 +76,13 @@ class Checkpoint:
             loader: Its generators are restored for the next epoch. To finish an epoch that the
                 checkpoint interrupted, call `remaining` instead.
             random_states: Whether to restore the global random states too.
+            objects: Other objects, by the names under which they were saved.
 
         Raises:
             ArgumentError: An object does not match the saved one, or none was saved. Nothing is
                 changed.
         """
-        parts = _stateful(network, optimizer, scheduler, scaler)
+        parts = _parts({**_four(network, optimizer, scheduler, scaler), **objects})
         for name, part in parts.items():
             self._check(name, part)
         states = self._random("random")
@@ -156,15 +160,29 @@ class Checkpoint:
             )
 
 
-def _stateful(network: Any, optimizer: Any, scheduler: Any, scaler: Any) -> dict[str, Any]:
-    """The given objects by name, without a disabled scaler: it has no state."""
-    parts = {
-        "network": network if network is None else unwrap(network),
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "scaler": scaler if scaler is not None and scaler.is_enabled() else None,
-    }
-    return {name: part for name, part in parts.items() if part is not None}
+def _four(*usual: Any) -> dict[str, Any]:
+    return dict(zip(("network", "optimizer", "scheduler", "scaler"), usual, strict=True))
+
+
+def _parts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The objects by name, `optimizer[0]` in lists, without a disabled scaler: it has no state."""
+    parts: dict[str, Any] = {}
+    for name, part in given.items():
+        if isinstance(part, nn.Module):
+            parts[name] = unwrap(part)
+        elif isinstance(part, GradScaler) and not part.is_enabled():
+            continue
+        elif callable(getattr(part, "state_dict", None)):
+            parts[name] = part
+        elif isinstance(part, (list, tuple, dict)):
+            items = part.items() if isinstance(part, dict) else enumerate(part)
+            parts |= _parts({f"{name}[{key!r}]": item for key, item in items})
+        elif part is not None:
+            raise ArgumentError(
+                f"{name} is a {type(part).__name__}; allowed are objects with state_dict() and "
+                "load_state_dict(), such as networks and optimizers, and lists and dicts of them."
+            )
+    return parts
 
 
 def _outline(part: Any) -> dict[str, Any]:
@@ -201,10 +219,11 @@ def _move_hyperparameters(saved: list[dict[str, Any]], given: list[dict[str, Any
 def save_checkpoint(
     folder: Path,
     *,
-    network: nn.Module,
-    optimizer: Optimizer | None = None,
-    scheduler: LRScheduler | None = None,
-    scaler: GradScaler | None = None,
+    network: Stateful,
+    optimizer: Stateful | None = None,
+    scheduler: Stateful | None = None,
+    scaler: Stateful | None = None,
+    objects: Mapping[str, Stateful] | None = None,
     loader: Iterable[Any] | None = None,
     epoch: int,
     step: int,
@@ -217,10 +236,11 @@ def save_checkpoint(
 
     Args:
         folder: New, empty or a checkpoint, which is replaced. One process at a time may write it.
-        network: Wrapped (DataParallel, `torch.compile`, …) or not.
-        optimizer: Saved if given, like `scheduler` and `scaler`.
+        network: Wrapped (DataParallel, `torch.compile`, …) or not; several in a list or a dict.
+        optimizer: Saved if given, like `scheduler` and `scaler`; several in a list or a dict.
         scheduler: See `optimizer`.
         scaler: See `optimizer`.
+        objects: Other objects with `state_dict` and `load_state_dict`, by name.
         loader: Required if it or its sampler has its own generator, or if it keeps its workers.
         epoch: Completed epochs.
         step: Steps in total.
@@ -244,7 +264,8 @@ def save_checkpoint(
         raise ArgumentError(
             f"position={position} requires epoch_start, the random states at the epoch's start."
         )
-    if is_sharded(network):
+    parts = _parts({**_four(network, optimizer, scheduler, scaler), **(objects or {})})
+    if any(is_sharded(part) for part in parts.values() if isinstance(part, nn.Module)):
         raise ArgumentError(
             "each rank has a part of network, and a checkpoint must hold all of it; save it with "
             "torch.distributed.checkpoint."
@@ -254,13 +275,13 @@ def save_checkpoint(
         epoch_start.check(loader)
         random_states["epoch_start"] = epoch_start
     tensors: dict[str, Tensor] = {}
-    objects: dict[str, Any] = {}
-    for name, part in _stateful(network, optimizer, scheduler, scaler).items():
+    saved: dict[str, Any] = {}
+    for name, part in parts.items():
         state = part.state_dict()
-        objects[name] = {"outline": _outline(part), "state": encode(state, name, tensors)}
+        saved[name] = {"outline": _outline(part), "state": encode(state, name, tensors)}
         if isinstance(part, nn.Module):  # the versions of its modules' states
             metadata = getattr(state, "_metadata", None)
-            objects[name]["metadata"] = encode(metadata, "network._metadata", tensors)
+            saved[name]["metadata"] = encode(metadata, f"{name}._metadata", tensors)
     numbers = {name: checked_number(name, value) for name, value in (metrics or {}).items()}
     write_files(
         folder,
@@ -272,7 +293,7 @@ def save_checkpoint(
             "metrics": encode(numbers, "metrics", tensors),
             "extra": encode(extra, "extra", tensors),
             **{name: encode(vars(each), name, tensors) for name, each in random_states.items()},
-            "objects": objects,
+            "objects": saved,
         },
     )
 
