@@ -366,15 +366,18 @@ class RunManager(BatchTracking):
         self._see()
         seconds = time.perf_counter() - self._run_started
         self._metrics = metrics = {**metrics, "run_duration": seconds}
-        run.log_metrics(beside(observed, metrics) | metrics, epoch)
+        run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
         if self._histograms and self._is_kept and self.network is not None:
             norm = gradient_norm(self.network) if self._loop_metrics else None
             histograms = run.log_histograms(self.network, epoch)
-            run.log_metrics(beside(gradient_metrics(norm, histograms), metrics), epoch)
+            observed = {**observed, **gradient_metrics(norm, histograms)}
+        observed = beside(observed, metrics)
+        run.log_metrics(observed, epoch)
         run.deliver()
         self._views.end_epoch(epoch, metrics, histograms)
+        self._views.observed(epoch, observed)
         if self._stop_on_nonfinite and not math.isfinite(loss := metrics.get("loss", 0.0)):
             raise NonFiniteLossError(f"loss is {loss} in epoch {epoch} of run {run.run_id}.")
 

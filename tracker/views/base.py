@@ -57,6 +57,9 @@ class View:
             histograms: The record of its histograms; None if they are off.
         """
 
+    def observed(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Receive what the loop of an ended epoch showed beside its metrics, such as `train/lr`."""
+
     def end_run(self, status: str) -> None:
         """Receive the end of a run with its final status."""
 
@@ -99,6 +102,7 @@ class Views(View):
     begin_epoch = _to_each(View.begin_epoch)
     batch = _to_each(View.batch)
     end_epoch = _to_each(View.end_epoch)
+    observed = _to_each(View.observed)
     end_run = _to_each(View.end_run)
 
     @property

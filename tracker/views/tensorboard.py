@@ -90,6 +90,12 @@ class TensorBoard(View):
             self._add_histogram(item, epoch)
         self._writer.flush()
 
+    def observed(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of the loop."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
     def _add_histogram(self, item: Mapping[str, Any], epoch: int) -> None:
         if not item["bins"]:
             return
