@@ -63,9 +63,9 @@ os.register_at_fork(after_in_child=_threads.clear)
 
 
 def _time_loaders() -> None:
-    base = dataloader._BaseDataLoaderIter
-    plain = base.__next__
-    if hasattr(plain, "is_timed"):
+    base: Any = getattr(dataloader, "_BaseDataLoaderIter", None)  # private: it may go
+    plain = getattr(base, "__next__", None)
+    if plain is None or hasattr(plain, "is_timed"):
         return
 
     @functools.wraps(plain)
@@ -73,7 +73,7 @@ def _time_loaders() -> None:
         return _timed(plain, self) if _threads else plain(self)
 
     timed.is_timed = True  # type: ignore[attr-defined]
-    base.__next__ = timed  # type: ignore[method-assign]
+    base.__next__ = timed
 
 
 def waited(loader: Iterable[Any]) -> Iterator[Any]:
