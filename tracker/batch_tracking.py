@@ -37,14 +37,15 @@ class BatchTracking(TutorialNames):
         Raises:
             ArgumentError: The loss is not one number, or the batch has no size.
         """
-        meter = self._current_epoch("track_loss").meter
+        meter = (self._epoch or self._current_epoch("track_loss")).meter
         scalar = meter.add_loss(loss, meter.size_of(batch))
         self.step += 1
         if self._batch_loss and self._is_kept and (run := self._runs.open_run) is not None:
             number = scalar if isinstance(scalar, float) else read_later(scalar)
             run.append_points((Point("batch_loss", number, self.step, now()),))
         self._views.batch()
-        self._see(batch)
+        if (first := self._first) is not None and not first.is_seen:
+            first.see(batch)
 
     def _see(self, batch: Any = None) -> None:
         if self._first is not None and not self._first.is_seen:
@@ -60,7 +61,7 @@ class BatchTracking(TutorialNames):
         Raises:
             ArgumentError: The shapes do not fit.
         """
-        meter = self._current_epoch("track_num_correct").meter
+        meter = (self._epoch or self._current_epoch("track_num_correct")).meter
         if self._counts_itself:
             meter.add_counted(self._get_num_correct(preds, labels), labels)
         else:

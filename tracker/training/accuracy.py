@@ -37,7 +37,8 @@ def has_classes(preds: Tensor, labels: Tensor) -> bool:
 
 def classes_correct(preds: Tensor, labels: Tensor) -> Tensor:
     """Return the number of correct predictions for which `has_classes`, a scalar on its device."""
-    preds, labels = _together(preds, labels)
+    if not (type(preds) is type(labels) is Tensor and preds.is_cpu and labels.is_cpu):
+        preds, labels = _together(preds, labels)
     return preds.argmax(dim=1).eq(labels).sum()
 
 
