@@ -73,7 +73,11 @@ def test_each_argument_is_taken_for_what_it_is(
 @pytest.mark.parametrize(
     ("arguments", "named", "sentence"),
     [
-        ((NET, TRAIN, "baseline"), {}, "begin_run() has no use for argument 4 ('baseline')."),
+        (
+            (NET, TRAIN, "baseline"),
+            {},
+            "begin_run() has no use for argument 4 ('baseline', which is no device).",
+        ),
         (
             (NET, TRAIN, nn.MSELoss(), TEST, VAL, TEST),
             {"epochs": 3, "classes": ["a"], "train_loader": TRAIN},
@@ -93,7 +97,7 @@ def test_what_has_no_use_is_named_in_one_sentence(
     assert sort(*arguments, **named)[1] == {sentence}
 
 
-@pytest.mark.parametrize("device", ["cudaa:0", 3, "gpu"])
+@pytest.mark.parametrize("device", ["cudaa:0", 0.5, "gpu"])
 def test_a_device_that_is_none_is_refused(device: Any) -> None:
     with pytest.raises(ArgumentError, match=f"^device={device!r} is not a device; allowed are"):
         sort(NET, TRAIN, device=device)

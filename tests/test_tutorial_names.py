@@ -55,6 +55,8 @@ def test_the_tutorial_s_names_and_those_of_its_later_versions_agree(store: Store
         manager.end_run()
         assert manager.run.count == manager.run_count == 1
         assert manager.run.data is manager.run_data
+        manager.epoch.best = 0.75  # a name of the script's own
+        assert manager.epoch.best == 0.75
         assert manager.run.params._asdict() == {"lr": 0.5, "batch_size": 5}
         assert manager.run.params["lr"] == "0.5"
         assert manager.run.params.lr == 0.5
@@ -179,6 +181,8 @@ def test_tb_without_event_files_says_once_what_to_pass(
             manager.begin_run({}, NET, LOADER)
             manager.tb.add_graph(NET, torch.ones(1, 1))
             manager.tb.add_histogram("weight", NET.weight, 1)
+            with manager.tb as writer:
+                writer.add_text("text", "text")
             manager.tb.close()
             manager.end_run()
     assert caplog.messages == [
@@ -283,6 +287,16 @@ def test_a_name_that_does_not_exist_brings_the_nearest(name: str, nearest: str) 
 def test_a_run_s_method_is_found_there() -> None:
     with pytest.raises(AttributeError, match=r"a run has it: manager\.run\.log_image\.$"):
         RunManager().log_image  # noqa: B018
+
+
+def test_a_property_that_raises_says_why() -> None:
+    class Mine(RunManager):
+        @property
+        def best(self) -> Any:
+            return self.run_loss
+
+    with pytest.raises(AttributeError, match="no method or attribute 'run_loss'"):
+        Mine().best  # noqa: B018
 
 
 def test_copies_and_displays_ask_for_names_and_get_none() -> None:

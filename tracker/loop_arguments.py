@@ -82,7 +82,7 @@ class LoopArguments:
         return sorted_
 
     def _add(self, name: str, value: Any, said: set[str]) -> None:
-        device = _device(value)
+        device = _device(value, or_number="device" in name)
         if device is None and "device" in name:
             raise ArgumentError(
                 f"{name}={value!r} is not a device; allowed are a torch.device and names such as "
@@ -194,8 +194,8 @@ def _is_iterable(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
-def _device(value: Any) -> torch.device | None:
-    if not isinstance(value, str):
+def _device(value: Any, *, or_number: bool = False) -> torch.device | None:
+    if not isinstance(value, str) and not (or_number and type(value) is int):
         return value if isinstance(value, torch.device) else None
     try:
         return torch.device(value)
@@ -208,8 +208,10 @@ def _context(name: str) -> str | None:
 
 
 def _described(name: str, value: Any) -> str:
-    is_short = isinstance(value, (str, int, float)) and len(repr(value)) < 80
-    return f"{name} ({value!r})" if is_short else f"{name} (a {type(value).__name__})"
+    if not isinstance(value, (str, int, float)) or len(repr(value)) > 80:
+        return f"{name} (a {type(value).__name__})"
+    no_device = ", which is no device" if isinstance(value, str) and " " in name else ""
+    return f"{name} ({value!r}{no_device})"
 
 
 def say_once(message: str, *values: object, said: set[str]) -> None:

@@ -209,6 +209,10 @@ class Run(TorchRecorder):
         """The params logged so far, as text; the hyperparameters, as given, are its attributes."""
         return GivenParams(self._params, self.given)
 
+    @params.setter
+    def params(self, given: Any) -> None:
+        self.given = named_values(given or {}, "params")
+
     def _parent(self, parent: Run | str | None) -> records.Parent | None:
         if parent is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,6 +54,7 @@ class TutorialNames:
     _meter: EpochMeter  # of the current epoch, or of the last one
     _last_run: Run | None = None
     _own_tb: Any = None
+    _epoch_names: EpochNames | None = None
 
     @property
     def run(self) -> Run:
@@ -83,7 +85,9 @@ class TutorialNames:
     @property
     def epoch(self) -> EpochNames:
         """The epoch's `count`, `loss`, `num_correct` and `start_time`."""
-        return EpochNames(self)
+        if self._epoch_names is None:
+            self._epoch_names = EpochNames(self)
+        return self._epoch_names
 
     @epoch.setter
     def epoch(self, value: object) -> None:
@@ -141,6 +145,8 @@ class TutorialNames:
             raise NotInitializedError(
                 f"{kind}.__init__() must call super().__init__() before the manager is used."
             )
+        if hasattr(type(self), name):  # a property that has raised: let it say why
+            return object.__getattribute__(self, name)
         message = f"{kind} has no method or attribute {name!r}"
         if name.startswith("_"):
             raise AttributeError(f"{message}.")
@@ -152,15 +158,18 @@ class TutorialNames:
 
 
 class EpochNames:
-    """A manager's epoch under the names of the tutorial's later versions: `manager.epoch.count`."""
+    """A manager's epoch under the names of the tutorial's later versions: `manager.epoch.count`.
+
+    Scripts may set names of their own on it.
+    """
 
     def __init__(self, manager: TutorialNames) -> None:
-        self._manager = manager
+        self._manager = weakref.proxy(manager)  # a manager that is dropped ends its run at once
 
     @property
     def count(self) -> int:
         """Number of epochs begun in this run."""
-        return self._manager.epoch_count
+        return int(self._manager.epoch_count)
 
     @count.setter
     def count(self, value: int) -> None:
@@ -169,7 +178,7 @@ class EpochNames:
     @property
     def loss(self) -> float:
         """Sum of the losses over the samples; waits for the device."""
-        return self._manager.epoch_loss
+        return float(self._manager.epoch_loss)
 
     @loss.setter
     def loss(self, value: Any) -> None:
@@ -178,7 +187,7 @@ class EpochNames:
     @property
     def num_correct(self) -> int:
         """Number of correct predictions; waits for the device."""
-        return self._manager.epoch_num_correct
+        return int(self._manager.epoch_num_correct)
 
     @num_correct.setter
     def num_correct(self, value: Any) -> None:
@@ -187,7 +196,7 @@ class EpochNames:
     @property
     def start_time(self) -> float:
         """When the epoch began, in seconds since 1970."""
-        return self._manager.epoch_start_time
+        return float(self._manager.epoch_start_time)
 
     @start_time.setter
     def start_time(self, value: float) -> None:

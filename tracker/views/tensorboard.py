@@ -142,6 +142,12 @@ class NoWriter:
         self._todo = "call begin_run() first" if has_folder else "pass RunManager(tensorboard=…)"
         self._said = said
 
+    def __enter__(self) -> NoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing."""
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_"):
             raise AttributeError(f"tb has no method {name!r}.")
