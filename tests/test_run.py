@@ -281,9 +281,9 @@ def test_a_run_id_in_the_environment_that_the_store_does_not_have_is_an_error(
 class Unexportable(nn.Module):
     """Branches on its data, which a graph cannot express."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 2)
+        self.linear = nn.Linear(4, outputs)
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.linear(x) if x.sum().item() > 0 else self.linear(-x)
@@ -292,7 +292,7 @@ class Unexportable(nn.Module):
 def test_the_weights_of_a_network_that_cannot_be_exported_are_logged_with_a_warning(
     store: Store, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    network = Unexportable()
+    network = Unexportable(2)
     with caplog.at_level(logging.WARNING, "tracker"), start_run() as run:
         assert not run.log_model(network, torch.rand(4, 4))
     (warning,) = (r.getMessage() for r in caplog.records if r.name.startswith("tracker"))

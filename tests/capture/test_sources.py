@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import Store
 from tracker import ArgumentError, RunManager, StoreError, load_trained, start_run
-from tracker.capture.sources import copy_sources
+from tracker.capture.model import save_model
+from tracker.capture.sources import builder, copy_sources
 
 PACKAGE = {
     "net.py": "from parts.flow import Flow\n\nclass Net(Flow):\n    pass\n",
@@ -51,6 +56,13 @@ class Flow(nn.Module):
 def forget() -> None:
     for name in ("net", "parts", "parts.flow", "shared"):
         sys.modules.pop(name, None)
+
+
+def local() -> nn.Module:
+    class Local(Flow):
+        pass
+
+    return Local()
 
 
 @pytest.fixture
@@ -96,8 +108,159 @@ def test_a_pickled_model_loads_with_its_class_and_its_modes(
     torch.testing.assert_close(loaded(inputs), network.eval()(inputs))
     assert loaded.train().drop.training
     assert [p.requires_grad for p in loaded.parameters()] == [True, False]
-    with pytest.raises(StoreError, match="is pickled, and reading it would run its code"):
+    with pytest.raises(StoreError, match="holds more than weights, and reading it would run"):
         load_trained(run, into=own(3))
+
+
+@dataclass
+class Config:
+    width: int = 3
+    rates: tuple[float, ...] = (0.5, math.inf)
+
+
+class Configured(Flow):
+    def __init__(self, config: Config, activation: type[nn.Module], names: Any = None) -> None:
+        super().__init__()
+        self.config, self.activation, self._names = config, activation, names
+        self.linear = nn.Sequential(nn.Linear(4, config.width), activation())
+
+
+class Forgetful(Flow):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, width)
+
+
+class Wrong(Flow):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.factor = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def test_a_network_that_torch_export_refuses_is_logged_as_weights_and_source(
+    own: Any,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    network = own(3)
+    network.width = 3
+    with start_run() as run:
+        assert run.log_model(network, torch.rand(5, 4))
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "tracker.capture.model"]
+    assert message.startswith("The model is logged as weights and source, because torch.export")
+    assert message.endswith("mlflow.pytorch.load_model makes net.Net(width=3).")
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/model")
+    forget()
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path / "own")])
+    loaded, inputs = mlflow.pytorch.load_model(path), torch.rand(3, 4)
+    torch.testing.assert_close(loaded(inputs), network.eval()(inputs))
+    assert loaded.train().drop.training
+    served = mlflow.pyfunc.load_model(path, suppress_warnings=True)
+    np.testing.assert_allclose(served.predict(inputs.numpy()), network(inputs).detach(), rtol=1e-5)
+    other = own(3)
+    assert torch.equal(load_trained(run, into=other).linear.weight, network.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "made"),
+    [
+        (Flow(), "Flow()"),
+        (
+            Configured(Config(5), nn.ReLU, {"a": [1, None], "b": ()}),
+            "Configured(config=HERE.Config(width=5, rates=(0.5, float('inf'),)), "
+            "activation=TORCH.ReLU, names={'a': [1, None], 'b': ()})",
+        ),
+    ],
+    ids=["no arguments", "a configuration"],
+)
+def test_a_network_is_made_with_the_arguments_that_it_keeps(network: nn.Module, made: str) -> None:
+    source, called = builder(network)
+    called = called.replace(f"_module({__name__!r})", "HERE")
+    called = called.replace("_module('torch.nn.modules.activation')", "TORCH")
+    assert called == f"HERE.{made}"
+    space: dict[str, Any] = {"_module": importlib.import_module}
+    assert type(eval(builder(network)[1], space)) is type(network)
+    assert "class Unpickler" in source
+
+
+@pytest.mark.parametrize(
+    ("network", "problem"),
+    [
+        (Forgetful(3), "Forgetful keeps its argument width in no attribute of plain values"),
+        (local(), "Local is defined in a function"),
+        (Wrong(3.0), "Wrong() is another network: the saved model returns an output that differs"),
+    ],
+    ids=["forgotten", "local", "wrong"],
+)
+def test_a_network_that_cannot_be_made_again_has_its_weights_logged(
+    network: nn.Module, problem: str, tmp_path: Path
+) -> None:
+    result = save_model(network, torch.rand(5, 4), tmp_path / "m")
+    assert result is not None
+    assert problem in result
+    assert "\n" not in result
+
+
+PROGRAM = """
+import argparse
+from torch import nn
+from tracker import RunManager
+
+SECRET = "hidden"
+SCALE = 2.0
+parser = argparse.ArgumentParser()
+args = parser.parse_args([])
+
+
+def scaled(y):
+    return y * SCALE
+
+
+class Flow(nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.linear = nn.Linear(4, width)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return scaled(y) if y.sum() > 0 else y
+
+
+class Needy(Flow):
+    def forward(self, x):
+        return super().forward(x) if args else x
+
+"""
+
+
+@pytest.mark.parametrize("is_notebook", [False, True])
+def test_of_a_program_only_the_definitions_that_the_class_needs_are_logged(
+    is_notebook: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = ModuleType("__main__")
+    if is_notebook:
+        program.In = ["", "%matplotlib inline", *PROGRAM.split("\n\n\n")]
+    else:
+        program.__file__ = str(tmp_path / "train.py")
+        (tmp_path / "train.py").write_text(PROGRAM)
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    exec(PROGRAM, program.__dict__)
+
+    assert save_model(program.Flow(), torch.rand(5, 4), tmp_path / "m") is None
+    (code,) = (tmp_path / "m").rglob("network_*.py")
+    text = code.read_text()
+    assert "class Flow" in text
+    assert "SCALE" in text
+    assert not any(word in text for word in ("argparse", "tracker", "Needy", "hidden"))
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "m"))
+    assert loaded(torch.rand(2, 4)).shape == (2, 3)
+    problem = save_model(program.Needy(), torch.rand(5, 4), tmp_path / "n")
+    assert "it needs `args = parser.parse_args([])`, which the program runs" in str(problem)
 
 
 def test_a_manager_logs_the_network_itself_if_asked(store: Store) -> None:
@@ -129,21 +292,30 @@ def test_a_network_that_cannot_be_pickled_is_reported_in_one_line(
 # -- load_trained(into=network) ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Flow, lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))])
-@pytest.mark.parametrize("named_by", [lambda run: run, lambda run: run.run_id, "runs:/{}/model"])
+@pytest.mark.parametrize(
+    ("kind", "named_by"),
+    [
+        (Flow, lambda run: run),
+        (local, lambda run: run.run_id),
+        (local, "runs:/{}/model"),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), lambda run: run),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "runs:/{}/model"),
+    ],
+)
 def test_weights_are_restored_into_a_network_whatever_was_logged(
     kind: Any, named_by: Any, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     network, fresh = kind(), kind()
     network(torch.rand(9, 4))
     with start_run(tracking_uri=store.uri) as run:
-        run.log_model(network, torch.rand(5, 4))
+        assert run.log_model(network, torch.rand(5, 4)) == (kind is not local)
         named = named_by.format(run.run_id) if isinstance(named_by, str) else named_by(run)
     assert load_trained(named, store.uri, into=fresh) is fresh
     assert fresh.training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name])
-    if kind is Flow:
+    if kind is local:
+        assert "its class cannot be made again: Local is defined in a function" in caplog.text
         assert "tracker.load_trained(run_id, into=network) restores them" in caplog.text
 
 

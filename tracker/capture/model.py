@@ -1,13 +1,15 @@
 """Saves models that load without this project and without CUDA.
 
-A model is saved as a graph (torch.export, pt2) with weights on the CPU; nothing is pickled, unless
-the user asks for it. `mlflow.pytorch.load_model` reads it.
+A model is saved as a graph (torch.export, pt2) with weights on the CPU; if torch.export cannot
+follow it, as weights and the source of its class. Nothing is pickled, unless the user asks for it.
+`mlflow.pytorch.load_model` reads each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -39,7 +41,9 @@ from tracker.capture.exporting import (
     shapes_of,
     tolerance,
 )
-from tracker.capture.sources import copy_sources
+from tracker.capture.loaders import FILES as FILES
+from tracker.capture.loaders import LOADER, PREDICTOR
+from tracker.capture.sources import builder, copy_sources
 from tracker.errors import ArgumentError, first_line
 from tracker.logs import muted
 from tracker.training.device import device_of, unwrap
@@ -49,60 +53,8 @@ EXPORTED = "data/model.pt2"
 """The exported graph, below the model's folder; the path is mlflow.pytorch's."""
 PICKLED = "data/model.pth"
 """The pickled network, if the user wanted one; the path is mlflow.pytorch's."""
-FILES = "extra_files"
-"""The folder of a model's extra files; the name is mlflow.pytorch's."""
 _DATA = str(Path(EXPORTED).parent)
 _EXPORTING = threading.Lock()  # torch.export works in one thread at a time
-
-_LOADER = f'''
-
-def _load_pyfunc(folder: str) -> object:
-    """Called by mlflow.pyfunc.load_model with the model's folder."""
-    import mlflow.pytorch
-    from pathlib import Path
-
-    files = {{path.name: path.read_text("utf-8") for path in Path(folder, {FILES!r}).glob("*")}}
-    return load(mlflow.pytorch.load_model(folder), files)
-'''
-
-# Arrays by name in and out, for calls that MLflow's own loader does not know.
-_PREDICTOR = '''"""Predicts with a network that takes or returns more than one array."""
-
-import numpy as np
-import torch
-from torch.utils import _pytree as pytree
-
-INPUTS = {inputs!r}  # (name, None) of an array, or (None, value) of a constant
-OUTPUTS = {outputs!r}
-
-
-def load(network, files):
-    return Predictor(network)
-
-
-class Predictor:
-    def __init__(self, network):
-        self.network = network
-
-    def predict(self, inputs, params=None):
-        leaves = [self.leaf(inputs, *each) for each in INPUTS]
-        args, kwargs = pytree.tree_unflatten(leaves, self.network._in_spec)
-        with torch.no_grad():
-            leaves = pytree.tree_leaves(self.network(*args, **kwargs))
-        arrays = dict(zip(OUTPUTS, map(self.array, leaves)))
-        return arrays[""] if list(arrays) == [""] else arrays
-
-    def leaf(self, inputs, name, constant):
-        if name is None:
-            return constant
-        is_named = hasattr(inputs, "keys")
-        return torch.from_numpy(np.array(inputs[name] if is_named else inputs))
-
-    def array(self, leaf):
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
-'''
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +115,16 @@ def save_model(
             save = _save_pickle if pickle else _save_graph
             problem = save(network, attempt, folder)
             if problem is None:
-                _add_extras(folder, files or {}, predictor, tolerance(device_of(network)))
                 break
-    return problem
+        else:
+            for attempt in () if pickle else Attempt.all_for(inputs):
+                shutil.rmtree(folder, ignore_errors=True)
+                if (other := _save_source(network, attempt, folder, problem)) is None:
+                    break
+            else:
+                return problem if pickle else f"{problem}, and {other}"
+        _add_extras(folder, files or {}, predictor, tolerance(device_of(network)))
+    return None
 
 
 def _add_extras(
@@ -243,6 +202,51 @@ def _save_pickle(network: nn.Module, attempt: Attempt, folder: Path) -> str | No
     return difference(network, saved, attempt)
 
 
+def _save_source(
+    network: nn.Module, attempt: Attempt, folder: Path, reason: str | None
+) -> str | None:
+    """Save weights and source of `network`, as `_save_graph` does the graph; a warning says so.
+
+    mlflow.pytorch lets a module of the model's own read `model.pth`; that module makes the network.
+
+    Args:
+        network: Its class can be imported, or is defined by the program itself.
+        attempt: On which inputs to compare.
+        folder: Must not exist yet.
+        reason: Why there is no graph.
+    """
+    import mlflow.pytorch
+    from mlflow.models import Model
+
+    described = Model()
+    flavor = {"model_data": _DATA, "pytorch_version": str(torch.__version__), "code": "code"}
+    described.add_flavor("pytorch", **flavor)
+    try:
+        source, called = builder(network)
+        with TemporaryDirectory(dir=folder.parent) as temporary:
+            reader = _module(temporary, "network", source)
+            code = [str(reader), *copy_sources(network, Path(temporary), source)]
+            _write(folder, "mlflow.pytorch", code, mlflow_model=described)
+        (folder / _DATA).mkdir()
+        (folder / _DATA / "pickle_module_info.txt").write_text(reader.stem)
+        torch.save(cpu_copy(network).state_dict(), folder / PICKLED)
+        described.flavors["python_function"] |= {"data": _DATA, "config": {"device": "cpu"}}
+        _describe(folder, described)
+        with _preserve_imports():
+            saved = mlflow.pytorch.load_model(str(folder))
+    except Exception as error:  # noqa: BLE001 - the user's class may raise anything
+        return f"its class cannot be made again: {first_line(error)}"
+    if (problem := difference(network, saved, attempt)) is not None:
+        return f"{called} is another network: {problem}"
+    logger.warning(
+        "The model is logged as weights and source, because %s; mlflow.pytorch.load_model makes "
+        "%.200s.",
+        reason,
+        re.sub(r"_module\('([^']*)'\)", r"\1", called),
+    )
+    return None
+
+
 def _write_graph(
     folder: Path, program: ExportedProgram, example: Example, names: list[str], output: Any
 ) -> None:
@@ -280,14 +284,21 @@ def _write_graph(
     except TypeError:  # of a dtype that NumPy lacks
         options.pop("input_example", None)
     is_simple = "signature" in options and names == results == [""]
-    source = _PREDICTOR.format(
+    source = PREDICTOR.format(
         inputs=[
             (name, None) if isinstance(leaf, Tensor) else (None, leaf)
             for name, leaf in zip(names, inputs, strict=True)
         ],
         outputs=results,
     )
-    _write(folder, None if is_simple else source + _LOADER, **options)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        loader = None if is_simple else _module(temporary, "predictor", source + LOADER)
+        _write(
+            folder,
+            loader.stem if loader else "mlflow.pytorch",
+            [str(loader)] if loader else None,
+            **options,
+        )
     (folder / _DATA).mkdir()
     torch.export.save(program, folder / EXPORTED)
     pyfunc = described.flavors["python_function"]
@@ -295,25 +306,33 @@ def _write_graph(
     _describe(folder, described)
 
 
-def _write(folder: Path, source: str | None, **options: Any) -> None:
+def _module(folder: str, prefix: str, source: str) -> Path:
+    """Write a module named by its content, so that it clashes with none of another model."""
+    digest = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+    path = Path(folder, f"{prefix}_{digest}.py")
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+def _write(folder: Path, loader: str, code: list[str] | None, **options: Any) -> None:
     """Write the files of an MLflow model, without its data.
 
     Args:
         folder: Must not exist yet.
-        source: Defines `_load_pyfunc`; None for the loader of mlflow.pytorch.
+        loader: The module that defines `_load_pyfunc`.
+        code: The files that are saved with it.
         options: More arguments of `mlflow.pyfunc.save_model`.
     """
     import mlflow.pyfunc
 
-    with TemporaryDirectory(dir=folder.parent) as temporary, muted("mlflow", logging.WARNING):
-        loader: dict[str, Any] = {"loader_module": "mlflow.pytorch"}
-        if source is not None:
-            # Named by its content, so that it clashes with no module of another model or program.
-            digest = hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
-            code = Path(temporary, f"predictor_{digest}.py")
-            code.write_text(source, encoding="utf-8")
-            loader = {"loader_module": code.stem, "code_paths": [str(code)]}
-        mlflow.pyfunc.save_model(str(folder), pip_requirements=_requirements(), **loader, **options)
+    with muted("mlflow", logging.WARNING):
+        mlflow.pyfunc.save_model(
+            str(folder),
+            loader_module=loader,
+            code_paths=code,
+            pip_requirements=_requirements(),
+            **options,
+        )
 
 
 def _describe(folder: Path, model: Any) -> None:
@@ -329,14 +348,16 @@ def _add_predictor(folder: Path, predictor: Predictor, rounding: float) -> str |
     from mlflow.models import Model, infer_signature
 
     inputs = list(predictor.inputs)
-    source = predictor.file.read_text("utf-8") + _LOADER
+    source = predictor.file.read_text("utf-8") + LOADER
     # On the same file system as the model, so that it can be renamed.
     with TemporaryDirectory(dir=folder.parent) as temporary:
         combined = Path(temporary, "model")
         described = Model.load(str(folder))
+        loader = _module(temporary, "predictor", source)
         _write(
             combined,
-            source,
+            loader.stem,
+            [str(loader)],
             mlflow_model=described,
             signature=infer_signature(inputs, predictor.expected),
             input_example=inputs[:EXAMPLE_SIZE],
@@ -369,7 +390,7 @@ def _preserve_imports() -> Iterator[None]:
     finally:
         sys.path[:], sys.dont_write_bytecode = path, bytecode
         for name in set(sys.modules) - modules:
-            if name.startswith("predictor_"):
+            if name.startswith(("predictor_", "network_")):
                 del sys.modules[name]
 
 

@@ -3,27 +3,182 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import math
 import shutil
 import sys
 import sysconfig
+from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from torch import nn
 
+_BUILDER = """
 
-def copy_sources(network: nn.Module, folder: Path) -> list[str]:
+import pickle as _pickle
+from importlib import import_module as _module
+
+
+class Unpickler(_pickle.Unpickler):
+    # Named in pickle_module_info.txt: mlflow.pytorch reads a state dict with it.
+
+    def load(self):
+        state = super().load()
+        network = {network}
+        network.load_state_dict(state)
+        return network
+"""
+
+
+def builder(network: nn.Module) -> tuple[str, str]:
+    """Return the source of a module that makes a network from its weights, and what it calls.
+
+    The arguments of the class are those that the network keeps as attributes of the same name, or
+    defaults, so the result must be compared with the network. Of the program itself (`__main__`)
+    only the definitions that the class needs are part of the source.
+
+    Raises:
+        ValueError: The class cannot be found by its name, or an argument is not known.
+    """
+    needed: set[str] = set()
+    called = _Writer(needed).network(network)
+    source = _definitions(needed) if needed else ""
+    return source + _BUILDER.format(network=called), called
+
+
+class _Writer:
+    """Writes values as Python expressions."""
+
+    def __init__(self, needed: set[str]) -> None:
+        self._needed = needed  # names of the program
+
+    def network(self, network: nn.Module) -> str:
+        kind, kept = type(network), vars(network)
+        arguments = {}
+        for name, each in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+            if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+                continue
+            try:
+                held = next(kept[key] for key in (name, f"_{name}") if key in kept)
+                arguments[name] = self.value(held)
+            except (StopIteration, ValueError):
+                if each.default is each.empty:
+                    raise ValueError(
+                        f"{kind.__name__} keeps its argument {name} in no attribute of plain values"
+                    ) from None
+        return self.call(kind, arguments)
+
+    def call(self, kind: type, arguments: dict[str, str]) -> str:
+        return f"{self.name(kind)}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
+
+    def name(self, kind: type) -> str:
+        if "<locals>" in kind.__qualname__:
+            raise ValueError(f"{kind.__name__} is defined in a function")
+        if kind.__module__ == "__main__":
+            self._needed.add(kind.__qualname__.partition(".")[0])
+            return kind.__qualname__
+        return f"_module({kind.__module__!r}).{kind.__qualname__}"
+
+    def value(self, value: Any) -> str:
+        if type(value) is float and not math.isfinite(value):
+            return f"float({str(value)!r})"
+        if value is None or type(value) in (bool, int, float, str):
+            return repr(value)
+        if type(value) in (list, tuple):
+            items = ", ".join(map(self.value, value))
+            return f"[{items}]" if type(value) is list else f"({items}{',' * bool(value)})"
+        if type(value) is dict:
+            pairs = (f"{self.value(key)}: {self.value(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        if isinstance(value, type):
+            return self.name(value)
+        if is_dataclass(value):
+            names = [field.name for field in fields(value) if field.init]
+        elif isinstance(value, (SimpleNamespace, Namespace)):
+            names = list(vars(value))
+        else:
+            raise ValueError(f"a {type(value).__name__} has no expression")
+        return self.call(type(value), {name: self.value(getattr(value, name)) for name in names})
+
+
+def _definitions(names: set[str]) -> str:
+    """The statements of the program, or of a notebook, that define `names` and what these need."""
+    program = sys.modules["__main__"]
+    file = getattr(program, "__file__", None)
+    cells = [Path(file).read_text("utf-8")] if file else list(getattr(program, "In", ()))
+    body: list[ast.stmt] = []
+    for cell in cells:
+        with suppress(SyntaxError):  # a notebook's magic
+            body += ast.parse(cell).body
+    defined: dict[str, list[ast.stmt]] = {}
+    for statement in body:
+        for name in _defined(statement):
+            defined.setdefault(name, []).append(statement)
+    variables = {name for name, each in defined.items() if any(map(_is_assignment, each))}
+    pending, kept = set(names), set[int]()
+    while pending:
+        for statement in defined.get(pending.pop(), ()):
+            if id(statement) in kept:
+                continue
+            kept.add(id(statement))
+            if _is_assignment(statement):
+                _check_constant(statement, variables)
+            used = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+            pending.update(used)
+    future = [
+        each for each in body if isinstance(each, ast.ImportFrom) and each.module == "__future__"
+    ]
+    chosen = [*future, *(each for each in body if id(each) in kept)]
+    return "\n\n".join(map(ast.unparse, chosen))
+
+
+def _is_assignment(statement: ast.stmt) -> bool:
+    return isinstance(statement, (ast.Assign, ast.AnnAssign))
+
+
+def _defined(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        yield statement.name
+    elif isinstance(statement, ast.Import):
+        yield from ((each.asname or each.name).partition(".")[0] for each in statement.names)
+    elif isinstance(statement, ast.ImportFrom) and statement.module != "__future__":
+        yield from (each.asname or each.name for each in statement.names)
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+def _check_constant(statement: ast.stmt, variables: set[str]) -> None:
+    """Raise ValueError for what a program computes from its own arguments and files."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call):
+            roots = {each.id for each in ast.walk(node.func) if isinstance(each, ast.Name)}
+            if roots & (variables | {"open", "input"}):
+                raise ValueError(f"it needs `{ast.unparse(statement):.60}`, which the program runs")
+
+
+def copy_sources(network: nn.Module, folder: Path, source: str = "") -> list[str]:
     """Copy the Python files of the user's own modules that `network` needs to `folder`.
 
     These are the modules of its classes, and those that they import: files or whole packages that
     are not installed. The program itself (`__main__`) is left out, since importing it would run it.
+
+    Args:
+        network: The network.
+        folder: Where the files are copied to.
+        source: More code, whose imports are needed too.
 
     Returns:
         The files and folders, each to be found by `import` where `folder` is in `sys.path`.
     """
     classes = {kind for module in network.modules() for kind in type(module).__mro__}
     pending = {kind.__module__.partition(".")[0] for kind in classes}
+    pending.update(_imported(source))
     copied: dict[str, Path] = {}
     while pending:
         name = pending.pop()

@@ -71,7 +71,7 @@ def load_trained(
     uri = uri if ":" in uri else f"runs:/{uri}/model"
     if into is None:
         return _load_program(uri, tracking_uri)
-    state = _load_weights(uri, tracking_uri) or _load_program(uri, tracking_uri).program.state_dict
+    state = _load_weights(uri, tracking_uri)
     network = unwrap(into)
     if problem := _misfit(network.state_dict(), state):
         raise ArgumentError(f"into={type(network).__name__} does not fit {uri!r}: {problem}.")
@@ -99,27 +99,32 @@ def _misfit(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     return "; ".join(problems[:3] + more)
 
 
-def _load_weights(uri: str, tracking_uri: str | None) -> Mapping[str, Any] | None:
-    """Load the weights `NAME.pt` of a run that has no model, if there are any."""
+def _load_weights(uri: str, tracking_uri: str | None) -> Mapping[str, Any]:
+    """Load the weights of a model, or `NAME.pt` of a run that has no model."""
     from tracker.store.client import MlflowStore
 
+    check_exists(resolve(tracking_uri), f"the model {uri!r}")
+    store = MlflowStore(tracking_uri)
     scheme, _, path = uri.partition(":/")
     run_id, _, name = path.strip("/").partition("/")
-    if scheme != "runs" or not name:
-        return None
-    check_exists(resolve(tracking_uri), f"the model {uri!r}")
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            file = MlflowStore(tracking_uri).download(run_id, f"{name}.pt", Path(temporary))
+            if scheme != "runs" or not name:
+                raise StoreError(f"model={uri!r} names no run.")
+            file = store.download(run_id, f"{name}.pt", Path(temporary))
         except StoreError:  # the run has a model, or neither
-            return None
+            file = store.models.download(uri, Path(temporary)) / PICKLED
+        if not file.is_file():
+            graph: Mapping[str, Any] = _load_program(uri, tracking_uri).program.state_dict
+            return graph
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
+            weights: dict[str, Any] = dict(torch.load(file, map_location="cpu", weights_only=True))
+            return weights
+        except Exception as error:  # of a pickled network, or a damaged file
             raise StoreError(
-                f"{name}.pt of {uri!r} cannot be read: {first_line(error)}."
+                f"model={uri!r} holds more than weights, and reading it would run its code; if you "
+                "trust it, load it with mlflow.pytorch.load_model."
             ) from error
-    return dict(state)
 
 
 def _load_program(model_uri: str, tracking_uri: str | None) -> Trained:
@@ -132,8 +137,8 @@ def _load_program(model_uri: str, tracking_uri: str | None) -> Trained:
         if not exported.is_file():
             if (folder / PICKLED).is_file():
                 raise StoreError(
-                    f"model={model_uri!r} is pickled, and reading it would run its code; if you "
-                    "trust it, load it with mlflow.pytorch.load_model."
+                    f"model={model_uri!r} has no graph; load it with mlflow.pytorch.load_model, "
+                    "which runs its code, or its weights with load_trained(…, into=network)."
                 )
             raise StoreError(
                 f"model={model_uri!r} was not logged by tracker: it has no {EXPORTED}."
