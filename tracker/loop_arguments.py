@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, unwrap
+from tracker.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +216,8 @@ def _described(name: str, value: Any) -> str:
 
 
 def say_once(message: str, *values: object, said: set[str]) -> None:
-    """Log a warning unless it is in `said`."""
+    """Log a warning on rank 0 unless it is in `said`."""
     text = message % values
-    if text not in said:
+    if text not in said and is_main():
         said.add(text)
         logger.warning(text)

@@ -182,6 +182,22 @@ def test_nothing_is_read_from_the_device_in_the_loop(name: str) -> None:
         meter.add_correct(preds.to("meta"), labels.to("meta"))  # which has no values
 
 
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("name", KINDS)
+def test_no_kind_waits_for_the_gpu(name: str) -> None:
+    preds, labels, expected = KINDS[name]
+    on_gpu, meter = (preds.cuda(), labels.cuda()), EpochMeter()
+    EpochMeter().add_correct(*on_gpu)  # loads the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            meter.add_correct(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.compute()["accuracy"] == pytest.approx(expected, abs=1e-12)
+
+
 # -- functions of the user's -------------------------------------------------------------------
 
 
