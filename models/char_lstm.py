@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -279,11 +279,19 @@ def _loop(network: nn.Module, data: Data[Windows], params: Params) -> TruncatedL
     return TruncatedLoop(network, data, params)
 
 
+def _example(data: Data[Any]) -> Tensor:
+    """The first characters of some streams: the logged model needs no state."""
+    windows = data.train
+    assert isinstance(windows, Windows)
+    return windows.data[:4, : windows.length].long()
+
+
 RECIPE = Recipe(
     name="char-lstm",
     summary="predict a text character by character",
     load=_load,
     build=_build,
+    example=_example,
     parameters={
         "lr": Parameter(
             default=0.004,

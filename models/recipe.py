@@ -225,6 +225,8 @@ class Recipe:
     """Make the optimizer, unless `loop` does."""
     loop: Callable[[nn.Module, Data[Any], Params], Loop] | None = None
     """Make the training loop; None: batches of (inputs, targets)."""
+    example: Callable[[Data[Any]], Any] | None = None
+    """Make an example of the inputs of the logged model; None: the network's first call."""
     weights: Callable[[nn.Module, Params, Mapping[str, Tensor] | None], None] | None = None
     """Load the weights that the parameter `weights` names into a new network. The last argument is
     the state dict of a tracked model, None if `weights` names something else."""

@@ -156,7 +156,8 @@ def begin(
     }
     if scheduler is not None:
         _check_same_epochs(manager, epochs)
-    run = manager.begin_run(logged | dict(params), network, loader)
+    example = None if recipe.example is None else recipe.example(data)
+    run = manager.begin_run(logged | dict(params), network, loader, example=example)
     for context, part in (("validation", data.validation), ("test", data.test)):
         if part is not None and (final or context != "test"):
             run.log_dataset(part, context)
