@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tracker.errors import ArgumentError
 from tracker.training.device import device_of, unwrap
 from tracker.training.distributed import is_main
+from tracker.training.networks import as_networks
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class LoopArguments:
         elif _is_network(loader) or _device(loader) is not None:
             rest.insert(0, ("argument 3", loader))
             loader = None
-        sorted_.network = _joined(network)
+        sorted_.network = as_networks(network)
         sorted_.loader = loader
         for name, value in rest:
             if value is not None:
@@ -93,7 +94,7 @@ class LoopArguments:
         if device is not None:
             self._check_device(device, said)
         elif _is_network(value) and self.network is None:
-            self.network = _joined(value)
+            self.network = as_networks(value)
         elif not (_is_loader(value) or (context and _is_iterable(value))):
             self._unused.append(_described(name, value))
         elif context and context not in self.others:
@@ -178,13 +179,6 @@ def _is_network(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(part, nn.Module) for part in value)
     return isinstance(value, nn.Module)
-
-
-def _joined(network: Any) -> nn.Module | None:
-    """Return several networks as one module, whose parts they are."""
-    if isinstance(network, Mapping):
-        return nn.ModuleDict({str(name): part for name, part in network.items()})
-    return nn.ModuleList(network) if isinstance(network, (list, tuple)) else network
 
 
 def _is_loader(value: Any) -> bool:

@@ -17,7 +17,7 @@ from tracker.capture.facts import training_facts, training_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
-from tracker.first_batch import FirstBatch, as_example
+from tracker.first_batch import FirstBatch, checked_example
 from tracker.journal.records import Point
 from tracker.loop_arguments import LoopArguments, given_metrics, say_once
 from tracker.managed_runs import ManagedRuns
@@ -178,7 +178,8 @@ class RunManager(BatchTracking):
 
         Args:
             run: Hyperparameters: a named tuple, mapping, dataclass or namespace.
-            network: The network to train; without one, weights and a model are not logged.
+            network: The network to train, or several in a tuple, list or mapping; without one,
+                weights and a model are not logged.
             loader: Yields the batches.
             more: A device, which is compared with the network's, and loaders or data sets to
                 validate and test with; one warning names what is something else.
@@ -192,7 +193,7 @@ class RunManager(BatchTracking):
         params = {} if run is None else named_values(run, "run")
         given = LoopArguments.of(network, loader, more, named, self._said)
         network, loader = given.network, given.loader
-        inputs = None if example is None or network is None else as_example(network, example)
+        inputs = None if network is None else checked_example(network, example)
         self._abandon("when the next run began")
         resume_state, self._resume_state = self._resume_state, None
         facts, tags = training_facts(network, loader), training_tags(network)
@@ -399,7 +400,7 @@ class RunManager(BatchTracking):
             return
         if run.log_checkpoint(
             self.step,
-            network=objects.pop("network", self.network),
+            network=objects.pop("network", getattr(self.network, "given", self.network)),
             objects=objects,
             loader=self.loader,
             epoch=self.epoch_count - (self._epoch is not None),

@@ -25,6 +25,7 @@ from tracker.journal.records import now
 from tracker.store.history import CHECKPOINTS
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import is_sharded, unwrap
+from tracker.training.networks import Networks
 from tracker.validation import checked_model_name, checked_path, checked_step
 
 if TYPE_CHECKING:
@@ -114,6 +115,11 @@ class TorchRecorder(Recorder):
             return
         if self._cannot_call(network):
             example = None
+        if isinstance(network, Networks):
+            for name, part in network.parts.items():
+                for path, text in network_files(part, (example or {}).get(name)).items():
+                    self.log_text(text, path.replace("/", f"/{name}/", 1))
+            return
         for path, text in network_files(network, example).items():
             self.log_text(text, path)
 
@@ -210,6 +216,11 @@ class TorchRecorder(Recorder):
         checked_model_name(name)
         if not self._check_open() or self._cannot_call(network):
             return False
+        if isinstance(network, Networks):  # each is a model of its own
+            log, examples = partial(self.log_model, files=files, pickle=pickle), example or {}
+            parts = network.parts.items()
+            done = [log(part, examples.get(key), f"{name}-{key}", step) for key, part in parts]
+            return all(done)
         problem: str | None = "there is no example of its inputs"
 
         def save(folder: Path) -> None:

@@ -9,13 +9,15 @@ from torch import nn
 
 from tracker.capture.dataset import dataset_name
 from tracker.training.device import describe_device, device_of, unwrap
+from tracker.training.networks import Networks
 
 
 def training_facts(network: nn.Module | None, loader: Any) -> dict[str, Any]:
     """Return the names of the model, data set and device, the seed and the batch size, if known."""
     facts: dict[str, Any] = {}
     if network is not None:
-        facts["model"] = type(unwrap(network)).__name__
+        networks = network.parts.values() if isinstance(network, Networks) else [network]
+        facts["model"] = ", ".join(type(unwrap(each)).__name__ for each in networks)
         facts["device"] = str(device_of(network))
     if loader is not None:
         facts["dataset"] = dataset_name(getattr(loader, "dataset", loader))
