@@ -125,6 +125,16 @@ class Configured(Flow):
         self.linear = nn.Sequential(nn.Linear(4, config.width), activation())
 
 
+class Twice(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x)
+        return y + self.part(x)
+
+
 class Forgetful(Flow):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -236,6 +246,14 @@ class Needy(Flow):
         return super().forward(x) if args else x
 
 """
+
+
+def test_a_network_made_of_others_is_made_again(tmp_path: Path) -> None:
+    network = Twice(nn.Sequential(Flow(), nn.Linear(3, 2, bias=False), nn.Dropout(0.25)))
+    assert save_model(network, torch.rand(5, 4), tmp_path / "m") is None
+    loaded, inputs = mlflow.pytorch.load_model(str(tmp_path / "m")), torch.rand(3, 4)
+    torch.testing.assert_close(loaded(inputs), network.eval()(inputs))
+    assert loaded.part[2].p == 0.25
 
 
 @pytest.mark.parametrize("is_notebook", [False, True])

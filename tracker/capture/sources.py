@@ -58,7 +58,12 @@ class _Writer:
         self._needed = needed  # names of the program
 
     def network(self, network: nn.Module) -> str:
-        kind, kept = type(network), vars(network)
+        kind = type(network)
+        parts = [part for part in network._modules.values() if part is not None]
+        if kind is nn.Sequential and list(network._modules) == [*map(str, range(len(parts)))]:
+            return f"{self.name(kind)}({', '.join(map(self.network, parts))})"
+        are_there = {name: each is not None for name, each in network._parameters.items()}
+        kept = {**vars(network), **network._modules, **are_there}  # bias=False
         arguments = {}
         for name, each in list(inspect.signature(kind.__init__).parameters.items())[1:]:
             if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
@@ -97,6 +102,8 @@ class _Writer:
             return f"{{{', '.join(pairs)}}}"
         if isinstance(value, type):
             return self.name(value)
+        if isinstance(value, nn.Module):
+            return self.network(value)
         if is_dataclass(value):
             names = [field.name for field in fields(value) if field.init]
         elif isinstance(value, (SimpleNamespace, Namespace)):
