@@ -21,7 +21,7 @@ from tracker import ArgumentError, RunManager, start_run
 from tracker.journal.reader import Journal
 from tracker.journal.records import End, Epoch, Metrics, Point, Record
 from tracker.journal.writer import JournalWriter
-from tracker.training.meters import num_correct
+from tracker.training.accuracy import num_correct
 from tracker.transfers import read_later, to_device
 
 

@@ -67,7 +67,7 @@ class LoopArguments:
             network, loader = loader, network
         elif network is not None and not _is_network(network):
             if not _is_loader(network):
-                unwrap(network)  # raises
+                unwrap(as_networks(network))  # raises
             rest.insert(0, ("argument 3", loader))
             network, loader = None, network
         elif _is_network(loader) or _device(loader) is not None:

@@ -285,7 +285,7 @@ def test_few_samples_are_kept_only_of_tensors_that_agree(
         (torch.rand(0, 3), "holds a tensor that cannot be copied (strided, cpu, empty)"),
         ((torch.eye(2).to_sparse(), 1), "holds a tensor that cannot be copied (sparse_coo, cpu)"),
     ],
-    ids=str,
+    ids=["nothing", "no tensor", "an object", "empty", "sparse"],
 )
 def test_an_example_that_no_network_takes_is_refused_before_the_run(
     example: Any, problem: str, tmp_path: Path
