@@ -20,7 +20,8 @@ LAYERS = {
     "store": {"base", "training", "capture"},
     "views": {"base", "training", "capture"},
     "delivery": {"base", "journal", "store", "views"},
-    "torch_recorder": {"base", "training", "capture", "journal", "store"},
+    "media_recorder": {"base", "capture", "journal"},
+    "torch_recorder": {"base", "training", "capture", "journal", "store", "media_recorder"},
     "run": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
         "torch_recorder",

@@ -148,11 +148,11 @@ def test_a_value_that_mlflow_would_cut_or_change_is_refused(store: Store) -> Non
             run.log_metrics({"loss": "low"})
         with pytest.raises(ArgumentError, match="it must be one number"):
             run.log_metrics({"loss": torch.rand(2)})
-        with pytest.raises(ArgumentError, match="path='nowhere' does not exist"):
+        with pytest.raises(ArgumentError, match="local_path='nowhere' does not exist"):
             run.log_artifact("nowhere")
         with pytest.raises(ArgumentError, match="plain relative path inside the run's artifacts"):
             run.log_text("x", "../up.txt")
-        with pytest.raises(ArgumentError, match=r"ends in \.png"):
+        with pytest.raises(ArgumentError, match=r"must end in \.png"):
             run.log_image(torch.rand(3, 4, 4), "grid")
         with pytest.raises(ArgumentError, match="has the shape"):
             run.log_image(torch.rand(2, 3, 4, 4), "grid.png")
@@ -347,7 +347,7 @@ def test_a_logged_picture_has_the_same_pixels_in_mlflow(store: Store, tmp_path: 
     with start_run() as run:
         run.log_image(pixels, "picture.png")
         run.log_image("old_order.png", pixels)
-        with pytest.raises(ArgumentError, match="key is a ndarray; it must be text"):
+        with pytest.raises(ArgumentError, match="artifact_file is a ndarray; it must be text"):
             run.log_image(pixels, pixels)
     for name in ("picture.png", "old_order.png"):
         path = store.client.download_artifacts(store.run().info.run_id, name, str(tmp_path))

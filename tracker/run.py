@@ -197,6 +197,7 @@ class Run(TorchRecorder):
             )
         )
         if resume:
+            self._resumed_tables |= resume.tables
             for row in resume.rows:
                 self.log_epoch(row)
             for old in resume.histograms:

@@ -1,90 +1,43 @@
-"""What a run logs of networks, data sets and pictures, as records in the journal."""
+"""What a run logs of networks and data sets, as records in the journal."""
 
 from __future__ import annotations
 
 import io
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
 from tracker.capture.histograms import HistogramState, network_histograms
-from tracker.capture.images import cannot_draw, mlflow_image_files, to_pil
-from tracker.errors import ArgumentError, StoreError
+from tracker.errors import StoreError
 from tracker.journal import records
-from tracker.journal.recorder import Recorder
-from tracker.journal.records import now
+from tracker.media_recorder import MediaRecorder
 from tracker.store.history import CHECKPOINTS
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import is_sharded, unwrap
 from tracker.training.networks import Networks
-from tracker.validation import checked_model_name, checked_path, checked_step
+from tracker.validation import checked_model_name, checked_step
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from tracker.capture.model import Predictor
-
-ImageLike: TypeAlias = Union[Tensor, npt.NDArray[Any], "Image"]
 
 logger = logging.getLogger(__name__)
 
 
-class TorchRecorder(Recorder):
-    """Adds what training consists of to `Recorder`. Nothing that is logged is changed."""
+class TorchRecorder(MediaRecorder):
+    """Adds what training consists of to a recorder. Nothing that is logged is changed."""
 
     def __init__(self, *arguments: Any) -> None:
         """Create a recorder; the arguments are those of `Recorder`."""
         super().__init__(*arguments)
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
-
-    def log_image(
-        self, image: ImageLike | str, key: str | ImageLike, step: int | None = None
-    ) -> None:
-        """Log a picture; the order `log_image(key, image)` is accepted too.
-
-        Args:
-            image: PIL image, or floats in [0, 1] or bytes: (H, W), (C, H, W) or (H, W, C).
-            key: With a step the name in MLflow's UI, else the path of the file.
-
-        Raises:
-            ArgumentError: The shape or the key is not allowed.
-        """
-        if not self._check_open():
-            return
-        if isinstance(image, str):
-            image, key = key, image
-        if not isinstance(key, str):
-            raise ArgumentError(f"key is a {type(key).__name__}; it must be text.")
-        if cannot_draw():
-            return
-        picture = to_pil(image)
-        if step is None:
-            checked_path(key, "key")
-            try:
-                self._log_file(key, picture.save)
-            except (OSError, ValueError) as error:
-                raise ArgumentError(
-                    f"key={key!r} is not allowed; without a step it must be a path that ends in "
-                    ".png, .jpg or another format of pictures."
-                ) from error
-            return
-        if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", key):
-            raise ArgumentError(
-                f"key={key!r} is not allowed; allowed are letters, digits, spaces and _ - . /"
-            )
-        for path, content in mlflow_image_files(key, picture, step, now()):
-            self._log_file(path, content.save)
-        self.set_tags({"mlflow.loggedImages": True})
 
     def log_dataset(
         self, dataset: Any, context: str = "training", name: str | None = None, digest: bool = True

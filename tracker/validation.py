@@ -27,6 +27,8 @@ DIRECTORY = ".tracker"
 """Default directory of the journals, relative to the current directory."""
 RUN_TAG = "tracker.run"
 """Tag of an MLflow run that holds the key of the run, by which it is looked up."""
+TABLES_TAG = "mlflow.loggedArtifacts"
+"""Tag of an MLflow run that lists its tables."""
 
 _LONGEST_NAME = 250  # mlflow.utils.validation, 3.17
 _NAME = re.compile(rf"[/\w.\- :]{{1,{_LONGEST_NAME}}}")
@@ -189,6 +191,19 @@ def checked_path(path: Any, what: str) -> str:
             "artifacts, such as folder/file.txt."
         )
     return _checked_encoding(path, what)
+
+
+def path_at_step(path: Any, step: Any) -> str:
+    """Return the path of an artifact at a step: `folder/file.txt` is `folder/file/000003.txt`.
+
+    Raises:
+        ArgumentError: The path, the argument `artifact_file`, or the step is not allowed.
+    """
+    plain = checked_path(path, "artifact_file")
+    if step is None:
+        return plain
+    stem, suffix = posixpath.splitext(plain)
+    return f"{stem}/{checked_step(step):06d}{suffix}"
 
 
 def _is_plain(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,12 @@ def cannot_draw() -> bool:
     return is_missing("PIL.Image", "vision", "Pictures are left out, as they need Pillow")
 
 
+def is_picture(value: Any) -> bool:
+    """Return whether this is a PIL image; without Pillow nothing is."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
 def to_pil(image: Any) -> Image.Image:
     """Convert a tensor or an array to a PIL image.
 
@@ -38,6 +45,8 @@ def to_pil(image: Any) -> Image.Image:
     Raises:
         ArgumentError: The type, the dtype or the shape is not allowed.
     """
+    if hasattr(image, "to_pil"):  # a mlflow.Image
+        image = image.to_pil()
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -131,6 +140,11 @@ def mlflow_image_files(
     key = name.replace("/", "~")
     stem = f"images/{key}+step+{step}+timestamp+{milliseconds}+{uuid.uuid4()}"
     yield f"{stem}.png", picture
-    preview = picture.copy()
-    preview.thumbnail((_PREVIEW, _PREVIEW))
-    yield f"{stem}+compressed.webp", preview
+    yield f"{stem}+compressed.webp", preview(picture)
+
+
+def preview(picture: Image.Image) -> Image.Image:
+    """Return a copy of the size in which MLflow's UI lists pictures."""
+    small = picture.copy()
+    small.thumbnail((_PREVIEW, _PREVIEW))
+    return small

@@ -40,6 +40,7 @@ from tracker.validation import (
     checked_tags,
     fitted,
     flag,
+    path_at_step,
 )
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -145,6 +146,10 @@ class Recorder:
         """The params logged so far, as text."""
         return dict(self._params)
 
+    def log_param(self, key: str, value: Any) -> None:
+        """Log one hyperparameter, see `log_params`."""
+        self.log_params({key: value})
+
     def log_params(self, params: Any) -> None:
         """Log hyperparameters, a mapping, dataclass or namespace; values are stored as text.
 
@@ -179,7 +184,15 @@ class Recorder:
         if differ := {k: v for k, v in checked.items() if self._params[k] != v}:
             self.set_tags({f"tracker.fact.{name}": value for name, value in differ.items()})
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+    def log_metric(
+        self, key: str, value: Any, step: int = 0, *, timestamp: int | None = None
+    ) -> None:
+        """Log one number, see `log_metrics`."""
+        self.log_metrics({key: value}, step, timestamp=timestamp)
+
+    def log_metrics(
+        self, metrics: Mapping[str, Any], step: int = 0, *, timestamp: int | None = None
+    ) -> None:
         """Log numbers at the time of this call, without waiting for a device.
 
         NaN and infinity are recorded, with one warning per name.
@@ -188,13 +201,15 @@ class Recorder:
             metrics: Numbers by name, or tensors that hold one number. One on a GPU is copied now,
                 and read later; on MPS this waits for it.
             step: Step of all of them, a 64-bit integer.
+            timestamp: When they were measured, in milliseconds since 1970; default now.
 
         Raises:
-            ArgumentError: A name, a value or the step is not allowed.
+            ArgumentError: A name, a value, the step or the time is not allowed.
         """
         if not self._check_open():
             return
-        at, step, name_of = now(), checked_step(step), self.name_of
+        at = now() if timestamp is None else checked_step(timestamp, "timestamp")
+        step, name_of = checked_step(step), self.name_of
         points = []
         if type(metrics) is not dict:
             metrics = checked_mapping(metrics, "metrics")
@@ -230,6 +245,10 @@ class Recorder:
             points = [point for point in points if point.step > last.get(point.name, -math.inf)]
         self._journal.append_points(self._key, points)
 
+    def set_tag(self, key: str, value: Any) -> None:
+        """Set one tag, see `set_tags`."""
+        self.set_tags({key: value})
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags, which replace those of the same name.
 
@@ -240,35 +259,57 @@ class Recorder:
 
     log_tags = set_tags  # the former name
 
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+    def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
         """Copy a file, or a folder with its content, to be logged as an artifact.
 
         Args:
-            path: The file or folder.
-            folder: Folder of the run's artifacts; default their root.
+            local_path: The file or folder.
+            artifact_path: Folder of the run's artifacts; default their root.
 
         Raises:
-            ArgumentError: `path` does not exist or cannot be read, or `folder` is not allowed.
+            ArgumentError: `local_path` does not exist or cannot be read, or `artifact_path` is not
+                allowed.
         """
+        self._log_copy(local_path, "local_path", artifact_path)
+
+    def log_artifacts(self, local_dir: str | Path, artifact_path: str | None = None) -> None:
+        """Copy the content of a folder, to be logged as artifacts.
+
+        Args:
+            local_dir: The folder.
+            artifact_path: Folder of the run's artifacts; default their root.
+
+        Raises:
+            ArgumentError: `local_dir` is not a folder or cannot be read, or `artifact_path` is not
+                allowed.
+        """
+        self._log_copy(local_dir, "local_dir", artifact_path)
+
+    def _log_copy(self, path: str | Path, argument: str, folder: str | None) -> None:
         if not self._check_open():  # the file may be on the machine of rank 0
             return
-        source = Path(os.path.abspath(checked_local_path(path, "path")))
+        source = Path(os.path.abspath(checked_local_path(path, argument)))
         if not source.exists():
-            raise ArgumentError(f"path={str(path)!r} does not exist.")
-        target = posixpath.join(checked_path(folder, "folder") if folder else "", source.name)
+            raise ArgumentError(f"{argument}={str(path)!r} does not exist.")
+        is_dir = source.is_dir()
+        if argument == "local_dir" and not is_dir:
+            raise ArgumentError(
+                f"local_dir={str(path)!r} is not a folder; log a file with log_artifact()."
+            )
+        target = checked_path(folder, "artifact_path") if folder else ""
+        if is_dir and argument == "local_path":  # of a staged folder, the content is logged
+            target = posixpath.join(target, source.name)
 
         def copy(staged: Path) -> None:
-            if source.is_dir():
+            if is_dir:
                 shutil.copytree(source, staged, ignore=self._journals_in)
             else:
                 shutil.copyfile(source, staged)
 
-        if source.is_dir():
-            target = posixpath.join(target, source.name)  # of a folder, the content is logged
         try:
-            self._log_file(target, copy)
+            self._log_file(posixpath.join(target, source.name), copy)
         except OSError as error:
-            raise ArgumentError(f"path={str(path)!r} cannot be read: {error}.") from error
+            raise ArgumentError(f"{argument}={str(path)!r} cannot be read: {error}.") from error
 
     def _journals_in(self, folder: str, names: Sequence[str]) -> list[str]:
         """The folder of the journals, if it is in `folder`: a copy of it would have no end."""
@@ -276,16 +317,22 @@ class Recorder:
         is_here = os.path.realpath(folder) == os.path.realpath(journals.parent)
         return [journals.name] if is_here else []
 
-    def log_text(self, text: str, path: str) -> None:
-        """Log text as the artifact `path`, such as `folder/file.txt`.
+    def log_text(self, text: str, artifact_file: str, *, step: int | None = None) -> None:
+        """Log text as an artifact.
+
+        Args:
+            text: The text.
+            artifact_file: Path in the run's artifacts, such as `folder/file.txt`.
+            step: Step of the text; at step 3 the file is `folder/file/000003.txt`.
 
         Raises:
-            ArgumentError: `text` is not text, or the path is not allowed.
+            ArgumentError: `text` is not text, or the path or the step is not allowed.
         """
         if not isinstance(text, str):
             raise ArgumentError(f"text is a {type(text).__name__}; it must be text.")
         content = text.encode("utf-8", errors="surrogatepass")
-        self._log_file(checked_path(path, "path"), lambda staged: staged.write_bytes(content))
+        path = path_at_step(artifact_file, step)
+        self._log_file(path, lambda staged: staged.write_bytes(content))
 
     def _log_file(
         self, path: str, write: Callable[[Path], object], *, passing: bool = False
@@ -305,11 +352,11 @@ class Recorder:
         try:
             staged = self._journal.stage(name)
             write(staged)
-        except OSError as error:
+        except Exception as error:
             if staged is not None:
                 shutil.rmtree(staged.parent, ignore_errors=True)
-                if not _is_disk_error(error):
-                    raise
+            if not isinstance(error, OSError) or (staged is not None and not _is_disk_error(error)):
+                raise
             self._journal.lose(name, error)
             return None
         return staged

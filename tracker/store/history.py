@@ -8,12 +8,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.errors import StoreError, first_line
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, load_metrics
+from tracker.validation import TABLES_TAG, checked_path
 
 if TYPE_CHECKING:
     from tracker.store.client import MlflowStore
@@ -42,6 +43,8 @@ class ResumeState:
     """The metrics of each checkpoint, by step."""
     checkpoint: Checkpoint | None
     """The last checkpoint; None if there is none, and training begins anew."""
+    tables: Mapping[str, bytes] = field(default_factory=dict)
+    """The content of the tables of `log_table`, by path: further rows are added to it."""
 
 
 def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
@@ -70,6 +73,7 @@ def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
         kept, checkpoint = _checkpoints(store, run_id, Path(folder))
         epochs = checkpoint.epoch if checkpoint else 0
         rows = [row for row in _rows(store, run_id, Path(folder)) if row["epoch"] <= epochs]
+        tables = _tables(store, run_id, run.tags, Path(folder))
     histograms: list[Mapping[str, Any]] = []
     if "histograms" in store.artifacts(run_id):
         histograms = [r for r in load_histogram_records(store, run_id) if r["step"] <= epochs]
@@ -82,6 +86,7 @@ def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
         histograms=histograms,
         kept=kept,
         checkpoint=checkpoint,
+        tables=tables,
     )
 
 
@@ -104,6 +109,17 @@ def _checkpoints(
         except StoreError as error:  # its upload was interrupted
             logger.warning("Checkpoint %d is not used: %s", step, error)
     return kept, last
+
+
+def _tables(
+    store: MlflowStore, run_id: str, tags: Mapping[str, str], folder: Path
+) -> dict[str, bytes]:
+    try:
+        listed = json.loads(tags.get(TABLES_TAG, "[]"))
+        paths = [checked_path(one["path"], "path") for one in listed if one["type"] == "table"]
+    except (KeyError, TypeError, ValueError):  # it is not MLflow's
+        return {}
+    return {path: store.download(run_id, path, folder).read_bytes() for path in paths}
 
 
 def _rows(store: MlflowStore, run_id: str, folder: Path) -> list[dict[str, Any]]:
