@@ -26,6 +26,7 @@ LAYERS = {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),
         "torch_recorder",
     },
+    "current": {"base", "run"},
     "first_batch": {"base", "training", "capture", "views", "run"},
     "managed_runs": {"base", "training", "store", "delivery", "run", "grid"},
     "batch_tracking": {"base", "training", "journal", "first_batch", "tutorial_names"},

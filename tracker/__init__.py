@@ -8,6 +8,27 @@ from tracker._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tracker.capture.model import Predictor as Predictor
+    from tracker.current import log_artifact as log_artifact
+    from tracker.current import log_artifacts as log_artifacts
+    from tracker.current import log_audio as log_audio
+    from tracker.current import log_dataset as log_dataset
+    from tracker.current import log_dict as log_dict
+    from tracker.current import log_figure as log_figure
+    from tracker.current import log_histograms as log_histograms
+    from tracker.current import log_html as log_html
+    from tracker.current import log_image as log_image
+    from tracker.current import log_metric as log_metric
+    from tracker.current import log_metrics as log_metrics
+    from tracker.current import log_mistakes as log_mistakes
+    from tracker.current import log_model as log_model
+    from tracker.current import log_network as log_network
+    from tracker.current import log_param as log_param
+    from tracker.current import log_params as log_params
+    from tracker.current import log_table as log_table
+    from tracker.current import log_text as log_text
+    from tracker.current import log_video as log_video
+    from tracker.current import set_tag as set_tag
+    from tracker.current import set_tags as set_tags
     from tracker.errors import ArgumentError as ArgumentError
     from tracker.errors import CallOrderError as CallOrderError
     from tracker.errors import NonFiniteLossError as NonFiniteLossError
@@ -16,6 +37,7 @@ if TYPE_CHECKING:
     from tracker.grid import RunBuilder as RunBuilder
     from tracker.manager import RunManager as RunManager
     from tracker.run import Run as Run
+    from tracker.run import current_run as current_run
     from tracker.run import start_run as start_run
     from tracker.search.study import Study as Study
     from tracker.search.trial import Trial as Trial
@@ -36,10 +58,15 @@ if TYPE_CHECKING:
 # and half a gigabyte to import. Type checkers use the imports above; a test compares both.
 _NAMES = {
     "capture.model": "Predictor",
+    "current": (
+        "log_artifact log_artifacts log_audio log_dataset log_dict log_figure "
+        "log_histograms log_html log_image log_metric log_metrics log_mistakes log_model "
+        "log_network log_param log_params log_table log_text log_video set_tag set_tags"
+    ),
     "errors": "ArgumentError CallOrderError NonFiniteLossError StoreError TrackerError",
     "grid": "RunBuilder",
     "manager": "RunManager",
-    "run": "Run start_run",
+    "run": "Run current_run start_run",
     "search.study": "Study",
     "search.trial": "Trial",
     "store.readback": "Trained load_histograms load_nonfinite load_trained",

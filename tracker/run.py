@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tracker.capture.provenance import environment_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.background import DEADLINE_SECONDS, checked_timeout
 from tracker.delivery.base import Delivery, mode_of, open_delivery
-from tracker.errors import ArgumentError
+from tracker.errors import ArgumentError, CallOrderError
 from tracker.journal import records
 from tracker.redaction import public_uri
 from tracker.statuses import Outcome, Status, abandoned, outcome, uncaught_error
@@ -32,6 +34,34 @@ from tracker.validation import (
     fitted,
     named_values,
 )
+
+_begun: ContextVar[tuple[weakref.ref[Run], ...]] = ContextVar("begun", default=())
+"""The runs begun in this context, the innermost last; some may have ended."""
+
+
+def current_run() -> Run:
+    """Return the open run that began last in this context, by `start_run` or a RunManager.
+
+    Contexts are those of `contextvars`: an asyncio task has the runs of the code that made it, and
+    a new thread has none, unless it is started with `contextvars.copy_context().run`.
+
+    Raises:
+        CallOrderError: No run is open.
+    """
+    for reference in reversed(_begun.get()):
+        run = reference()
+        if run is not None and run.status is None:
+            return run
+    raise CallOrderError(
+        "no run is open in this context (a new thread has none); call start_run() first, or log "
+        "to a run that you pass."
+    )
+
+
+def _make_current(run: Run) -> None:
+    runs = [one for reference in _begun.get() if (one := reference()) is not None]
+    others = [one for one in runs if one.status is None and one is not run]
+    _begun.set(tuple(map(weakref.ref, [*others, run])))
 
 
 def start_run(
@@ -204,6 +234,7 @@ class Run(TorchRecorder):
                 self._append(records.Histograms(old["step"], old["histograms"], there=True))
         self._log_params(checked)
         delivery.begin(self._key, self.abandon)
+        _make_current(self)
 
     @property
     def params(self) -> GivenParams:
@@ -288,6 +319,7 @@ class Run(TorchRecorder):
         self.end(self.abandoned_outcome("when the program ended"))
 
     def __enter__(self) -> Run:
+        _make_current(self)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
