@@ -69,6 +69,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "psycopg": "psycopg",
     "typing_extensions": "typing-extensions",
+    "yaml": "pyyaml",
 }
 """The names of packages that are installed under another one than they are imported by."""
 
@@ -94,7 +95,7 @@ def test_an_installation_brings_the_tracker_alone(project: dict[str, Any]) -> No
     optional = {Requirement(line).name for line in chain(*every_extra(extras))}
     assert brought == {
         *("torch", "mlflow", "numpy", "pandas", "tqdm", "psutil", "nvidia-ml-py"),
-        *("filelock", "pydantic", "typing-extensions"),
+        *("filelock", "pydantic", "typing-extensions", "pyyaml"),
     }
     assert not brought & optional
 
