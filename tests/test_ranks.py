@@ -69,6 +69,7 @@ CALLS: dict[str, Callable[[Run], object]] = {
     "log_network": lambda run: run.log_network(NETWORK, UNREAD),
     "log_mistakes": lambda run: run.log_mistakes(NETWORK, Untouched(), classes=["a", "b"]),  # type: ignore[arg-type]
     "log_histograms": lambda run: run.log_histograms(NETWORK, 1),
+    "log_histogram": lambda run: run.log_histogram("latent", UNREAD, 1),
     "log_model": lambda run: run.log_model(NETWORK, UNREAD),
     "log_checkpoint": lambda run: run.log_checkpoint(1, network=NETWORK, epoch=1),
     "delete_checkpoint": lambda run: run.delete_checkpoint(1),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tracker.current import log_dataset as log_dataset
     from tracker.current import log_dict as log_dict
     from tracker.current import log_figure as log_figure
+    from tracker.current import log_histogram as log_histogram
     from tracker.current import log_histograms as log_histograms
     from tracker.current import log_html as log_html
     from tracker.current import log_image as log_image
@@ -60,8 +61,8 @@ _NAMES = {
     "capture.model": "Predictor",
     "current": (
         "log_artifact log_artifacts log_audio log_dataset log_dict log_figure "
-        "log_histograms log_html log_image log_metric log_metrics log_mistakes log_model "
-        "log_network log_param log_params log_table log_text log_video set_tag set_tags"
+        "log_histogram log_histograms log_html log_image log_metric log_metrics log_mistakes "
+        "log_model log_network log_param log_params log_table log_text log_video set_tag set_tags"
     ),
     "errors": "ArgumentError CallOrderError NonFiniteLossError StoreError TrackerError",
     "grid": "RunBuilder",

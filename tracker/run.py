@@ -231,7 +231,8 @@ class Run(TorchRecorder):
             for row in resume.rows:
                 self.log_epoch(row)
             for old in resume.histograms:
-                self._append(records.Histograms(old["step"], old["histograms"], there=True))
+                unit = old.get("unit", "epoch")
+                self._append(records.Histograms(old["step"], old["histograms"], True, unit))
         self._log_params(checked)
         delivery.begin(self._key, self.abandon)
         _make_current(self)

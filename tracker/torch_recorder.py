@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
-from tracker.capture.histograms import HistogramState, network_histograms
+from tracker.capture.histograms import HistogramState, network_histograms, value_histogram
 from tracker.errors import StoreError
 from tracker.journal import records
 from tracker.media_recorder import MediaRecorder
@@ -22,7 +23,7 @@ from tracker.store.history import CHECKPOINTS
 from tracker.training.checkpoint import save_checkpoint
 from tracker.training.device import is_sharded, unwrap
 from tracker.training.networks import Networks
-from tracker.validation import checked_model_name, checked_step
+from tracker.validation import MAX_RUN_NAME, checked_model_name, checked_step, checked_text
 
 if TYPE_CHECKING:
     from tracker.capture.model import Predictor
@@ -38,6 +39,7 @@ class TorchRecorder(MediaRecorder):
         super().__init__(*arguments)
         self._checkpoints: dict[int, Path] = {}  # staged by this process
         self._histogram_state = HistogramState()
+        self._histogram_parts: Counter[tuple[str, int]] = Counter()  # by unit and step
 
     def log_dataset(
         self, dataset: Any, context: str = "training", name: str | None = None, digest: bool = True
@@ -128,7 +130,33 @@ class TorchRecorder(MediaRecorder):
         if not self._check_open():
             return {}
         record = network_histograms(network, checked_step(step), self._histogram_state)
-        self._append(records.Histograms(**record))
+        return self._log_histograms(record, "epoch")
+
+    def log_histogram(self, name: str, tensor: Any, step: int = 0) -> None:
+        """Log the histogram of any tensor; this waits for its device.
+
+        `tracker.load_histograms` reads it; the artifact `histograms.html` shows it.
+
+        Args:
+            name: Its name, such as `latent`.
+            tensor: A tensor, an array or numbers in lists.
+            step: Its step.
+
+        Raises:
+            ArgumentError: `tensor` is none of these, or the name or the step is not allowed.
+        """
+        checked_text(name, "name", MAX_RUN_NAME)
+        if not self._check_open():
+            return
+        histogram = value_histogram(name, tensor)
+        self._log_histograms({"step": checked_step(step), "histograms": [histogram]}, "step")
+
+    def _log_histograms(
+        self, record: dict[str, Any], unit: Literal["epoch", "step"]
+    ) -> Mapping[str, Any]:
+        part = self._histogram_parts[unit, record["step"]]
+        self._histogram_parts[unit, record["step"]] += 1
+        self._append(records.Histograms(**record, unit=unit, part=part))
         return record
 
     def log_model(

@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tracker import StoreError, load_histograms, load_nonfinite, start_run
+from tests.helpers import Store
+from tracker import ArgumentError, StoreError, load_histograms, load_nonfinite, start_run
 from tracker.capture.histograms import (
     Histogram,
     HistogramState,
@@ -592,7 +593,7 @@ def test_counting_does_not_change_the_network() -> None:
 
 # -- read back from a run ------------------------------------------------------------------------
 
-COLUMNS = ["tensor", "kind", "step", "left", "right", "count"]
+COLUMNS = ["tensor", "kind", "step", "left", "right", "count", "unit"]
 
 
 def logged(network: nn.Module, steps: int = 1, *, uri: str | None = None) -> str:
@@ -622,7 +623,7 @@ def test_histograms_are_read_back_from_a_run(tracking_uri: str) -> None:
     assert list(frame.columns) == COLUMNS
     assert pd.api.types.is_string_dtype(frame["tensor"])
     assert pd.api.types.is_string_dtype(frame["kind"])
-    assert frame.dtypes[2:].astype(str).tolist() == ["int64", "float64", "float64", "int64"]
+    assert frame.dtypes[2:6].astype(str).tolist() == ["int64", "float64", "float64", "int64"]
     assert frame["step"].is_monotonic_increasing
     assert frame["step"].unique().tolist() == list(range(1, 13))
     for (name, kind, step), rows in frame.groupby(["tensor", "kind", "step"]):
@@ -782,3 +783,40 @@ def test_frozen_weights_are_logged_again_only_when_they_change(tracking_uri: str
     assert steps["1.weight"] == [1, 2, 3, 4, 5]
     assert steps["0.weight"] == [1, 3, 4, 5]
     assert steps["0.bias"] == [1, 4, 5]
+
+
+def test_histograms_of_the_users_tensors_are_kept_beside_those_of_networks(store: Store) -> None:
+    values = {
+        "array": np.array([1.0, 2.0, np.nan]),
+        "list": [[1, 2], [3, 4]],
+        "number": 3,
+        "tensor": torch.ones(5, requires_grad=True),
+    }
+    with start_run() as run:
+        for network in (nn.Linear(2, 1), nn.Bilinear(1, 1, 1)):  # of a GAN, say
+            run.log_histograms(network, 3)
+        for name, value in values.items():
+            run.log_histogram(name, value, 3)
+        run.log_histogram("tensor", values["tensor"], step=4)
+        with pytest.raises(ArgumentError, match="tensor is a str that cannot be counted"):
+            run.log_histogram("text", "a")
+        with pytest.raises(ArgumentError, match="name='' is not allowed"):
+            run.log_histogram("", 1.0)
+    run_id = store.run().info.run_id
+    table = load_histograms(run_id, store.uri)
+    sizes = table.groupby(["unit", "step", "tensor", "kind"])["count"].sum().to_dict()
+    assert sizes == {
+        ("epoch", 3, "weight", "weight"): 3,  # of both networks
+        ("epoch", 3, "bias", "weight"): 2,
+        ("step", 3, "array", "value"): 2,
+        ("step", 3, "list", "value"): 4,
+        ("step", 3, "number", "value"): 1,
+        ("step", 3, "tensor", "value"): 5,
+        ("step", 4, "tensor", "value"): 5,
+    }
+    assert load_nonfinite(run_id, store.uri)["nan"].tolist() == [1]
+    assert {file for file in store.artifacts(store.run()) if "/" in file} == {
+        *("histograms/000003.json", "histograms/000003-1.json", "histograms/step-000003.json"),
+        *(f"histograms/step-000003-{part}.json" for part in (1, 2, 3)),
+        "histograms/step-000004.json",
+    }

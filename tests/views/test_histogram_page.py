@@ -236,6 +236,23 @@ def test_the_page_says_how_many_epochs_it_shows(epochs: int, words: str) -> None
     assert words in Elements(page).texts["p"]
 
 
+def test_the_page_says_which_rows_are_epochs_and_which_are_steps() -> None:
+    values = histogram("z", "value", bins=[1], counts=[2], nan=1)
+    page = histogram_page(
+        [
+            {**record(100, values), "unit": "step"},
+            record(2, histogram()),
+            {**record(100, histogram("y", "value")), "unit": "step"},
+            record(1, histogram()),
+        ],
+        "run",
+    )
+    assert steps_shown(page) == [1, 2, "step 100"]
+    assert "2 epochs; 1 step" in Elements(page).texts["p"]
+    assert ["z", "value", "step 100"] in embedded(page)["series"]
+    assert [one["tensor"] for one in decoded(page)[2]["histograms"]] == ["z", "y"]
+
+
 def test_fewer_than_two_epochs_are_refused() -> None:
     with pytest.raises(ArgumentError, match="max_steps=1"):
         histogram_page([], "run", max_steps=1)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tracker.errors import first_line
+from tracker.errors import ArgumentError, first_line
 from tracker.training.device import unwrap
 from tracker.transfers import local_copy
 
@@ -318,19 +318,41 @@ def network_histograms(
     return {
         "step": step,
         "histograms": [
-            {
-                "tensor": name,
-                "kind": kind,
-                "bins": histogram.bins.tolist(),
-                "counts": histogram.counts.tolist(),
-                "nan": histogram.nan,
-                "posinf": histogram.posinf,
-                "neginf": histogram.neginf,
-            }
+            _fields(name, kind, histogram)
             for name, kind in rows
             if (histogram := counted.get((name, kind))) is not None
         ],
     }
+
+
+def _fields(name: str, kind: str, histogram: Histogram) -> dict[str, Any]:
+    """The histogram of a tensor, as in a journal record."""
+    return {
+        "tensor": name,
+        "kind": kind,
+        "bins": histogram.bins.tolist(),
+        "counts": histogram.counts.tolist(),
+        "nan": histogram.nan,
+        "posinf": histogram.posinf,
+        "neginf": histogram.neginf,
+    }
+
+
+def value_histogram(name: str, values: Any) -> dict[str, Any]:
+    """Return the histogram of a tensor, an array or numbers in lists, as in a journal record.
+
+    Raises:
+        ArgumentError: `values`, the argument `tensor`, cannot be counted.
+    """
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+        (histogram,) = histograms([tensor])
+    except Exception as error:
+        raise ArgumentError(
+            f"tensor is a {type(values).__name__} that cannot be counted ({first_line(error)}); it "
+            "must be a tensor, an array or a list of numbers."
+        ) from error
+    return _fields(name, "value", histogram)
 
 
 def _say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:

@@ -206,10 +206,12 @@ class Uploader:
                 store.delete_artifact(run_id, _artifact_path(path))
             case records.Dataset(dataset, context):
                 store.log_dataset(run_id, dataset, context)
-            case records.Histograms(step, histograms, there):
+            case records.Histograms(step, histograms, there, unit, part):
                 if not there:
-                    text = json_text({"step": step, "histograms": histograms})
-                    store.log_text(run_id, text, f"histograms/{step:06d}.json")
+                    fields = {"step": step, "unit": unit, "histograms": histograms}
+                    name = ("step-" if unit == "step" else "") + f"{step:06d}"
+                    name += f"-{part}" if part else ""
+                    store.log_text(run_id, json_text(fields), f"histograms/{name}.json")
                 due = self._page_due.setdefault(first.run, time.monotonic() + PAGE_SECONDS)
                 if time.monotonic() > due:
                     self._draw_page(first.run, run_id)

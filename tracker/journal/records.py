@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, NamedTuple, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
@@ -135,7 +135,7 @@ class Epoch(Record):
 
 @dataclass(frozen=True)
 class Histograms(Record):
-    """The histograms of a network's weights and gradients at one step."""
+    """The histograms of some tensors at one step."""
 
     step: Int64
     histograms: list[
@@ -145,6 +145,10 @@ class Histograms(Record):
     ]
     there: bool = False
     """Whether the run that is resumed has them already."""
+    unit: Literal["epoch", "step"] = "epoch"
+    """What `step` counts."""
+    part: int = 0
+    """How many records of the run have the same step and unit, and come before this one."""
 
 
 @dataclass(frozen=True)

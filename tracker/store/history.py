@@ -76,7 +76,12 @@ def load_resume_state(run_id: str, tracking_uri: str | None) -> ResumeState:
         tables = _tables(store, run_id, run.tags, Path(folder))
     histograms: list[Mapping[str, Any]] = []
     if "histograms" in store.artifacts(run_id):
-        histograms = [r for r in load_histogram_records(store, run_id) if r["step"] <= epochs]
+        last = {"epoch": epochs, "step": checkpoint.step if checkpoint else 0}
+        histograms = [
+            record
+            for record in load_histogram_records(store, run_id)
+            if record["step"] <= last[record.get("unit", "epoch")]
+        ]
     return ResumeState(
         run_id=run_id,
         params=run.params,
@@ -178,6 +183,7 @@ def _histogram_record(text: str) -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads(text)
     try:
         whole = type(record["step"]) is int and all(map(_is_histogram, record["histograms"]))
+        whole = whole and record.get("unit", "epoch") in ("epoch", "step")
     except (KeyError, TypeError):
         whole = False
     if not whole:

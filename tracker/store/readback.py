@@ -167,13 +167,13 @@ def load_histograms(run_id: str, tracking_uri: str | None = None) -> pd.DataFram
         tracking_uri: By default the one that MLflow itself would use.
 
     Returns:
-        A table with the columns `tensor` (the parameter's name), `kind` (weight or gradient),
-        `step` (the epoch, from 1), `left` and `right` (the bin's edges) and `count`.
+        A table with the columns `tensor` (its name), `kind` (weight, gradient or value), `step`,
+        `left` and `right` (the bin's edges), `count`, and `unit` (epoch or step: what `step` is).
 
     Raises:
         StoreError: The run does not exist, or has no histograms.
     """
-    columns = ["tensor", "kind", "step", "left", "right", "count"]
+    columns = ["tensor", "kind", "step", "left", "right", "count", "unit"]
     rows = [
         pd.DataFrame(
             {
@@ -183,6 +183,7 @@ def load_histograms(run_id: str, tracking_uri: str | None = None) -> pd.DataFram
                 "left": left,
                 "right": right,
                 "count": np.asarray(item["counts"], dtype=np.int64),
+                "unit": record.get("unit", "epoch"),
             }
         )
         for record in _load(run_id, tracking_uri)
