@@ -29,7 +29,7 @@ LAYERS = {
     "current": {"base", "run"},
     "first_batch": {"base", "training", "capture", "views", "run"},
     "managed_runs": {"base", "training", "store", "delivery", "run", "grid"},
-    "batch_tracking": {"base", "training", "journal", "first_batch", "tutorial_names"},
+    "batch_tracking": {"base", "training", "capture", "journal", "first_batch", "tutorial_names"},
     "tutorial_names": {"base", "training", "views", "run", "managed_runs"},
     "loop_arguments": {"base", "training"},
     "manager": {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tracker._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tracker.capture.every import Every as Every
     from tracker.capture.model import Predictor as Predictor
     from tracker.current import log_artifact as log_artifact
     from tracker.current import log_artifacts as log_artifacts
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 # Imported on first use: the uploader and the command line do not need torch, which takes seconds
 # and half a gigabyte to import. Type checkers use the imports above; a test compares both.
 _NAMES = {
+    "capture.every": "Every",
     "capture.model": "Predictor",
     "current": (
         "log_artifact log_artifacts log_audio log_dataset log_dict log_figure "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tracker.capture.every import Every
 from tracker.errors import CallOrderError
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point, now
@@ -24,6 +25,8 @@ class BatchTracking(TutorialNames):
     _first: FirstBatch | None
     _epoch: OpenEpoch | None
     _batch_loss: bool
+    _every: Every | None
+    _every_steps: int | None
     _accuracy: Callable[[Any, Any], Any] | None
     _counts_itself: bool  # whether a function of the user's counts correct predictions
 
@@ -46,6 +49,13 @@ class BatchTracking(TutorialNames):
         self._views.batch()
         if (first := self._first) is not None and not first.is_seen:
             first.see(batch)
+        if self._every_steps and self.step % self._every_steps == 0:
+            self._log_step_histograms()
+
+    def _log_step_histograms(self) -> None:
+        run = self._runs.open_run
+        if run is not None and self._is_kept and self.network is not None:
+            run.log_histograms(self.network, self.step, self._every)
 
     def _see(self, batch: Any = None) -> None:
         if self._first is not None and not self._first.is_seen:

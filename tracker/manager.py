@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from tracker.batch_tracking import BatchTracking
+from tracker.capture.every import Every, checked_every
 from tracker.capture.facts import training_facts, training_tags
 from tracker.cells import when_cell_fails
 from tracker.delivery.base import mode_of
@@ -55,7 +56,7 @@ class RunManager(BatchTracking):
         directory: str | Path = DIRECTORY,
         batch_loss: bool = False,
         accuracy: Callable[[Any, Any], Any] | None = None,
-        histograms: bool = True,
+        histograms: bool | Every = True,
         loop_metrics: bool = True,
         model: bool | Literal["pickle"] = True,
         samples: bool = True,
@@ -80,7 +81,7 @@ class RunManager(BatchTracking):
             batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
             accuracy: `accuracy(preds, labels)` returns the number of correct predictions, out of
                 `len(labels)`; or a pair: that, and the number of labels. Numbers or tensors.
-            histograms: Log the histograms of all weights and gradients in each epoch.
+            histograms: Log those of weights and gradients in each epoch, or as `Every(…)` says.
             loop_metrics: Log learning rates, speed, data wait, memory, gradient norm of each epoch.
             model: Log the trained network at the end of a run; "pickle": with its class.
             samples: Keep samples of the first batch: as pictures, and as the model's example.
@@ -118,7 +119,8 @@ class RunManager(BatchTracking):
         self._keep = checkpoints
         self._batch_loss = batch_loss
         self._accuracy = accuracy
-        self._histograms = histograms
+        self._every = checked_every(histograms)
+        self._every_steps = self._every.steps if self._every else None
         self._loop_metrics = loop_metrics
         self._model = model
         self._samples = samples
@@ -370,9 +372,10 @@ class RunManager(BatchTracking):
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
-        if self._histograms and self._is_kept and self.network is not None:
+        every = self._every
+        if every and every.is_due(epoch=epoch) and self._is_kept and self.network is not None:
             norm = gradient_norm(self.network) if self._loop_metrics else None
-            histograms = run.log_histograms(self.network, epoch)
+            histograms = run.log_histograms(self.network, epoch, every)
             observed = {**observed, **gradient_metrics(norm, histograms)}
         observed = beside(observed, metrics)
         run.log_metrics(observed, epoch)

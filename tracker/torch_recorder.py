@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
+from tracker.capture.every import Every
 from tracker.capture.histograms import HistogramState, network_histograms, value_histogram
 from tracker.errors import StoreError
 from tracker.journal import records
@@ -118,19 +119,22 @@ class TorchRecorder(MediaRecorder):
         for path, content in files.items():
             self._log_file(path, partial(Path.write_bytes, data=content))
 
-    def log_histograms(self, network: nn.Module, step: int) -> Mapping[str, Any]:
+    def log_histograms(
+        self, network: nn.Module, step: int, every: Every | None = None
+    ) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients, and return their record, if it is kept.
 
         `tracker.load_histograms` reads them; the artifact `histograms.html` shows them.
 
         Args:
             network: The network. Frozen weights are logged again only if their norm or sum changes.
-            step: Step of the histograms, usually an epoch.
+            step: Step of the histograms: an epoch, unless `every` counts steps.
+            every: Which tensors to take; default all.
         """
         if not self._check_open():
             return {}
-        record = network_histograms(network, checked_step(step), self._histogram_state)
-        return self._log_histograms(record, "epoch")
+        record = network_histograms(network, checked_step(step), self._histogram_state, every)
+        return self._log_histograms(record, "step" if every and every.steps else "epoch")
 
     def log_histogram(self, name: str, tensor: Any, step: int = 0) -> None:
         """Log the histogram of any tensor; this waits for its device.

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracker.capture.every import Every
 from tracker.errors import ArgumentError, first_line
 from tracker.training.device import unwrap
 from tracker.transfers import local_copy
@@ -261,7 +262,10 @@ class HistogramState:
 
 
 def network_histograms(
-    network: nn.Module, step: int, state: HistogramState | None = None
+    network: nn.Module,
+    step: int,
+    state: HistogramState | None = None,
+    every: Every | None = None,
 ) -> dict[str, Any]:
     """Return the histograms of all parameters and gradients, as a journal record.
 
@@ -272,6 +276,7 @@ def network_histograms(
         network: Its parameters and gradients may be on several devices.
         step: The step of the record.
         state: Updated in place. Frozen parameters whose norm and sum have not changed are skipped.
+        every: Which tensors to take; default all.
     """
     state = HistogramState() if state is None else state
     parameters = {
@@ -286,7 +291,7 @@ def network_histograms(
         if name in unchanged:
             continue
         for kind, tensor in (("weight", parameter), ("gradient", parameter.grad)):
-            if tensor is not None:
+            if tensor is not None and (every is None or every.takes(name, kind)):
                 try:
                     rows[name, kind] = _values(tensor)
                 except Exception as error:  # noqa: BLE001 - there are many kinds of tensors
@@ -301,8 +306,9 @@ def network_histograms(
     _say_left_out(problems, state.said)
     gradients = [histogram for (_, kind), histogram in counted.items() if kind == "gradient"]
     trained = [one for one in parameters.values() if one.requires_grad and one.numel()]
-    no_gradients = all(one.grad is None for one in trained) or (
-        len(gradients) > 0 and not any(map(_any, gradients))
+    no_gradients = (every is None or every == Every()) and (
+        all(one.grad is None for one in trained)
+        or (len(gradients) > 0 and not any(map(_any, gradients)))
     )
     shapes = [
         (one.bins.tobytes(), one.counts.tobytes())
