@@ -114,7 +114,6 @@ def test_a_network_that_is_never_called_has_its_weights(store: Store, tmp_path: 
         ([nn.Linear(1, 1), 3], None, "network is a int; it must be a torch.nn.Module"),
         ([nn.Linear(1, 1), nn.Linear(1, 1)], torch.rand(2, 1), "an example for each of '0', '1'"),
     ],
-    ids=str,
 )
 def test_what_is_not_a_set_of_networks_is_refused_before_the_run(
     networks: Any, example: Any, problem: str, tmp_path: Path
