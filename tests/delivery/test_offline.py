@@ -56,7 +56,7 @@ with start_run(params={"search": "grid"}, experiment="offline", name="parent") a
     parent.log_metrics({"best": 0.5})
     parent.flush(240)  # on a busy machine the end of the program does not wait long enough
 """
-VOLATILE = {"epoch_duration", "run_duration", "time/data_wait", "time/samples_per_second"}
+VOLATILE = {"epoch_duration", "run_duration", "system/data_wait", "system/samples_per_second"}
 
 
 def train(

@@ -123,11 +123,11 @@ def test_a_loop_without_a_further_line_has_metrics_in_groups(
 
     run = store.run()
     assert store.history(run, "train/lr") == [(1, 1.0), (2, 0.5)]
-    assert store.history(run, "time/data_wait") == [(1, 0.5), (2, 0.5)]
-    assert store.history(run, "time/samples_per_second") == [(1, 0.5), (2, 0.5)]
+    assert store.history(run, "system/data_wait") == [(1, 0.5), (2, 0.5)]
+    assert store.history(run, "system/samples_per_second") == [(1, 0.5), (2, 0.5)]
     assert [value for _, value in store.history(run, "train/gradient_norm")] == pytest.approx(norms)
     plain = {"loss", "epoch_duration", "run_duration"}
-    grouped = {"train/lr", "train/gradient_norm", "time/data_wait", "time/samples_per_second"}
+    grouped = {"train/lr", "train/gradient_norm", "system/data_wait", "system/samples_per_second"}
     assert set(run.data.metrics) == plain | grouped
     tables = [Path("table.json").read_text(), store.text(run, "epochs.json", workdir)]
     for table in [manager.run_data, *map(json.loads, tables)]:
@@ -153,11 +153,13 @@ def test_the_user_s_metrics_of_the_same_name_stay(store: Store, manager: RunMana
     manager.begin_run({}, network, None)
     manager.begin_epoch()
     train(network, [(torch.ones(2, 4), torch.tensor([0, 1]))], optimizer, manager)
-    manager.end_epoch({"train/lr": 7.0, "time": 3.0})
+    manager.end_epoch({"train/lr": 7.0, "system": 3.0})
     manager.end_run()
     metrics = store.run().data.metrics
-    assert (metrics["train/lr"], metrics["time"]) == (7.0, 3.0)
-    assert not any(name.startswith("time/") for name in metrics)  # a file store has no room for it
+    assert (metrics["train/lr"], metrics["system"]) == (7.0, 3.0)
+    assert not any(
+        name.startswith("system/") for name in metrics
+    )  # a file store has no room for it
 
 
 def test_an_epoch_of_fit_is_logged_with_what_it_showed(
@@ -178,8 +180,8 @@ def test_an_epoch_of_fit_is_logged_with_what_it_showed(
     assert metrics.items() >= epoch.observed.items()
     assert epoch.observed == {
         "train/lr": 0.25,  # of the third and last step
-        "time/data_wait": 1.0,
-        "time/samples_per_second": 1.0,  # of the training alone
+        "system/data_wait": 1.0,
+        "system/samples_per_second": 1.0,  # of the training alone
     }
     assert metrics["train/gradient_norm"] > 0
 
@@ -191,7 +193,7 @@ def test_a_resumed_epoch_counts_the_samples_of_this_process(clock: Clock) -> Non
     watching = LoopWatch(None)
     watching.begin(2)
     clock.now += 5
-    assert watching.end(meter) == {"time/samples_per_second": 2.0}
+    assert watching.end(meter) == {"system/samples_per_second": 2.0}
     watching.close()
 
 
@@ -276,7 +278,7 @@ def test_a_custom_step_has_the_rates_of_its_own_thread() -> None:
 
     (epoch,) = run_epochs(step, epochs=1)
     assert epoch.observed["train/lr"] == 0.25
-    assert "time/data_wait" not in epoch.observed
+    assert "system/data_wait" not in epoch.observed
 
 
 # -- waiting for data -----------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def test_a_loop_waits_for_half_of_the_time_if_loading_takes_as_long_as_training(
     for name, loader in loaders.items():
         for most in (2, 99):
             metrics = watched(loader, over(loader, clock, most))
-            assert metrics["time/data_wait"] == 0.5, name
+            assert metrics["system/data_wait"] == 0.5, name
 
 
 def test_time_until_a_loader_fails_is_waiting(clock: Clock) -> None:
@@ -323,19 +325,19 @@ def test_time_until_a_loader_fails_is_waiting(clock: Clock) -> None:
             over(loader, clock)(meter)
 
     for _ in range(2):  # the next epoch is measured, too
-        assert watched(loader, loop)["time/data_wait"] == 0.5
+        assert watched(loader, loop)["system/data_wait"] == 0.5
 
 
 def test_a_loader_that_is_not_torch_s_has_no_wait(clock: Clock) -> None:
     batches = [(torch.zeros(4, 4), torch.zeros(4))] * 3
-    assert "time/data_wait" not in watched(batches, over(batches, clock))
+    assert "system/data_wait" not in watched(batches, over(batches, clock))
     validation = DataLoader(Slow(clock), 6)
 
     def loop(meter: EpochMeter) -> None:
         over(batches, clock)(meter)
         list(validation)  # two batches for three steps: not those of the loop
 
-    assert "time/data_wait" not in watched(batches, loop)
+    assert "system/data_wait" not in watched(batches, loop)
 
 
 def test_fit_measures_the_wait_for_any_loader(clock: Clock) -> None:
@@ -351,7 +353,7 @@ def test_fit_measures_the_wait_for_any_loader(clock: Clock) -> None:
     network = network_of(4, 3)
     optimizer = optim.SGD(network.parameters(), lr=1.0)
     (epoch,) = fit(network, Stream(), optimizer, F.cross_entropy, epochs=1)
-    assert epoch.observed["time/data_wait"] == 1.0
+    assert epoch.observed["system/data_wait"] == 1.0
 
 
 def test_other_threads_and_processes_load_without_being_measured(clock: Clock) -> None:
@@ -363,7 +365,7 @@ def test_other_threads_and_processes_load_without_being_measured(clock: Clock) -
         thread.join()
         over(loader, clock)(meter)
 
-    assert watched(loader, loop)["time/data_wait"] == 0.0  # the worker's clock is its own
+    assert watched(loader, loop)["system/data_wait"] == 0.0  # the worker's clock is its own
 
 
 def test_epochs_that_are_open_at_once_wait_for_the_same_data(clock: Clock) -> None:
@@ -375,7 +377,7 @@ def test_epochs_that_are_open_at_once_wait_for_the_same_data(clock: Clock) -> No
         clock.now += 2 * SAMPLES
 
     outer = watched(loader, loop)
-    assert (inner["time/data_wait"], outer["time/data_wait"]) == (0.5, 0.25)
+    assert (inner["system/data_wait"], outer["system/data_wait"]) == (0.5, 0.25)
 
 
 def test_guessed_sizes_give_no_speed(clock: Clock) -> None:
@@ -384,7 +386,7 @@ def test_guessed_sizes_give_no_speed(clock: Clock) -> None:
         meter.add_loss(1.0)
 
     assert watched(None, loop) == {}
-    assert watched(DataLoader(Slow(clock), 5), loop) == {"time/samples_per_second": 5.0}
+    assert watched(DataLoader(Slow(clock), 5), loop) == {"system/samples_per_second": 5.0}
 
 
 # -- the end --------------------------------------------------------------------------------------

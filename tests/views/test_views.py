@@ -129,7 +129,7 @@ def test_tensorboard_reads_scalars_histograms_pictures_graph_and_hyperparameters
     events = EventAccumulator(str(folder), everything).Reload()
     tags = events.Tags()
     of_epochs = {"loss", "accuracy", "epoch_duration", "run_duration"}
-    of_the_loop = {"train/lr", "train/gradient_norm", "time/data_wait"}
+    of_the_loop = {"train/lr", "train/gradient_norm", "system/data_wait"}
     assert of_epochs | of_the_loop <= set(tags["scalars"])
     logged = store.history(store.run(), "loss")
     shown = [(event.step, event.value) for event in events.Scalars("loss")]

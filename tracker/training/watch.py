@@ -261,9 +261,9 @@ class LoopWatch:
         steps = len(meter) - epoch.first
         samples = meter.samples(epoch.first)
         if samples and seconds > 0:
-            metrics["time/samples_per_second"] = samples / seconds
+            metrics["system/samples_per_second"] = samples / seconds
         if drawn and (self._is_torch or drawn >= steps) and seconds > 0:
-            metrics["time/data_wait"] = min(1.0, waited / seconds)
+            metrics["system/data_wait"] = min(1.0, waited / seconds)
         if (peak := self._peak_memory()) is not None:
             metrics["system/torch_peak_memory_megabytes"] = peak / 1e6
         return metrics
@@ -329,7 +329,7 @@ def gradient_metrics(norm: Tensor | None, histograms: Mapping[str, Any]) -> dict
 def beside(observed: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
     """Return what was observed without what the user's own metrics say, or leave no room for.
 
-    MLflow's file store cannot have both a metric `time` and `time/data_wait`.
+    MLflow's file store cannot have both a metric `train` and `train/lr`.
     """
     return {
         name: value
