@@ -200,8 +200,11 @@ def test_a_worker_that_was_suspended_too_long_loses_its_trial_and_continues(
 def test_a_search_that_was_suspended_too_long_loses_its_trial(search: Search, store: Store) -> None:
     late = search(grace=3.0)
     wait_for_reports(1)
-    with closing(Storage(JOURNAL)) as storage, storage.lock():  # not while it holds the lock
+    with closing(Storage(JOURNAL)) as storage, storage.lock():  # not while it holds a lock
+        appends = storage.optuna._backend._lock  # type: ignore[attr-defined]
+        appends.acquire()
         psutil.Process(late.pid).suspend()
+        appends.release()
     other = search(grace=3.0)
     wait_for(lambda: states(trials())["FAIL"], "a failed trial")
     psutil.Process(late.pid).resume()

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +208,21 @@ def test_repeated_kills_of_the_search_do_not_abandon_a_slot(
     states = Counter(t.state.name for t in storage.optuna.get_all_trials(0))
     storage.close()
     assert states == {"FAIL": MOST_DEATHS + 1, "COMPLETE": 2}
+
+
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_a_signal_that_also_ends_the_process_that_forks_workers_is_an_interruption(
+    is_interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = Interrupts(print)
+    nothing: Any = None
+    executor = ProcessExecutor(nothing, 2)
+
+    def start() -> None:
+        if is_interrupted:
+            interrupts._interrupt(signal.SIGTERM, None)
+        raise EOFError
+
+    monkeypatch.setattr(executor, "_start_workers", start)
+    with nullcontext() if is_interrupted else pytest.raises(EOFError):
+        executor.run(nothing, interrupts)

@@ -132,7 +132,12 @@ class ProcessExecutor:
             while not self._is_done or any(w.trial is not None for w in self._active()):
                 if interrupts.count or self._error is not None:
                     break
-                self._start_workers()
+                try:
+                    self._start_workers()
+                except (EOFError, OSError):
+                    if interrupts.count:  # the signal has ended the process that forks them too
+                        break
+                    raise
                 self._handle_messages(search)
                 self._fail_silent(search)
                 self._hand_out_trials(search)
