@@ -122,9 +122,10 @@ def test_a_manager_that_joined_a_run_ends_without_an_error(
 
 
 def test_managers_dropped_within_a_cell_are_not_kept(store: Store, shell: InteractiveShell) -> None:
-    count = "left = sum(type(one).__name__ == 'RunManager' for one in gc.get_objects())"
-    cell(shell, "import gc", "for _ in range(3):", f"    {MANAGER}; {BEGIN}", "gc.collect()", count)
-    assert shell.user_ns["left"] == 1
+    count = "sum(type(one).__name__ == 'RunManager' for one in gc.get_objects())"
+    cell(shell, "import gc", "gc.collect()", f"before = {count}")
+    cell(shell, "for _ in range(3):", f"    {MANAGER}; {BEGIN}", "gc.collect()", f"after = {count}")
+    assert shell.user_ns["after"] - shell.user_ns["before"] == 1
 
 
 def test_tracking_does_not_import_ipython(trainers: ForkServer) -> None:
