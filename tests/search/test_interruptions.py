@@ -108,14 +108,23 @@ def statuses(store: Store) -> tuple[str, Counter[str]]:
     return parent.info.status, Counter(run.info.status for run in children)
 
 
+def wait_for_statuses(store: Store, study: str, runs: Counter[str]) -> None:
+    """Wait for the delivery, which continues after the end of a program that has no time left."""
+    wait_for(
+        lambda: statuses(store) == (study, runs),
+        f"the status {study} and the runs {dict(runs)}",
+        lambda: str(statuses(store)),
+    )
+
+
 def finish(search: Search, store: Store, url: str = JOURNAL) -> None:
     """Continue the study to its end: each point complete once, one run per trial."""
     Path("go").touch()
     assert search(url).wait() == 0
     assert completed_slots(url) == dict.fromkeys(range(POINTS), 1)
     assert TrialState.RUNNING.name not in states(trials(url))
-    status, runs = statuses(store)
-    assert status == "FINISHED"
+    wait_for(lambda: statuses(store)[0] == "FINISHED", "the end of the study's run")
+    _, runs = statuses(store)
     assert runs["FINISHED"] == POINTS
     assert sum(runs.values()) == len(trials(url))
 
@@ -144,7 +153,7 @@ def test_ctrl_c_or_sigterm_ends_the_running_trials_as_interrupted(
     assert program.wait() != 0
     reasons = [trial.user_attrs["tracker:ended"]["why"] for trial in trials()]
     assert reasons == ["interrupted"] * workers
-    assert statuses(store) == ("KILLED", Counter(KILLED=workers))
+    wait_for_statuses(store, "KILLED", Counter(KILLED=workers))
     finish(search, store)
 
 
@@ -160,7 +169,7 @@ def test_a_second_ctrl_c_ends_trials_that_do_not_react(search: Search, store: St
     assert program.wait() != 0
     reasons = [trial.user_attrs["tracker:ended"]["why"] for trial in trials()]
     assert reasons == ["interrupted"] * 2
-    assert statuses(store) == ("KILLED", Counter(KILLED=2))
+    wait_for_statuses(store, "KILLED", Counter(KILLED=2))
     finish(search, store)
 
 
@@ -194,7 +203,7 @@ def test_a_worker_that_was_suspended_too_long_loses_its_trial_and_continues(
     Path("go").touch()
     assert program.wait() == 0
     assert states(trials()) == {"COMPLETE": POINTS, "FAIL": 1}
-    assert statuses(store) == ("FINISHED", Counter(FINISHED=POINTS, FAILED=1))
+    wait_for_statuses(store, "FINISHED", Counter(FINISHED=POINTS, FAILED=1))
 
 
 def test_a_search_that_was_suspended_too_long_loses_its_trial(search: Search, store: Store) -> None:
@@ -228,7 +237,7 @@ def test_searches_that_share_a_storage_share_the_budget(
     found = trials(url)
     assert Counter(trial.user_attrs[SLOT] for trial in found) == dict.fromkeys(range(24), 1)
     assert states(found) == {"COMPLETE": 24}
-    assert statuses(store) == ("FINISHED", Counter(FINISHED=24))
+    wait_for_statuses(store, "FINISHED", Counter(FINISHED=24))
 
 
 def test_a_database_outage_costs_no_trial(
@@ -244,7 +253,7 @@ def test_a_database_outage_costs_no_trial(
     Path("go").touch()
     assert program.wait() == 0
     assert states(trials(database)) == {"COMPLETE": POINTS}
-    assert statuses(store) == ("FINISHED", Counter(FINISHED=POINTS))
+    wait_for_statuses(store, "FINISHED", Counter(FINISHED=POINTS))
 
 
 def test_reap_fails_the_trials_of_a_lost_machine(
@@ -265,7 +274,7 @@ def test_reap_fails_the_trials_of_a_lost_machine(
     assert main(["reap", "--study", "study", "--grace-seconds", "2"]) == 0
     assert "failed 2 lost trials" in capsys.readouterr().out
     assert states(trials()) == {"FAIL": 2}
-    assert statuses(store) == ("FAILED", Counter(FAILED=2))
+    wait_for_statuses(store, "FAILED", Counter(FAILED=2))
     finish(search, store)
 
 
