@@ -25,9 +25,11 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, to embed in a sentence.
 
     It is without passwords, without a final full stop, and cut after 200 characters. An error
-    without a text is named by its type.
+    without a text is named by its type, and so is SystemExit, whose text is a number.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, SystemExit):
+        lines = [f"SystemExit: {lines[0]}"]
     return public_uri(lines[0])[:200].rstrip(".: ")
 
 

@@ -281,6 +281,92 @@ def test_of_a_program_only_the_definitions_that_the_class_needs_are_logged(
     assert "it needs `args = parser.parse_args([])`, which the program runs" in str(problem)
 
 
+RUNS_AGAIN = {
+    "args = get_args()": "def get_args():\n    raise SystemExit(2)\n\nargs = 1\n",
+    "width = int(sys.argv[1])": "import sys\nsys.argv = ['train.py', '3']\n",
+    "home = os.environ['HOME']": "import os\n",
+    "table = np.loadtxt('table.txt')": "import numpy as np\nnp.loadtxt = lambda file: 1\n",
+    "words = Path('words.txt').read_text()": (
+        "from pathlib import Path\nPath('words.txt').write_text('a')\n"
+    ),
+    "weights = torch.load('weights.pt')": (
+        "import torch\ntorch.save(torch.ones(1), 'weights.pt')\n"
+    ),
+    "settings = Settings()": (
+        "class Settings:\n    def __init__(self):\n        print('reads a file')\n"
+    ),
+    "class Table:\n    rows = read()": "def read():\n    return 1\n",
+}
+STAYS_THE_SAME = {
+    "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')": "import torch\n",
+    "scale = math.sqrt(2.0)": "import math\n",
+    "names = sorted(set('a b'.split()))": "",
+    "table = torch.exp(torch.arange(4.0))": "import torch\n",
+    "settings = Settings(width=3)": (
+        "from dataclasses import dataclass\n\n@dataclass\nclass Settings:\n    width: int = 4\n"
+    ),
+    "Pair = namedtuple('Pair', 'a b')\npair = Pair(1, b=2)": "from collections import namedtuple\n",
+    "act = nn.ReLU()": "",
+    "read = lambda: open('words.txt')": "",
+}
+
+
+def of_program(line: str, before: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> nn.Module:
+    """A network of a program in which `line` defines what its class uses."""
+    name = line.split(" =")[0].split(":")[0].removeprefix("class ")
+    body = f"        return x * 2 if x.sum() > 0 and {name} is not None else x\n"
+    head = "from torch import nn\n" + before
+    network = f"\nclass Net(nn.Module):\n    def forward(self, x):\n{body}"
+    program = ModuleType("__main__")
+    program.__file__ = str(folder / "train.py")
+    Path(program.__file__).write_text(f"{head}\n{line}\n{network}")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    is_over = "get_args" in line  # the program has replaced its result
+    exec(f"{head}\n{'' if is_over else line}\n{network}", program.__dict__)
+    made: nn.Module = program.Net()
+    return made
+
+
+@pytest.mark.parametrize("line", RUNS_AGAIN)
+def test_loading_a_model_runs_nothing_that_only_its_program_may_run(
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    network = of_program(line, RUNS_AGAIN[line], monkeypatch, tmp_path)
+    capfd.readouterr()
+    problem = save_model(network, torch.rand(5, 4), tmp_path / "m")
+    assert "".join(capfd.readouterr()) == ""  # torch.export prints what it cannot follow
+    assert problem is not None
+    assert "its class cannot be made again: it needs `" in problem
+
+
+@pytest.mark.parametrize("line", STAYS_THE_SAME)
+def test_what_has_one_value_everywhere_is_part_of_the_source(
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network = of_program(line, STAYS_THE_SAME[line], monkeypatch, tmp_path)
+    assert save_model(network, torch.rand(5, 4), tmp_path / "m") is None
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_a_module_that_ends_the_program_ends_nothing_when_a_model_is_saved(
+    is_pickled: bool, own: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def leave(*unused: Any) -> None:
+        raise SystemExit(2)
+
+    network = own(3)
+    network.width = 3
+    monkeypatch.setattr(mlflow.pytorch, "load_model", leave)
+    monkeypatch.setattr("tracker.capture.model._save_graph", lambda *unused: "there is no graph")
+    problem = save_model(network, torch.rand(5, 4), tmp_path / "m", pickle=is_pickled)
+    assert str(problem).endswith(": SystemExit: 2")
+
+
 def test_a_manager_logs_the_network_itself_if_asked(store: Store) -> None:
     network = Flow()
     with RunManager(model="pickle") as manager:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import Dim, ExportedProgram, ShapesCollection, _trace
 from torch.utils import _pytree as pytree
 
 from tracker.capture.example import Example
 from tracker.errors import first_line
+from tracker.logs import muted
 from tracker.training.device import device_of, evaluation_mode
 
 EXAMPLE_SIZE = 2  # torch.export treats a batch of one as a constant
@@ -91,7 +93,22 @@ def export(model: nn.Module, attempt: Attempt, output: Any) -> ExportedProgram:
         elif attempt.example.has_batch(tensor):
             shapes[tensor] = {0: Dim.AUTO}
     arguments = attempt.example
-    return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes)
+    with _without_printing():
+        return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes)
+
+
+@contextmanager
+def _without_printing() -> Iterator[None]:
+    """Keep torch.export from printing the graph of a network that it cannot follow.
+
+    Its function `print` is replaced, not sys.stderr, on which other threads may write.
+    """
+    with muted("torch.fx.experimental.symbolic_shapes"):
+        vars(_trace)["print"] = lambda *unused, **named: None
+        try:
+            yield
+        finally:
+            vars(_trace).pop("print", None)
 
 
 def shapes_of(program: ExportedProgram) -> tuple[list[Any], list[Any]]:

@@ -136,7 +136,7 @@ def _add_extras(
     if predictor is not None:
         try:
             reason = _add_predictor(folder, predictor, rounding)
-        except Exception as error:  # noqa: BLE001 - the predictor's own code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - its code may raise anything
             reason = first_line(error)
         if reason is not None:
             logger.warning("The model is logged without its predictor: %s.", reason)
@@ -197,7 +197,7 @@ def _save_pickle(network: nn.Module, attempt: Attempt, folder: Path) -> str | No
             )
         with _preserve_imports():
             saved = mlflow.pytorch.load_model(str(folder))
-    except Exception as error:  # noqa: BLE001 - the user's classes may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's modules may raise anything
         return f"it cannot be pickled: {first_line(error)}"
     return difference(network, saved, attempt)
 
@@ -234,7 +234,7 @@ def _save_source(
         _describe(folder, described)
         with _preserve_imports():
             saved = mlflow.pytorch.load_model(str(folder))
-    except Exception as error:  # noqa: BLE001 - the user's class may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's modules may raise anything
         return f"its class cannot be made again: {first_line(error)}"
     if (problem := difference(network, saved, attempt)) is not None:
         return f"{called} is another network: {problem}"

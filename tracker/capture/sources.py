@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import math
+import os
 import shutil
 import sys
 import sysconfig
@@ -17,6 +19,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
+
+_HARMLESS = {
+    *(f"builtins.{name}" for name in ("abs", "len", "max", "min", "pow", "round", "sorted", "sum")),
+    *("collections.OrderedDict", "collections.namedtuple", "pathlib.Path", "re.compile"),
+    *("dataclasses.dataclass", "dataclasses.field", "functools.cache", "functools.lru_cache"),
+    *("functools.partial", "functools.wraps"),
+    *("typing.NamedTuple", "typing.TypeVar", "logging.getLogger", "enum.auto"),
+    *("torch.device", "torch.Size", "torch.finfo", "torch.iinfo", "torch.cuda.is_available"),
+    *("torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"),
+}
+"""What a definition may call where it stands: the result is the same wherever it is loaded."""
+_PURE = ("math.", "None.str.", "None.dict.", "torch._VariableFunctionsClass.")
 
 _BUILDER = """
 
@@ -126,15 +140,13 @@ def _definitions(names: set[str]) -> str:
     for statement in body:
         for name in _defined(statement):
             defined.setdefault(name, []).append(statement)
-    variables = {name for name, each in defined.items() if any(map(_is_assignment, each))}
     pending, kept = set(names), set[int]()
     while pending:
         for statement in defined.get(pending.pop(), ()):
             if id(statement) in kept:
                 continue
             kept.add(id(statement))
-            if _is_assignment(statement):
-                _check_constant(statement, variables)
+            _check_runs(statement, program)
             used = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
             pending.update(used)
     future = [
@@ -142,10 +154,6 @@ def _definitions(names: set[str]) -> str:
     ]
     chosen = [*future, *(each for each in body if id(each) in kept)]
     return "\n\n".join(map(ast.unparse, chosen))
-
-
-def _is_assignment(statement: ast.stmt) -> bool:
-    return isinstance(statement, (ast.Assign, ast.AnnAssign))
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:
@@ -160,13 +168,55 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
         yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
 
-def _check_constant(statement: ast.stmt, variables: set[str]) -> None:
-    """Raise ValueError for what a program computes from its own arguments and files."""
-    for node in ast.walk(statement):
+def _check_runs(statement: ast.stmt, program: ModuleType) -> None:
+    """Raise ValueError for a definition that calls more than what gives the same value anywhere.
+
+    A program may parse its arguments, read files or train; loading a model must do none of that.
+    """
+    for node in _run_at_once(statement):
         if isinstance(node, ast.Call):
-            roots = {each.id for each in ast.walk(node.func) if isinstance(each, ast.Name)}
-            if roots & (variables | {"open", "input"}):
-                raise ValueError(f"it needs `{ast.unparse(statement):.60}`, which the program runs")
+            called = _held(node.func, program)
+        elif isinstance(node, ast.Attribute) and _held(node, program) in (sys.argv, os.environ):
+            called = None
+        else:
+            continue
+        if not _is_harmless(called):
+            raise ValueError(f"it needs `{ast.unparse(statement):.60}`, which the program runs")
+
+
+def _run_at_once(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The nodes that run where the statement stands: not the bodies of functions."""
+    pending: list[ast.AST] = [statement]
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending += [*node.decorator_list, node.args]
+        elif isinstance(node, ast.Lambda):
+            pending.append(node.args)
+        else:
+            pending += ast.iter_child_nodes(node)
+
+
+def _held(name: ast.expr, program: ModuleType) -> Any:
+    """The object that a dotted name has in the program; None for any other expression."""
+    if isinstance(name, ast.Attribute):
+        return getattr(_held(name.value, program), name.attr, None)
+    if isinstance(name, ast.Name):
+        return getattr(program, name.id, getattr(builtins, name.id, None))
+    return name.value if isinstance(name, ast.Constant) else None
+
+
+def _is_harmless(called: Any) -> bool:
+    if getattr(called, "__module__", "") == "__main__":  # a configuration, without own code
+        is_plain = is_dataclass(called) or getattr(called, "__init__", None) is object.__init__
+        return isinstance(called, type) and (is_plain or issubclass(called, tuple))
+    if isinstance(called, type) and (
+        called.__module__ == "builtins" or issubclass(called, nn.Module)
+    ):
+        return True
+    name = f"{getattr(called, '__module__', '')}.{getattr(called, '__qualname__', '')}"
+    return name in _HARMLESS or (name.startswith(_PURE) and not name.endswith(".from_file"))
 
 
 def copy_sources(network: nn.Module, folder: Path, source: str = "") -> list[str]:
