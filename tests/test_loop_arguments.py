@@ -51,6 +51,7 @@ USES: list[tuple[tuple[Any, ...], dict[str, Any], dict[str, str]]] = [
     ((NET, TRAIN), {"validation_set": VAL.dataset}, {"validation": "val"}),
     ((NET, TRAIN), {"dev_loader": VAL}, {"validation": "val"}),
     ((NET, TRAIN), {"testloader": TEST, "device": "cpu"}, {"test": "test"}),
+    ((NET, TRAIN), {"valData": VAL, "data_test": TEST}, {"validation": "val", "test": "test"}),
     ((NET, TRAIN), {"test_loader": [(torch.ones(2), 1)]}, {"training": "train"}),
     ((NET,), {"train_loader": TRAIN}, {"training": "train"}),
     ((), {"model": NET, "dataloader": TRAIN, "testset": TEST}, {"training": "train"}),
@@ -76,13 +77,20 @@ def test_each_argument_is_taken_for_what_it_is(
         (
             (NET, TRAIN, "baseline"),
             {},
-            "begin_run() has no use for argument 4 ('baseline', which is no device).",
+            "begin_run() has no use for argument 4 ('baseline', not a device).",
         ),
         (
             (NET, TRAIN, nn.MSELoss(), TEST, VAL, TEST),
-            {"epochs": 3, "classes": ["a"], "train_loader": TRAIN},
-            "begin_run() has no use for argument 4 (a MSELoss), epochs (3), classes (a list), "
+            {"epochs": 3, "eval_metrics": ["a"], "latest_files": ["b"], "train_loader": TRAIN},
+            "begin_run() has no use for argument 4 (a MSELoss), epochs (3), eval_metrics (a list), "
+            "latest_files (a list), "
             "train_loader (a DataLoader), argument 7 (a DataLoader).",
+        ),
+        (
+            (NET, TRAIN),
+            {"device_ids": [0, 1], "num_devices": 2, "device_name": "a card"},
+            "begin_run() has no use for device_ids (a list), num_devices (2), "
+            "device_name ('a card').",
         ),
         (
             (NET, TRAIN, "cuda:0"),
@@ -204,9 +212,9 @@ def test_what_holds_no_numbers_is_named_once(
         manager.begin_run({}, NET, TRAIN)
         for _ in range(2):
             manager.begin_epoch()
-            manager.end_epoch(NET, TEST, network=NET, f1=0.5)  # type: ignore[arg-type]
+            manager.end_epoch(NET, 3, TEST, network=NET, f1=0.5)  # type: ignore[arg-type]
     assert store.history(store.run(), "f1") == [(1, 0.5), (2, 0.5)]
     assert caplog.messages == [
-        "end_epoch() has no use for a Linear, a DataLoader, network (a Linear); it takes a mapping "
-        "of numbers by name."
+        "end_epoch() has no use for a Linear, 3, a DataLoader, network (a Linear); it takes a "
+        "mapping of numbers by name."
     ]

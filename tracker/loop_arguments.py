@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from tracker.training.networks import as_networks
 
 logger = logging.getLogger(__name__)
 
-_CONTEXTS = {"val": "validation", "dev": "validation", "test": "test"}
-"""What the name of a loader says of its use in MLflow's words."""
+_OTHER = re.compile(
+    r"(?:.*_)?(?:(val|valid|validation|eval|dev)|test)_?(?:data)?_?(?:loader|set|data|dl|ds|iter)?",
+    re.IGNORECASE,
+)
+"""Names of loaders that are not trained on, such as `val_loader`, `testset`, `dev`."""
 _NUMBERS = (int, float, str, list, tuple, set, Tensor, np.ndarray, np.generic)
 """What may be metrics without their names."""
 
@@ -58,7 +62,7 @@ class LoopArguments:
             said: The warnings that were given before.
 
         Raises:
-            ArgumentError: `network` is none, or an argument called `device` is no device.
+            ArgumentError: `network` is not a module, or `device` not a device.
         """
         sorted_ = cls()
         rest = [(f"argument {place}", value) for place, value in enumerate(more, 4)]
@@ -84,8 +88,8 @@ class LoopArguments:
         return sorted_
 
     def _add(self, name: str, value: Any, said: set[str]) -> None:
-        device = _device(value, or_number="device" in name)
-        if device is None and "device" in name:
+        device = _device(value, or_number=name == "device")
+        if device is None and name == "device":
             raise ArgumentError(
                 f"{name}={value!r} is not a device; allowed are a torch.device and names such as "
                 "'cpu' and 'cuda:0'."
@@ -153,6 +157,8 @@ def given_metrics(
     for value in given:
         if isinstance(value, Mapping):
             metrics |= value
+        elif type(value) is int:  # the epoch's number, in some copies
+            unused.append(repr(value))
         elif isinstance(value, _NUMBERS):
             nameless.append(reprlib.repr(value))
         elif value is not None:
@@ -186,7 +192,9 @@ def _is_loader(value: Any) -> bool:
 
 
 def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    return isinstance(value, Iterable) and not isinstance(
+        value, (str, bytes, Mapping, Tensor, np.ndarray)
+    )
 
 
 def _device(value: Any, *, or_number: bool = False) -> torch.device | None:
@@ -199,13 +207,15 @@ def _device(value: Any, *, or_number: bool = False) -> torch.device | None:
 
 
 def _context(name: str) -> str | None:
-    return next((context for part, context in _CONTEXTS.items() if part in name.lower()), None)
+    if (match := _OTHER.fullmatch(name)) is None:
+        return None
+    return "validation" if match[1] else "test"
 
 
 def _described(name: str, value: Any) -> str:
     if not isinstance(value, (str, int, float)) or len(repr(value)) > 80:
         return f"{name} (a {type(value).__name__})"
-    no_device = ", which is no device" if isinstance(value, str) and " " in name else ""
+    no_device = ", not a device" if isinstance(value, str) and " " in name else ""
     return f"{name} ({value!r}{no_device})"
 
 
