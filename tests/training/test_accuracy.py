@@ -73,6 +73,12 @@ KINDS: dict[str, tuple[Tensor, Tensor, float]] = {
     ),
     "a mask of logits": (ONE, MASK.float(), flags_of(ONE, MASK)),
     "a mask, labels without a channel": (ONE, MASK[:, 0], flags_of(ONE, MASK)),
+    "ignored pixels": (
+        MASKS,
+        PIXELS.masked_fill(PIXELS == 2, -100),
+        float((MASKS.argmax(1) == PIXELS)[PIXELS != 2].double().mean()),
+    ),
+    "ignored labels": (S, torch.cat([L[:4], L[4:] * 0 - 1]), classes_of(S[:4], L[:4])),
     "tokens, classes last": (MASKS.movedim(1, -1), PIXELS, classes_of(MASKS, PIXELS)),
     "a flag for each token": (scores(4, 6, 1) - 9, numbers(2, 4, 6) * 0, 1.0),
 }
@@ -139,7 +145,16 @@ def test_logits_stay_logits_in_an_epoch_where_all_are_between_0_and_1() -> None:
         (P, Y, "preds are taken for logits: above 0 is a yes"),
         (P.sigmoid(), Y, "preds are taken for probabilities: above 0.5 is a yes"),
         (S, F.one_hot(L, 3), "labels are taken for one-hot or soft ones: the highest is the class"),
-        (P, P * 100, "there is no accuracy: labels are neither class numbers nor in [-1, 1]"),
+        (
+            P,
+            P * 100,
+            "there is no accuracy: labels are no class numbers and not in [-1, 1]",
+        ),
+        (
+            torch.zeros(2, 3, 3),
+            L[:6].view(2, 3),
+            "preds (2, 3, 3) have their classes in dimension 1, not in the last one",
+        ),
     ],
 )
 def test_what_was_assumed_is_said_once(
@@ -212,7 +227,7 @@ def test_no_kind_waits_for_the_gpu(name: str) -> None:
         ((3, 6), L, 1 / 2),
         ((torch.tensor(3), torch.tensor(4)), L, 3 / 4),
         (0.5, None, 0.5),
-        (1, {"a": L, "b": L}, 1 / 2),
+        (1, {"labels": L, "mask": L}, 1 / 12),
     ],
     ids=repr,
 )

@@ -20,7 +20,8 @@ from tracker.errors import ArgumentError
 from tracker.transfers import check_computed, to_device, whole
 
 _COUNTS = 8
-_OTHERWISE = "RunManager(accuracy=…) counts otherwise."
+OTHERWISE = "RunManager(accuracy=…) counts otherwise."
+"""The end of a sentence that says what was assumed."""
 
 
 def has_classes(preds: Tensor, labels: Tensor) -> bool:
@@ -98,7 +99,7 @@ def _misfit(preds: Tensor, labels: Tensor) -> ArgumentError:
     return ArgumentError(
         f"preds has the shape {tuple(preds.shape)} and labels {tuple(labels.shape)}; they must be "
         "scores (N, classes, …) and class numbers (N, …), or of one shape; "
-        f"{_OTHERWISE}"
+        f"{OTHERWISE}"
     )
 
 
@@ -177,14 +178,14 @@ def decide(
     if not labels:
         return 0.0, 0.0
     if strange:
-        say(f"there is no accuracy: labels are neither class numbers nor in [-1, 1]; {_OTHERWISE}")
+        say(f"there is no accuracy: labels are no class numbers and not in [-1, 1]; {OTHERWISE}")
         return 0.0, 0.0
     known |= {name for name, is_so in (("several", not_one_hot), ("logits", outside)) if is_so}
     if "several" not in known:
-        say(f"labels are taken for one-hot or soft ones: the highest is the class; {_OTHERWISE}")
+        say(f"labels are taken for one-hot or soft ones: the highest is the class; {OTHERWISE}")
         return highest, columns
     if "logits" in known:
-        say(f"preds are taken for logits: above 0 is a yes; {_OTHERWISE}")
+        say(f"preds are taken for logits: above 0 is a yes; {OTHERWISE}")
         return logits, labels
-    say(f"preds are taken for probabilities: above 0.5 is a yes; {_OTHERWISE}")
+    say(f"preds are taken for probabilities: above 0.5 is a yes; {OTHERWISE}")
     return probabilities, labels

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from tracker.errors import ArgumentError
 from tracker.training.accuracy import (
+    OTHERWISE,
     Readings,
     arranged,
     classes_correct,
@@ -176,32 +177,49 @@ class EpochMeter:
             ArgumentError: The shapes do not match.
         """
         if has_classes(preds, labels):  # in most loops
-            self._correct.append(classes_correct(preds, labels))
-            self._labels.append((len(labels), labels.numel()))
+            if preds.dim() > 2 and labels.shape == preds.shape[:-1]:
+                self._say_reading(
+                    f"preds {tuple(preds.shape)} have their classes in dimension 1, not in the "
+                    f"last one; {OTHERWISE}"
+                )
+            self._add_classes(preds, labels)
             return
         preds, labels, kind = arranged(preds, labels)
         if kind in ("columns", "flags"):
             self._readings.add(preds, labels, kind)
             self._labels.append((len(labels), 0))
             return
-        count = classes_correct if kind == "classes" else numbers_correct
-        self._correct.append(count(preds, labels))
-        self._labels.append((len(labels), labels.numel()))
+        if kind == "classes":
+            self._add_classes(preds, labels)
+        else:
+            self._correct.append(numbers_correct(preds, labels))
+            self._labels.append((len(labels), labels.numel()))
+
+    def _add_classes(self, preds: Tensor, labels: Tensor) -> None:
+        """Add class numbers; negative ones, such as torch's `ignore_index=-100`, do not count."""
+        self._correct.append(classes_correct(preds, labels))
+        size, total = len(labels), labels.numel()
+        if labels.dtype.is_signed:
+            labels = labels if type(labels) is Tensor else whole(labels.detach())
+            if not labels.is_cpu or (total and labels.min().item() < 0):
+                self._counted.append(labels.ge(0).sum())
+                total = 0
+        self._labels.append((size, total))
 
     def add_counted(self, counted: Any, labels: Any) -> None:
         """Add what a function of the user's has counted, without waiting for a device.
 
         Args:
-            counted: The number of correct predictions, out of `len(labels)`; or that and the
-                number of labels that were counted.
+            counted: The number of correct predictions, out of the batch; or that and the number
+                of labels that were counted.
             labels: The labels of the batch.
 
         Raises:
             ArgumentError: These are no numbers.
         """
         try:
-            size = len(labels)
-        except TypeError:
+            size = batch_size(labels)
+        except ArgumentError:
             size = 1
         correct, total = counted if isinstance(counted, tuple) else (counted, size)
         correct, total = _scalar(correct), _scalar(total)
