@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import Store
-from tracker import CallOrderError, RunManager
+from tracker import CallOrderError, Keep, RunManager
 
 LOADER = DataLoader(TensorDataset(torch.arange(10.0)), 4)
 SCORES, LABELS = torch.eye(2), torch.tensor([0, 1])
@@ -95,6 +95,74 @@ def test_a_run_resumed_while_it_validated_validates_anew(store: Store) -> None:
         found = manager.end_epoch()
     assert found["loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
     assert found["val_loss"] == 5.0
+
+
+def accumulates(manager: RunManager, number: int, batch: Any) -> None:
+    """Tracks two batches of `number` and `number - 1` at once."""
+    if number % 2 == 0:
+        manager.track_loss(number - 0.5, 2 * len(batch[0]))
+
+
+def sums(manager: RunManager, number: int, batch: Any) -> None:
+    manager.epoch_loss += number * len(batch[0])
+
+
+@pytest.mark.parametrize("track", [accumulates, sums])
+def test_a_loop_that_does_not_track_each_batch_goes_on_after_the_last_one(
+    track: Any, store: Store
+) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(8.0)), 1)
+    settings: dict[str, Any] = {"model": False, "histograms": False, "checkpoints": Keep(last=9)}
+
+    def batches(manager: RunManager, first: int, last: int) -> list[float]:
+        drawn = []
+        rest: Any = manager.rest_of_epoch()
+        assert len(rest) == 9 - first
+        for number, batch in enumerate(rest, first):
+            drawn.append(float(batch[0]))
+            track(manager, number, batch)
+            if number == last:
+                break
+        return drawn
+
+    with RunManager(**settings) as manager:
+        manager.begin_run({}, nn.Linear(1, 1), loader)
+        manager.begin_epoch()
+        batches(manager, 1, 8)
+        assert manager.end_epoch()["loss"] == 4.5
+        manager.save_checkpoint()
+        manager.begin_epoch()
+        batches(manager, 1, 6)
+        manager.save_checkpoint()
+    run_id = store.run().info.run_id
+    with RunManager.resume(run_id, **settings) as manager:
+        manager.begin_run({}, nn.Linear(1, 1), loader)
+        manager.begin_epoch()
+        assert batches(manager, 7, 8) == [6.0, 7.0]
+        assert manager.end_epoch()["loss"] == 4.5
+        manager.save_checkpoint()
+    assert (
+        len({path.split("/")[1] for path in store.artifacts(store.run()) if "checkp" in path}) == 3
+    )
+
+
+def test_a_loop_whose_batches_nobody_counts_repeats_the_epoch_and_is_told_so(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet(checkpoints=Keep(last=9)) as manager:
+        manager.begin_run({}, nn.Linear(1, 1), LOADER)
+        for _ in range(2):
+            manager.begin_epoch()
+            for number, batch in enumerate(LOADER):
+                sums(manager, number, batch)
+                if manager.epoch_count == 2:
+                    manager.save_checkpoint()
+            manager.end_epoch()
+            manager.save_checkpoint()
+    (message,) = (text for text in caplog.messages if "save_checkpoint" in text)
+    assert "a resumed run repeats it; loop over rest_of_epoch()" in message
+    artifacts = store.artifacts(store.run())
+    assert {f"checkpoints/0000000{step}/state.json" for step in (1, 2)} <= artifacts
 
 
 # -- accuracy of the user's own ----------------------------------------------------------------

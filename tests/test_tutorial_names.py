@@ -113,6 +113,52 @@ class ByHand(RunManager):
         self.epoch.num_correct += 3
 
 
+class Counting(RunManager):
+    """Keeps the run's hyperparameters and the number of the epoch under names that ours has."""
+
+    def begin_run(self, run: Any, *data: Any, **more: Any) -> Any:
+        self.run, self.epoch = run, 0
+        return super().begin_run(run, *data, **more)
+
+    def begin_epoch(self) -> None:  # type: ignore[override]
+        self.epoch += 1
+        super().begin_epoch()
+
+
+def test_what_a_subclass_keeps_under_our_names_is_what_it_reads(store: Store) -> None:
+    with Counting(model=False) as manager:
+        manager.begin_run(PARAMS, NET, LOADER)
+        for number in (1, 2):
+            an_epoch(manager)
+            assert (manager.run.lr, manager.epoch, manager.epoch_count) == (0.5, number, number)
+        run_id = manager.run_id
+        manager.end_run()
+        assert manager.run_id == run_id == store.run().info.run_id
+
+
+def test_a_subclass_that_replaces_every_verb_is_told_that_nothing_is_tracked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Own(RunManager):
+        def begin_run(self, *unused: Any) -> None:  # type: ignore[override]
+            self.run_count += 1
+
+        def begin_epoch(self) -> None:  # type: ignore[override]
+            self.epoch_loss = 0.0
+
+        def track_loss(self, loss: Any, batch: Any = None) -> None:
+            self.epoch_loss += float(loss)
+
+    with Own() as manager:
+        manager.begin_run()
+        for _ in range(2):
+            manager.begin_epoch()
+            manager.track_loss(0.5)
+            manager.track_loss(0.5)
+            assert manager.epoch_loss == 1.0
+    assert caplog.messages == ["Nothing is tracked. Own.begin_run() must call super().begin_run()."]
+
+
 def test_a_loop_that_sets_the_sums_itself_has_the_tutorial_s_metrics(store: Store) -> None:
     with ByHand(model=False) as manager:
         manager.begin_run(PARAMS, NET, LOADER)

@@ -21,7 +21,7 @@ class BatchTracking(TutorialNames):
     """The part of a manager that runs in every step of the loop."""
 
     step: int
-    """Number of steps in this run: calls of `track_loss`."""
+    """Number of steps in this run: calls of `track_loss`; a loop without any has its batches."""
     _first: FirstBatch | None
     _epoch: OpenEpoch | None
     _batch_loss: bool
@@ -54,8 +54,8 @@ class BatchTracking(TutorialNames):
 
     def _log_step_histograms(self) -> None:
         run = self._runs.open_run
-        if run is not None and self._is_kept and self.network is not None:
-            run.log_histograms(self.network, self.step, self._every)
+        if run is not None and self._is_kept and self._trained is not None:
+            run.log_histograms(self._trained, self.step, self._every)
 
     def _see(self, batch: Any = None) -> None:
         if self._first is not None and not self._first.is_seen:
@@ -81,7 +81,7 @@ class BatchTracking(TutorialNames):
         """Return the number of correct predictions of a batch; subclasses may override this.
 
         Returns:
-            The number, out of `len(labels)`; or a pair, that and the number of labels.
+            The number, out of the samples of the batch; or a pair, that and the number of labels.
         """
         if self._accuracy is not None:
             return self._accuracy(preds, labels)

@@ -26,7 +26,7 @@ from tracker.run import Run
 from tracker.statuses import Outcome, outcome
 from tracker.store.history import ResumeState
 from tracker.training.checkpoint import Checkpoint, Keep, Retention
-from tracker.training.epoch import OpenEpoch
+from tracker.training.epoch import OpenEpoch, Rest
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
 from tracker.training.watch import LoopWatch, beside, gradient_metrics, gradient_norm
@@ -37,6 +37,11 @@ from tracker.views.files import ResultTable
 
 if TYPE_CHECKING:
     from tracker.capture.model import Predictor
+
+_REPEATED = (
+    "save_checkpoint() cannot tell how much of the epoch is done, and a resumed run repeats it; "
+    "loop over rest_of_epoch(), or call track_loss() for each batch."
+)
 
 
 class RunManager(BatchTracking):
@@ -79,8 +84,8 @@ class RunManager(BatchTracking):
             tags: Tags of every run.
             directory: Holds the journal while a run lasts.
             batch_loss: Log the loss of each batch as `batch_loss`, by global step from 1.
-            accuracy: `accuracy(preds, labels)` returns the number of correct predictions, out of
-                `len(labels)`; or a pair: that, and the number of labels. Numbers or tensors.
+            accuracy: `accuracy(preds, labels)` returns the number of correct predictions in the
+                batch; or a pair: that, and the number of labels. Numbers or tensors.
             histograms: Log those of weights and gradients in each epoch, or as `Every(…)` says.
             loop_metrics: Log learning rates, speed, data wait, memory, gradient norm of each epoch.
             model: Log the trained network at the end of a run; "pickle": with its class.
@@ -267,9 +272,9 @@ class RunManager(BatchTracking):
             run.log_facts({"epochs": self.epoch_count - (self._epoch is not None)})
             if self._first is not None:
                 example = self._first.close(finished=ended.status == "FINISHED")
-                if self._model and ended.status == "FINISHED" and self.network is not None:
+                if self._model and ended.status == "FINISHED" and self._trained is not None:
                     model_extras |= {"step": self.epoch_count, "pickle": self._model == "pickle"}
-                    run.log_model(self.network, example, **model_extras)
+                    run.log_model(self._trained, example, **model_extras)
         except BaseException as error:
             ended = ended if isinstance(error, Exception) else outcome(error)
             raise
@@ -340,6 +345,8 @@ class RunManager(BatchTracking):
         epoch_metrics |= checked_metrics(given, run.name_of)
         epoch_metrics["epoch_duration"] = epoch.seconds
         self._epoch = None
+        if not len(epoch.meter):  # its checkpoints have steps too
+            self.step += max(1, epoch.untracked_steps)
         self._log_metrics(epoch_metrics, self._watch.end(epoch.meter))
         return dict(self._metrics)
 
@@ -373,9 +380,9 @@ class RunManager(BatchTracking):
         run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
         every = self._every
-        if every and every.is_due(epoch=epoch) and self._is_kept and self.network is not None:
-            norm = gradient_norm(self.network) if self._loop_metrics else None
-            histograms = run.log_histograms(self.network, epoch, every)
+        if every and every.is_due(epoch=epoch) and self._is_kept and self._trained is not None:
+            norm = gradient_norm(self._trained) if self._loop_metrics else None
+            histograms = run.log_histograms(self._trained, epoch, every)
             observed = {**observed, **gradient_metrics(norm, histograms)}
         observed = beside(observed, metrics)
         run.log_metrics(observed, epoch)
@@ -388,8 +395,8 @@ class RunManager(BatchTracking):
     def save_checkpoint(self, **objects: Any) -> None:
         """Log all states that `resume` needs, and delete superseded checkpoints.
 
-        Call it between two epochs, or after `track_loss` of a batch. The states of the network and
-        of all random generators are always included.
+        Call it between two epochs, or after any batch of a loop over `rest_of_epoch()`. The states
+        of the network and of all random generators are always included.
 
         Args:
             objects: Optimizers, schedulers, scalers, other networks and whatever has `state_dict`,
@@ -399,23 +406,30 @@ class RunManager(BatchTracking):
             ArgumentError: A state holds more than tensors, numbers and text.
         """
         run = self._runs.current("save_checkpoint")
-        if not self._is_kept or self.network is None:
+        if not self._is_kept or self._trained is None:
             return
+        step = self.step
+        if self._epoch is not None:
+            step += self._epoch.untracked_steps
+            if not self._epoch.position:
+                say_once(_REPEATED, said=self._said)
         if run.log_checkpoint(
-            self.step,
-            network=objects.pop("network", getattr(self.network, "given", self.network)),
+            step,
+            network=objects.pop("network", self.network),
             objects=objects,
             loader=self.loader,
             epoch=self.epoch_count - (self._epoch is not None),
             metrics=self._metrics,
             **({} if self._epoch is None else self._epoch.checkpoint_fields()),
         ):  # else the disk is full, and the older ones must stay
-            for step in self._retention.add(self.step, self._metrics):
-                run.delete_checkpoint(step)
+            for superseded in self._retention.add(step, self._metrics):
+                run.delete_checkpoint(superseded)
 
     def rest_of_epoch(self) -> Iterable[Any]:
         """Return the batches of an epoch, without those trained on before the run was resumed."""
         checkpoint = self._mid_epoch_checkpoint()
+        if self._epoch is not None:
+            return Rest(self._epoch, self.loader, checkpoint)
         return self.loader if checkpoint is None else checkpoint.remaining(self.loader)
 
     def _mid_epoch_checkpoint(self) -> Checkpoint | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tracker.errors import CallOrderError
+from tracker.loop_arguments import say_once
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.training.distributed import is_main
 from tracker.training.meters import EpochMeter
+from tracker.training.networks import Networks, as_networks
+from tracker.training.watch import LoopWatch
 from tracker.views.base import Views
 from tracker.views.files import ResultTable
 from tracker.views.tensorboard import NoWriter
@@ -31,8 +33,6 @@ class TutorialNames:
     and does not call `track_loss`, has the loss of the tutorial: the sum over the data set's size.
     """
 
-    network: nn.Module | None = None
-    """The network of the run."""
     loader: Any = None
     """The loader of the run."""
     run_params: Any = None
@@ -53,24 +53,48 @@ class TutorialNames:
     _has_tensorboard: bool
     _meter: EpochMeter  # of the current epoch, or of the last one
     _last_run: Run | None = None
+    _watch: LoopWatch
+    _given_network: Any = None
+    _trained: nn.Module | None = None  # the network, or all of them in one module
+    _own_run: Any = None
+    _own_epoch: Any = None
     _own_tb: Any = None
     _epoch_names: EpochNames | None = None
 
     @property
-    def run(self) -> Run:
-        """The current run, or the last one that ended; raises CallOrderError if there is none."""
+    def network(self) -> Any:
+        """The network of the run, or several as they were given; a loop may replace it."""
+        return self._given_network
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        self._given_network = network.given if isinstance(network, Networks) else network
+        trained = as_networks(network)
+        self._trained = trained if isinstance(trained, nn.Module) else None
+        if "_watch" in vars(self):
+            self._watch.watch(self._trained)
+
+    @property
+    def run(self) -> Any:
+        """The current Run, or the last one that ended; raises CallOrderError if there is none.
+
+        If something else was assigned, such as a subclass's hyperparameters, it is that.
+        """
+        if self._own_run is not None:
+            return self._own_run
         if self._last_run is not None and self._runs.open_run is None:
             return self._last_run
         return self._runs.current("run")
 
     @run.setter
     def run(self, value: object) -> None:
-        """Copies of the class assign a record of their own, which has the same names."""
+        self._own_run = None if _is_record(value) else value
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the current run, to use with MLflow's own functions."""
-        return self._runs.run_id
+        """MLflow's id of the current run or the last one, to use with MLflow's own functions."""
+        run = self._runs.open_run or self._last_run
+        return None if run is None else run.run_id
 
     @property
     def run_data(self) -> list[dict[str, Any]]:
@@ -83,15 +107,17 @@ class TutorialNames:
             self._results.rows = rows if isinstance(rows, list) else list(rows or ())
 
     @property
-    def epoch(self) -> EpochNames:
-        """The epoch's `count`, `loss`, `num_correct` and `start_time`."""
+    def epoch(self) -> Any:
+        """The epoch's `count`, `loss`, `num_correct` and `start_time`, or what was assigned."""
+        if self._own_epoch is not None:
+            return self._own_epoch
         if self._epoch_names is None:
             self._epoch_names = EpochNames(self)
         return self._epoch_names
 
     @epoch.setter
     def epoch(self, value: object) -> None:
-        """Copies of the class assign a record of their own, which has the same names."""
+        self._own_epoch = None if _is_record(value) else value
 
     @property
     def epoch_loss(self) -> float:
@@ -102,6 +128,7 @@ class TutorialNames:
     def epoch_loss(self, value: Any) -> None:
         if "_meter" in vars(self):
             self._meter.loss_sum = value
+            self._warn_untracked(value)
 
     @property
     def epoch_num_correct(self) -> int:
@@ -112,6 +139,12 @@ class TutorialNames:
     def epoch_num_correct(self, value: Any) -> None:
         if "_meter" in vars(self):
             self._meter.correct = value
+            self._warn_untracked(value)
+
+    def _warn_untracked(self, value: Any) -> None:
+        """Warn of a subclass that sums a loss, but never lets this class begin a run."""
+        if self._last_run is None and (hint := self._hint("begin_run")) and bool(value):
+            say_once(f"Nothing is tracked.{hint}", said=self._said)
 
     @property
     def tb(self) -> Any:
@@ -152,9 +185,24 @@ class TutorialNames:
             raise AttributeError(f"{message}.")
         if hasattr(Run, name):
             raise AttributeError(f"{message}; a run has it: manager.run.{name}.")
+        from difflib import get_close_matches  # seldom needed
+
         names = [known for known in {*dir(type(self)), *vars(self)} if not known.startswith("_")]
         nearest = "".join(get_close_matches(name, sorted(names), n=1, cutoff=0.0))
         raise AttributeError(f"{message}; the nearest is {nearest!r}.")
+
+
+def _is_record(value: object) -> bool:
+    """Whether it is a copy's own record of a run or an epoch, with the same names as ours."""
+    return value is None or (hasattr(value, "count") and hasattr(value, "start_time"))
+
+
+def _of_manager(name: str, doc: str) -> Any:
+    return property(
+        lambda self: getattr(self._manager, name),
+        lambda self, value: setattr(self._manager, name, value),
+        doc=doc,
+    )
 
 
 class EpochNames:
@@ -166,38 +214,9 @@ class EpochNames:
     def __init__(self, manager: TutorialNames) -> None:
         self._manager = weakref.proxy(manager)  # a manager that is dropped ends its run at once
 
-    @property
-    def count(self) -> int:
-        """Number of epochs begun in this run."""
-        return int(self._manager.epoch_count)
-
-    @count.setter
-    def count(self, value: int) -> None:
-        self._manager.epoch_count = value
-
-    @property
-    def loss(self) -> float:
-        """Sum of the losses over the samples; waits for the device."""
-        return float(self._manager.epoch_loss)
-
-    @loss.setter
-    def loss(self, value: Any) -> None:
-        self._manager.epoch_loss = value
-
-    @property
-    def num_correct(self) -> int:
-        """Number of correct predictions; waits for the device."""
-        return int(self._manager.epoch_num_correct)
-
-    @num_correct.setter
-    def num_correct(self, value: Any) -> None:
-        self._manager.epoch_num_correct = value
-
-    @property
-    def start_time(self) -> float:
-        """When the epoch began, in seconds since 1970."""
-        return float(self._manager.epoch_start_time)
-
-    @start_time.setter
-    def start_time(self, value: float) -> None:
-        self._manager.epoch_start_time = value
+    count = _of_manager("epoch_count", "Number of epochs begun in this run.")
+    loss = _of_manager("epoch_loss", "Sum of the losses over the samples; waits for the device.")
+    num_correct = _of_manager(
+        "epoch_num_correct", "Number of correct predictions; waits for the device."
+    )
+    start_time = _of_manager("epoch_start_time", "When the epoch began, in seconds since 1970.")

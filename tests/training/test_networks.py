@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Store
-from tracker import ArgumentError, RunManager, load_histograms, load_trained
+from tracker import ArgumentError, RunManager, StoreError, load_histograms, load_trained
 
 
 class Generator(nn.Module):
@@ -67,6 +67,7 @@ def test_each_network_has_its_layers_graph_histograms_and_model(
     with RunManager() as manager:
         optimizers = train(manager, given(*parts), parts)
         manager.save_checkpoint(optimizer=optimizers)
+        assert list(manager.network) == list(given(*parts))
         manager.end_run()
     run = store.run()
     assert run.data.params["model"] == "Generator, Critic"
@@ -84,6 +85,16 @@ def test_each_network_has_its_layers_graph_histograms_and_model(
         torch.testing.assert_close(mlflow.pytorch.load_model(uri)(inputs), part(inputs))
         fresh = type(part)()
         assert torch.equal(load_trained(uri, into=fresh).linear.weight, part.linear.weight)
+
+    with pytest.raises(
+        StoreError, match=f"the run has only model-{min(names)}, model-{max(names)}"
+    ):
+        load_trained(run.info.run_id, into=Critic())
+    both: list[Any] = [Generator(), Critic()]
+    loaded = load_trained(run.info.run_id, into=given(*both))
+    assert list(loaded) == list(given(*both))
+    for part, other in zip(parts, both, strict=True):
+        assert torch.equal(part.linear.weight, other.linear.weight)
 
     resumed = RunManager.resume(run.info.run_id)
     others = [Generator(), Critic()]

@@ -264,6 +264,50 @@ def test_each_group_of_each_optimizer_has_a_curve(
     watching.close()
 
 
+def test_a_curve_keeps_its_name_if_another_optimizer_pauses_or_comes_later() -> None:
+    network = network_of(2, 3, 4)
+    body = optim.SGD(network[0].parameters(), 0.1)
+    watching, found = LoopWatch(network), []
+
+    def epoch(*optimizers: optim.Optimizer) -> None:
+        watching.begin()
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(watching.end(EpochMeter()))
+
+    epoch(body)
+    head = optim.SGD(network[1].parameters(), 0.2)
+    epoch(body, head)
+    epoch(head)
+    head.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3})
+    epoch(head, body)
+    del body
+    epoch(head, optim.SGD(network[0].parameters(), 0.4))
+    assert found == [
+        {"train/lr": 0.1},
+        {"train/lr": 0.1, "train/lr_1": 0.2},
+        {"train/lr_1": 0.2},
+        {"train/lr": 0.1, "train/lr_1": 0.2, "train/lr_2": 0.3},
+        {"train/lr_1": 0.2, "train/lr_2": 0.3, "train/lr_0": 0.4},
+    ]
+
+
+def test_the_rates_of_a_network_that_replaces_another_are_seen(
+    store: Store, manager: RunManager
+) -> None:
+    manager.begin_run({}, network_of(4, 3))
+    for rate, sizes in ((0.5, (4, 3)), (0.25, (4, 2, 3))):
+        manager.network = network_of(*sizes)
+        optimizer = optim.SGD(manager.network.parameters(), rate)
+        manager.begin_epoch()
+        manager.network(torch.rand(2, 4)).sum().backward()
+        optimizer.step()
+        manager.track_loss(1.0, 2)
+        manager.end_epoch()
+    manager.end_run()
+    assert store.history(store.run(), "train/lr") == [(1, 0.5), (2, 0.25)]
+
+
 def test_a_custom_step_has_the_rates_of_its_own_thread() -> None:
     network = network_of(4, 3)
     optimizer = optim.SGD(network.parameters(), lr=0.25)

@@ -133,12 +133,15 @@ class ModelStore:
     def _location_in_run(self, run_id: str, name: str) -> str:
         experiment_id = self._client.get_run(run_id).info.experiment_id
         query = f"source_run_id = '{run_id}'"
+        others = set()
         # The newest comes first.
         for model in all_pages(self._client.search_logged_models, [experiment_id], query):
             if model.name == name:
                 return str(model.artifact_location)
+            others.add(model.name)
+        there = f"only {', '.join(sorted(others))}" if others else "none"
         raise StoreError(
-            f"MLflow could not find the model 'runs:/{run_id}/{name}': the run has no such model."
+            f"MLflow could not find the model 'runs:/{run_id}/{name}': the run has {there}."
         )
 
     def delete(self, model_id: str, name: str) -> bool:

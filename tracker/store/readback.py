@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -22,8 +22,9 @@ from tracker.logs import muted
 from tracker.store.history import load_histogram_records
 from tracker.store.uri import check_exists, resolve
 from tracker.training.device import unwrap
+from tracker.training.networks import as_networks
 
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module])
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def load_trained(
             `models:/NAME/1`.
         tracking_uri: Default that of the Run, or the one that MLflow itself would use.
         into: A network whose weights become those of the model; then it is returned. It works for
-            runs that have only the weights (`model.pt`) too.
+            runs that have only the weights (`model.pt`) too. Several networks, as `begin_run` was
+            given them, take the models `model-NAME`.
 
     Raises:
         ArgumentError: `into` has other tensors than the model; nothing is changed.
@@ -71,11 +73,15 @@ def load_trained(
     uri = uri if ":" in uri else f"runs:/{uri}/model"
     if into is None:
         return _load_program(uri, tracking_uri)
-    state = _load_weights(uri, tracking_uri)
-    network = unwrap(into)
-    if problem := _misfit(network.state_dict(), state):
-        raise ArgumentError(f"into={type(network).__name__} does not fit {uri!r}: {problem}.")
-    network.load_state_dict(state)
+    networks = as_networks(into)
+    named = {f"-{name}": part for name, part in getattr(networks, "parts", {}).items()}
+    parts = {f"{uri}{name}": unwrap(part) for name, part in (named or {"": networks}).items()}
+    states = {name: _load_weights(name, tracking_uri) for name in parts}
+    for name, part in parts.items():
+        if problem := _misfit(part.state_dict(), states[name]):
+            raise ArgumentError(f"into={type(part).__name__} does not fit {name!r}: {problem}.")
+    for name, part in parts.items():
+        part.load_state_dict(states[name])
     return into
 
 

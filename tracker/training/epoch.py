@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tracker.training.checkpoint import Checkpoint
@@ -42,9 +42,13 @@ class OpenEpoch:
         if checkpoint is None:
             self.meter = EpochMeter(loader, said)
             self._random_states = RandomStates.capture(loader)
+            self._skipped = 0
         else:
             self.meter = EpochMeter.of(checkpoint.extra, loader, said)
             self._random_states = checkpoint.epoch_start
+            self._skipped = checkpoint.position
+        self.taken: int | None = None
+        """Batches of the epoch up to the last one that `Rest` has yielded."""
         self._started = time.perf_counter()
         watch.begin(len(self.meter))
 
@@ -58,6 +62,19 @@ class OpenEpoch:
         return compute_all({"": self.meter, **others})
 
     @property
+    def position(self) -> int:
+        """Batches that the loop has had: what it took from `Rest`, else calls of `track_loss`.
+
+        A loop that accumulates gradients may track the loss of several batches in one call.
+        """
+        return len(self.meter) if self.taken is None else self.taken
+
+    @property
+    def untracked_steps(self) -> int:
+        """Batches that the loop took from `Rest` if it never calls `track_loss`."""
+        return 0 if len(self.meter) or self.taken is None else self.taken - self._skipped
+
+    @property
     def seconds(self) -> float:
         """Time since the epoch began."""
         return time.perf_counter() - self._started
@@ -65,7 +82,30 @@ class OpenEpoch:
     def checkpoint_fields(self) -> dict[str, Any]:
         """Return what a checkpoint in the middle of this epoch needs to continue it."""
         return {
-            "position": len(self.meter),
+            "position": self.position,
             "epoch_start": self._random_states,
             "extra": self.meter.state(),
         }
+
+
+class Rest:
+    """The batches that are left of an epoch, which counts those that its loop takes."""
+
+    def __init__(self, epoch: OpenEpoch, loader: Any, checkpoint: Checkpoint | None) -> None:
+        """Begin after the batches before `checkpoint`, if there is one.
+
+        Raises:
+            ArgumentError: As `Checkpoint.remaining`.
+        """
+        self._epoch, self._loader = epoch, loader
+        self._skipped = 0 if checkpoint is None else checkpoint.position
+        self._batches = loader if checkpoint is None else checkpoint.remaining(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, epoch.taken = self._epoch, self._skipped
+        for batch in self._batches:
+            epoch.taken += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._loader) - self._skipped

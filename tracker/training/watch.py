@@ -12,6 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -91,32 +92,41 @@ def waited(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Seen:
-    """An optimizer that took a step, and the rates of its last one."""
+    """An optimizer that took a step."""
 
     def __init__(self, optimizer: Optimizer, is_watched: bool) -> None:
         self.optimizer = weakref.ref(optimizer)
         self.is_watched = is_watched
-        self.rates: list[Any] = []
+        self.rates: list[Any] = []  # of its last step in this epoch
+        self.names: dict[int, str] = {}  # of its groups, behind `train/lr`
 
 
 class _Rates:
     """The learning rates of a network's optimizers; without a network, of the thread's."""
 
     def __init__(self, network: nn.Module | None) -> None:
-        self._network = None if network is None else weakref.ref(network)
         self._thread = get_ident()
         self._seen: dict[int, _Seen] = {}
+        self.watch(network)
+
+    def watch(self, network: nn.Module | None) -> None:
+        """Watch the optimizers of another network, too."""
+        self._network = None if network is None else weakref.ref(network)
+        self._forget_others()
 
     def begin(self) -> None:
         """Forget the last epoch, and look again at the optimizers that were others'."""
         self._thread = get_ident()
+        self._forget_others()
+        for seen in self._seen.values():
+            seen.rates = []
+
+    def _forget_others(self) -> None:
         self._seen = {
             key: seen
             for key, seen in self._seen.items()
             if seen.is_watched and seen.optimizer() is not None
         }
-        for seen in self._seen.values():
-            seen.rates = []
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Keep the rates of a step, before a scheduler changes them."""
@@ -135,27 +145,48 @@ class _Rates:
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
     def read(self) -> dict[str, float]:
-        """Return the rates of the last steps by the names of their metrics."""
-        names: list[Any] = []
-        values: list[float] = []
-        for seen in self._seen.values():
+        """Return the rates of the last steps by the names of their metrics.
+
+        A group keeps its name, also if its optimizer takes no step in an epoch.
+        """
+        rates: dict[tuple[int, int], float] = {}  # by optimizer and group
+        wanted: dict[tuple[int, int], Any] = {}
+        for key, seen in self._seen.items():
             optimizer = seen.optimizer()
             groups = [{}] * len(seen.rates) if optimizer is None else optimizer.param_groups
-            for group, rate in zip(groups, seen.rates, strict=False):
+            for place, (group, rate) in enumerate(zip(groups, seen.rates, strict=False)):
                 if isinstance(rate, (int, float, Tensor)):  # Adafactor's may be None
-                    names.append(group.get("name"))
-                    values.append(float(rate))  # a tensor on a GPU may be that of the next step
-        if len(values) > _MOST_RATES:
-            return {"train/lr_lowest": min(values), "train/lr_highest": max(values)}
-        if len(values) == 1:
-            return {"train/lr": values[0]}
-        if len(set(names)) < len(names) or not all(map(_is_name, names)):
-            names = list(range(len(values)))
-        return {f"train/lr_{name}": value for name, value in zip(names, values, strict=True)}
+                    wanted[key, place] = group.get("name")
+                    # A tensor on a GPU may be that of the next step.
+                    rates[key, place] = float(rate)
+        if len(rates) > _MOST_RATES:
+            return {
+                "train/lr_lowest": min(rates.values()),
+                "train/lr_highest": max(rates.values()),
+            }
+        self._name(wanted)
+        return {
+            f"train/lr{self._seen[key].names[place]}": rate for (key, place), rate in rates.items()
+        }
+
+    def _name(self, wanted: Mapping[tuple[int, int], Any]) -> None:
+        """Name the groups that have no name yet: alone, by the names given to them, or by 0, 1."""
+        taken = {name for seen in self._seen.values() for name in seen.names.values()}
+        new = [(key, place) for key, place in wanted if place not in self._seen[key].names]
+        given = [f"_{wanted[each]}" for each in new]
+        numbers = (f"_{n}" for n in count("" in taken) if f"_{n}" not in taken)
+        if len(new) == 1 and not taken:
+            names = [""]
+        elif len({*given, *taken}) == len(given) + len(taken) and all(_is_name(n) for n in given):
+            names = given
+        else:
+            names = [next(numbers) for _ in new]
+        for (key, place), name in zip(new, names, strict=True):
+            self._seen[key].names[place] = name
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[\w\-. ]{1,100}", name, re.ASCII) is not None
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"_(?!None$)[\w\-. ]{1,100}", name, re.ASCII) is not None
 
 
 _watched: list[_Rates] = []
@@ -232,6 +263,11 @@ class LoopWatch:
         self.close = weakref.finalize(self, _close, self._rates, self._open)
         """Stop watching; an open epoch is forgotten."""
         self.close.atexit = False
+
+    def watch(self, network: nn.Module | None) -> None:
+        """Watch another network from now on; its loop has replaced the old one."""
+        self._network = None if network is None else weakref.ref(network)
+        self._rates.watch(network)
 
     def begin(self, first: int = 0) -> None:
         """Begin an epoch in this thread.
