@@ -206,7 +206,7 @@ class TorchRecorder(MediaRecorder):
             parts = network.parts.items()
             done = [log(part, examples.get(key), f"{name}-{key}", step) for key, part in parts]
             return all(done)
-        problem: str | None = "there is no example of its inputs"
+        problem: str | None = "there is no example of its inputs, as begin_run(…, example=…)"
 
         def save(folder: Path) -> None:
             nonlocal problem

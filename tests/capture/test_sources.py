@@ -285,7 +285,9 @@ RUNS_AGAIN = {
     "args = get_args()": "def get_args():\n    raise SystemExit(2)\n\nargs = 1\n",
     "width = int(sys.argv[1])": "import sys\nsys.argv = ['train.py', '3']\n",
     "home = os.environ['HOME']": "import os\n",
-    "table = np.loadtxt('table.txt')": "import numpy as np\nnp.loadtxt = lambda file: 1\n",
+    "table = np.loadtxt('table.txt')": (
+        "import numpy as np\nnp.savetxt('table.txt', np.ones(3))\n"
+    ),
     "words = Path('words.txt').read_text()": (
         "from pathlib import Path\nPath('words.txt').write_text('a')\n"
     ),
