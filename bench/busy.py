@@ -1,14 +1,14 @@
 """Measures delivery on a busy machine: a training beside one busy loop per core.
 
 Printed are the time until the run exists in the store, the lag of a point, how long `end_run`
-waits, and how many steps the training does while its uploader runs for each one that it does while
-the uploader is suspended, as medians of a few trainings on a new SQLite store each.
+waits, and what the uploader takes from the training, as medians of a few trainings on a new SQLite
+store each. What it takes is its share of one core: steps of the training beside a running and a
+suspended uploader were compared too, but other programs change them by more than the uploader.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sqlite3
 import subprocess
@@ -27,26 +27,24 @@ from bench.measuring import machine, table
 from tracker.delivery.background import DEADLINE_SECONDS
 
 TRAINING = """
-import json, sys, time
+import sys, time
 from tracker import start_run
 run = start_run()
 print("begun", flush=True)
-until, steps = time.monotonic() + float(sys.argv[1]), []
+until, step = time.monotonic() + float(sys.argv[1]), 0
 while time.monotonic() < until:
-    run.log_metrics({"loss": 1.0}, len(steps))
-    steps.append(time.monotonic())
+    run.log_metrics({"loss": 1.0}, step)
+    step += 1
     for _ in range(500_000):
         pass
 started = time.monotonic()
 run.end()
-print(json.dumps([time.monotonic() - started, steps]), flush=True)
+print(time.monotonic() - started, flush=True)
 """
 ROOT = Path(__file__).parents[1]
 NEVER = float("inf")
 STEADY = 0.4
-"""After this share of a training its uploader is suspended, and goes on, in turn."""
-WINDOW = 2.0
-"""Seconds that it runs, or is suspended."""
+"""After this share of a training, the uploader's share of a core is measured."""
 
 
 class Figures(NamedTuple):
@@ -58,8 +56,8 @@ class Figures(NamedTuple):
     """The median age of the newest point in the store."""
     end: float
     """What `end_run` waited."""
-    steps: float
-    """Steps per second beside the uploader, by those beside a suspended one."""
+    share: float
+    """The uploader's share of one core in the steady state."""
 
 
 def measure(seconds: float, niceness: int | None) -> Figures:
@@ -89,48 +87,28 @@ def measure(seconds: float, niceness: int | None) -> Figures:
             assert said.readline() == "begun\n"
             begun = time.monotonic()
             exists, lags = NEVER, []
-            while time.monotonic() < begun + STEADY * seconds:
+            used: list[tuple[float, float]] = []  # the time, and the uploader's CPU time until then
+            while (now := time.monotonic()) < begun + seconds:
                 for child in _uploader(training.pid):
                     if niceness is not None and child.nice() < niceness:
                         child.nice(niceness)
+                    if now >= begun + STEADY * seconds:
+                        used.append((now, sum(child.cpu_times()[:2])))
                 newest = _newest_point(store)
                 if newest is not None:
                     exists = min(exists, time.monotonic() - begun)
                     lags.append(time.time() - newest / 1000)
                 time.sleep(0.1)
-            windows = _toggle(training.pid, begun + seconds)
-            end, steps = json.loads(said.readline())
+            end = float(said.readline())
         _wait_for_uploader(Path(folder))
-    return Figures(exists, median(lags) if lags else NEVER, end, _ratio(windows, steps))
+    (first, before), (last, after) = used[0], used[-1]
+    share = (after - before) / (last - first)
+    return Figures(exists, median(lags) if lags else NEVER, end, share)
 
 
 def _uploader(pid: int) -> Iterator[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         yield from psutil.Process(pid).children()
-
-
-def _toggle(pid: int, until: float) -> list[tuple[bool, float, float]]:
-    """Suspend the uploader and let it go on, in turn; return (runs, from, to) of each window."""
-    windows = []
-    runs = False
-    while (now := time.monotonic()) + WINDOW < until:
-        for child in _uploader(pid):
-            child.resume() if runs else child.suspend()
-        time.sleep(WINDOW)
-        windows.append((runs, now, time.monotonic()))
-        runs = not runs
-    for child in _uploader(pid):
-        child.resume()
-    return windows
-
-
-def _ratio(windows: Sequence[tuple[bool, float, float]], steps: Sequence[float]) -> float:
-    rates = []
-    for kind in (True, False):
-        spans = [(start, end) for runs, start, end in windows if runs == kind]
-        done = sum(start <= step < end for start, end in spans for step in steps)
-        rates.append(done / sum(end - start for start, end in spans))
-    return rates[0] / rates[1]
 
 
 def _newest_point(store: Path) -> int | None:
@@ -152,12 +130,12 @@ def _wait_for_uploader(folder: Path) -> None:
 
 
 def _columns(figures: Sequence[Figures]) -> list[str]:
-    *seconds, steps = (median(column) for column in zip(*figures, strict=True))
+    *seconds, share = (median(column) for column in zip(*figures, strict=True))
     late = sum(figure.end >= DEADLINE_SECONDS for figure in figures)
     return [
         *("never" if value == NEVER else f"{value:.1f}" for value in seconds),
         f"{late} of {len(figures)}",
-        f"{steps:.3f}",
+        f"{100 * share:.1f} %",
     ]
 
 
@@ -180,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loop.kill()
             loop.wait()
     print(machine("mlflow"))
-    columns = ["", "run exists", "lag of a point", "end_run", "ends at the deadline", "steps"]
+    columns = ["", "run exists", "lag of a point", "end_run", "ends at the deadline", "uploader"]
     table(
         f"Delivery beside {given.loops} busy loops, seconds",
         columns,

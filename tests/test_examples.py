@@ -1,4 +1,4 @@
-"""Each example runs as it is written, and leaves a run with its numbers and loadable models."""
+"""Each example runs unchanged, and its run has metrics and models that load."""
 
 from __future__ import annotations
 

@@ -626,7 +626,7 @@ def a_confusion_matrix_at_the_end(make: Make) -> dict[str, float]:
 
 
 class WithDevice(RunManager):
-    """Has arguments and records of its own beside the tutorial's, which it passes on."""
+    """Adds an argument and records to the tutorial's."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -692,7 +692,7 @@ def a_subclass_that_counts_otherwise(make: Make) -> dict[str, float]:
 
 
 class AppendsRows(RunManager):
-    """Has a table of its own in `run_data`."""
+    """Adds its own rows to `run_data`."""
 
     def end_epoch(self, *given: Any, **named: Any) -> dict[str, float]:
         results = super().end_epoch(*given, **named)

@@ -1037,7 +1037,7 @@ def test_cuda_random_states_are_restored(tmp_path: Path) -> None:
 
 
 class Average:
-    """An average of weights that is no module."""
+    """An average of weights; not an nn.Module."""
 
     def __init__(self, **shadow: Any) -> None:
         self.shadow = {"decay": 0.9, **shadow}

@@ -29,7 +29,7 @@ SAMPLES = 12
 
 
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -60,7 +60,7 @@ class Slow(Dataset[Any]):
 
 
 class Nested(IterableDataset[Any]):
-    """Draws from a loader of its own."""
+    """Draws its samples from another loader."""
 
     def __init__(self, clock: Clock) -> None:
         self.inner = DataLoader(Slow(clock), 1)

@@ -150,7 +150,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_figure(figure: Any, path: Path, options: Mapping[str, Any]) -> None:
-    """Write a figure of matplotlib or plotly; it stays as it is.
+    """Write a figure of matplotlib or plotly, without changing it.
 
     Args:
         figure: A figure, or another object that saves itself like one, such as pyplot.
