@@ -36,12 +36,6 @@ def batch_size(
     Raises:
         ArgumentError: The batch is something else.
     """
-    if type(batch) in (tuple, list) and len(batch) == 2:  # what most loops pass in every step
-        inputs, labels = batch
-        if isinstance(labels, Tensor) and isinstance(inputs, Tensor) and labels.dim() == 1:
-            samples = labels.size(0)
-            if inputs.dim() > 1 and inputs.size(0) == samples:
-                return samples
     if isinstance(batch, Integral) and not isinstance(batch, bool) and int(batch) > 0:
         return int(batch)
     if (size := _size(batch)) is not None:

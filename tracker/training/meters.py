@@ -31,6 +31,7 @@ from tracker.training.batches import batch_size
 from tracker.training.distributed import sum_over_ranks
 from tracker.transfers import check_computed, whole
 
+_PAIRS = (list, tuple)
 _CHUNK = 512  # scalars to collect before joining them: on a GPU each one takes 512 bytes
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,17 @@ class _Scalars:
         self._joined: list[tuple[Sequence[int], Tensor]] = []  # values and their places
         self._recent: list[Tensor | float] = []
         self._before = 0  # the number of scalars before the recent ones
+        self.add_number = self._recent.append  # `append` of a float, without a call in each step
         if values is not None:
             self._joined.append((range(len(values)), values))
             self._before = len(values)
 
     def append(self, scalar: Tensor | float) -> None:
         self._recent.append(scalar)
-        if len(self._recent) == _CHUNK:
+        if len(self._recent) >= _CHUNK:
             self._joined += _join(self._recent, self._before)
-            self._before += _CHUNK
-            self._recent = []
+            self._before += len(self._recent)
+            self._recent.clear()
 
     def __len__(self) -> int:
         return self._before + len(self._recent)
@@ -117,6 +119,12 @@ class EpochMeter:
         """
         if batch is None:
             return None
+        if type(batch) in _PAIRS and len(batch) == 2:  # what most loops pass in every step
+            inputs, labels = batch
+            if type(inputs) is type(labels) is Tensor and labels.dim() == 1:
+                samples: int = labels.size(0)
+                if inputs.dim() > 1 and inputs.size(0) == samples:
+                    return samples
         return batch_size(batch, self._say_guess, is_collated=self._is_collated)
 
     def _say_guess(self, samples: int) -> None:
@@ -162,7 +170,10 @@ class EpochMeter:
             loss = whole(loss.detach())
         # Copy: the loop may modify its loss in place. On the CPU a float is six times faster.
         copied = float(loss.item()) if loss.is_cpu else loss.detach().reshape(()).clone()
-        self._losses.append(copied)
+        if loss.is_cpu:
+            self._losses.add_number(copied)
+        else:
+            self._losses.append(copied)
         self._sizes.append(size)
         return copied
 
