@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bench.measuring import Work, compare, goal, seconds, shuffled, table
 from bench.peers import BATCH, HAS_TENSORBOARD, RUN, tracker
 from models import FashionCNN
-from tracker.capture.histograms import histograms, network_histograms
+from tracker.capture.histograms import histograms
+from tracker.capture.network_histograms import network_histograms
 
 GOAL_MS = 0.6
 

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from tracker.capture.dataset import dataset_name, describe_dataset
 from tracker.capture.every import Every
-from tracker.capture.histograms import HistogramState, network_histograms, value_histogram
+from tracker.capture.network_histograms import (
+    HistogramState,
+    network_histograms,
+    value_histogram,
+)
 from tracker.errors import StoreError
 from tracker.journal import records
 from tracker.media_recorder import MediaRecorder

@@ -24,13 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.helpers import Store
 from tracker import ArgumentError, StoreError, load_histograms, load_nonfinite, start_run
-from tracker.capture.histograms import (
-    Histogram,
-    HistogramState,
-    bin_edges,
-    histograms,
-    network_histograms,
-)
+from tracker.capture.histograms import Histogram, bin_edges, histograms
+from tracker.capture.network_histograms import HistogramState, network_histograms
 
 # The format, spelt out: the lower edges of the bins of positive numbers, 1, 2, …
 LOWER = np.array([math.ldexp(1 + m / 8, e) for e in range(-126, 1024) for m in range(8)])

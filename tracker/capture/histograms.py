@@ -1,4 +1,4 @@
-"""Histograms of all weights and gradients of a network: exact counts in fixed bins.
+"""Histograms of tensors: exact counts in fixed bins.
 
 The bin of a number follows from its bits: sign, exponent and the first three bits of the mantissa,
 which makes eight bins per octave. Fixed bins need no minimum and maximum, so nothing waits for the
@@ -11,22 +11,16 @@ and bin -k covers its mirror image, (-right, -left].
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tracker.capture.every import Every
-from tracker.errors import ArgumentError, first_line
-from tracker.training.device import unwrap
 from tracker.transfers import local_copy
 
 _MANTISSA_BITS = 3
@@ -36,18 +30,6 @@ _INFINITE, _NAN = 1 << 15, (1 << 15) + 1  # outside the 2**14 bins of a float64 
 _STRIDE = 1 << 17
 _CHUNK = 1 << 17  # elements to bin at a time
 _CHUNK_ON_DEVICE = 1 << 22  # a kernel launch costs more than a cache miss
-
-_SUMMED = {
-    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32),
-    torch.float64: torch.float64,
-}
-_WRAPPER = re.compile(r"\b_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)\.")
-_NO_GRADIENTS = (
-    "All gradients of the network are missing or zero when the epoch ends; to have their "
-    "histograms, call zero_grad() before backward(), not after the step."
-)
-
-logger = logging.getLogger(__name__)
 
 
 class _Layout(NamedTuple):
@@ -86,10 +68,11 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
     """
     if not tensors:
         return []
-    return _histograms([_values(tensor) for tensor in tensors])
+    return count_rows([row_of(tensor) for tensor in tensors])
 
 
-def _histograms(rows: Sequence[_Row]) -> list[Histogram]:
+def count_rows(rows: Sequence[Row]) -> list[Histogram]:
+    """Return the histogram of each row, with a single transfer; at least one, all on one device."""
     # A network of one dtype, the usual case, is counted and decoded in one go.
     groups = [(layout, list(some)) for layout, some in groupby(rows, _layout)]
     counts = [_count(some, layout) for layout, some in groups]
@@ -103,8 +86,8 @@ def _histograms(rows: Sequence[_Row]) -> list[Histogram]:
     return result
 
 
-class _Row(NamedTuple):
-    """The elements of a tensor."""
+class Row(NamedTuple):
+    """The elements of a tensor; see `row_of`."""
 
     values: Tensor
     """Real numbers of any dtype, (elements,)."""
@@ -112,14 +95,14 @@ class _Row(NamedTuple):
     """The number of zeros that are left out of them."""
 
 
-def _layout(row: _Row) -> _Layout:
+def _layout(row: Row) -> _Layout:
     """Every value of a shorter float type is a float32; integers are counted as float64."""
     dtype = row.values.dtype
     return _FLOAT32 if dtype.is_floating_point and dtype != torch.float64 else _FLOAT64
 
 
-def _values(tensor: Tensor) -> _Row:
-    """The elements of a tensor as one row, not yet converted: a network would be copied."""
+def row_of(tensor: Tensor) -> Row:
+    """Return the elements of a tensor, not yet converted: a network would be copied."""
     tensor, zeros = _whole(tensor.detach()), 0
     if tensor.is_nested:
         tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
@@ -131,7 +114,7 @@ def _values(tensor: Tensor) -> _Row:
         zeros = (size - tensor.numel()) * (2 if tensor.is_complex() else 1)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    row = _Row(tensor.resolve_neg().reshape(-1), zeros)
+    row = Row(tensor.resolve_neg().reshape(-1), zeros)
     _converted(row.values[:1])  # raises if the dtype cannot be counted
     return row
 
@@ -155,7 +138,7 @@ def _converted(values: Tensor) -> Tensor:
     return floats.add_(0.0)  # makes NaNs of float8 quiet
 
 
-def _count(rows: Sequence[_Row], layout: _Layout) -> Tensor:
+def _count(rows: Sequence[Row], layout: _Layout) -> Tensor:
     """Counts by sign, exponent and mantissa bits, (rows * cells,); negative numbers first."""
     half = layout.cells // 2
     counts: list[Tensor | None] = [None] * len(rows)
@@ -247,166 +230,6 @@ def _split(bins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Histog
         special[first] = int(counts[start])
         start += 1
     return Histogram(bins[start:end], counts[start:end], *special.values())
-
-
-@dataclass
-class HistogramState:
-    """What is kept from one call of `network_histograms` to the next."""
-
-    frozen: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """Norm and sum of each parameter that requires no gradient."""
-    said: set[str] = field(default_factory=set)
-    """Tensors whose absence was warned about."""
-    weights: int | None = None
-    """A hash of the weights' histograms, to see whether they are trained."""
-
-
-def network_histograms(
-    network: nn.Module,
-    step: int,
-    state: HistogramState | None = None,
-    every: Every | None = None,
-) -> dict[str, Any]:
-    """Return the histograms of all parameters and gradients, as a journal record.
-
-    Names are those inside `torch.compile` and DistributedDataParallel. Uninitialised parameters are
-    skipped; a tensor that cannot be counted is left out with a warning.
-
-    Args:
-        network: Its parameters and gradients may be on several devices.
-        step: The step of the record.
-        state: Updated in place. Frozen parameters whose norm and sum have not changed are skipped.
-        every: Which tensors to take; default all.
-    """
-    state = HistogramState() if state is None else state
-    parameters = {
-        _WRAPPER.sub("", name): parameter
-        for name, parameter in unwrap(network).named_parameters()
-        if not nn.parameter.is_lazy(parameter)
-    }
-    unchanged = _unchanged(parameters, state.frozen)
-    rows: dict[tuple[str, str], _Row] = {}
-    problems: dict[str, Exception] = {}
-    for name, parameter in parameters.items():
-        if name in unchanged:
-            continue
-        for kind, tensor in (("weight", parameter), ("gradient", parameter.grad)):
-            if tensor is not None and (every is None or every.takes(name, kind)):
-                try:
-                    rows[name, kind] = _values(tensor)
-                except Exception as error:  # noqa: BLE001 - there are many kinds of tensors
-                    problems[f"{name} ({kind})"] = error
-    counted: dict[tuple[str, str], Histogram] = {}
-    for device in {row.values.device for row in rows.values()}:
-        there = {key: row for key, row in rows.items() if row.values.device == device}
-        try:
-            counted.update(zip(there, _histograms(list(there.values())), strict=True))
-        except Exception as error:  # noqa: BLE001 - such as too little memory
-            problems[f"the device {device}"] = error
-    _say_left_out(problems, state.said)
-    gradients = [histogram for (_, kind), histogram in counted.items() if kind == "gradient"]
-    trained = [one for one in parameters.values() if one.requires_grad and one.numel()]
-    no_gradients = (every is None or every == Every()) and (
-        all(one.grad is None for one in trained)
-        or (len(gradients) > 0 and not any(map(_any, gradients)))
-    )
-    shapes = [
-        (one.bins.tobytes(), one.counts.tobytes())
-        for key, one in counted.items()
-        if key[1] == "weight"
-    ]
-    weights = hash(tuple(shapes))
-    has_trained = state.weights is not None and state.weights != weights
-    state.weights = weights
-    if has_trained and trained and no_gradients and _NO_GRADIENTS not in state.said:
-        state.said.add(_NO_GRADIENTS)
-        logger.warning(_NO_GRADIENTS)
-    return {
-        "step": step,
-        "histograms": [
-            _fields(name, kind, histogram)
-            for name, kind in rows
-            if (histogram := counted.get((name, kind))) is not None
-        ],
-    }
-
-
-def _fields(name: str, kind: str, histogram: Histogram) -> dict[str, Any]:
-    """The histogram of a tensor, as in a journal record."""
-    return {
-        "tensor": name,
-        "kind": kind,
-        "bins": histogram.bins.tolist(),
-        "counts": histogram.counts.tolist(),
-        "nan": histogram.nan,
-        "posinf": histogram.posinf,
-        "neginf": histogram.neginf,
-    }
-
-
-def value_histogram(name: str, values: Any) -> dict[str, Any]:
-    """Return the histogram of a tensor, an array or numbers in lists, as in a journal record.
-
-    Raises:
-        ArgumentError: `values`, the argument `tensor`, cannot be counted.
-    """
-    try:
-        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
-        (histogram,) = histograms([tensor])
-    except Exception as error:
-        raise ArgumentError(
-            f"tensor is a {type(values).__name__} that cannot be counted ({first_line(error)}); it "
-            "must be a tensor, an array or a list of numbers."
-        ) from error
-    return _fields(name, "value", histogram)
-
-
-def _say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:
-    if new := [what for what in problems if what not in said]:
-        others = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        logger.warning(
-            "The histograms of %s%s are left out: %s.",
-            new[0],
-            others,
-            first_line(problems[new[0]]),
-        )
-        said.update(new)
-
-
-def _any(histogram: Histogram) -> bool:
-    """Whether some number is not zero."""
-    return bool(histogram.bins.any() or any(histogram[2:]))
-
-
-@torch.no_grad()
-def _unchanged(parameters: Mapping[str, Tensor], frozen: dict[str, tuple[float, ...]]) -> set[str]:
-    """Names of the frozen parameters with the norm and sum in `frozen`, which is updated."""
-    current = {
-        name: parameter.detach()
-        for name, parameter in parameters.items()
-        if not (parameter.requires_grad or parameter.is_meta or parameter.is_nested)
-        and parameter.dtype in _SUMMED
-        and type(parameter.data) is Tensor
-        and parameter.layout == torch.strided
-    }
-    for name in frozen.keys() - current:  # may be frozen again later
-        del frozen[name]
-    if not current:
-        return set()
-    # Two passes over memory: a fifth of the cost of a histogram.
-    summaries = {
-        name: torch.stack(
-            [torch.linalg.vector_norm(tensor, dtype=dtype), tensor.sum(dtype=dtype)]
-        ).float()
-        for name, tensor in current.items()
-        if (dtype := _SUMMED[tensor.dtype])  # a sum of float16 would overflow
-    }
-    before = dict(frozen)
-    for device in {summary.device for summary in summaries.values()}:
-        names = [name for name, summary in summaries.items() if summary.device == device]
-        values = torch.stack([summaries[name] for name in names]).tolist()  # waits once per device
-        frozen.update(zip(names, map(tuple, values), strict=True))
-    return {name for name, summary in frozen.items() if before.get(name) == summary}
 
 
 def bin_edges(bins: Iterable[int]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
