@@ -8,13 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from tracker.capture.every import Every
+from tracker.due_histograms import DueHistograms
 from tracker.errors import CallOrderError
 from tracker.first_batch import FirstBatch
 from tracker.journal.records import Point, now
+from tracker.loop_arguments import say_once
+from tracker.run import Run
 from tracker.training.epoch import OpenEpoch
 from tracker.training.meters import EpochMeter
 from tracker.transfers import read_later
 from tracker.tutorial_names import TutorialNames
+
+_UNSEEN = (
+    "Histograms of steps and of activations need to see each batch: "
+    "fit(network, manager.progress(loader), …)."
+)
 
 
 class BatchTracking(TutorialNames):
@@ -26,7 +34,9 @@ class BatchTracking(TutorialNames):
     _epoch: OpenEpoch | None
     _batch_loss: bool
     _every: Every | None
-    _every_steps: int | None
+    _histograms: DueHistograms | None
+    _due: DueHistograms | None  # the same, if steps matter to it
+    _passed = 0  # steps of `fit` since the last epoch that was logged
     _accuracy: Callable[[Any, Any], Any] | None
     _counts_itself: bool  # whether a function of the user's counts correct predictions
 
@@ -49,13 +59,41 @@ class BatchTracking(TutorialNames):
         self._views.batch()
         if (first := self._first) is not None and not first.is_seen:
             first.see(batch)
-        if self._every_steps and self.step % self._every_steps == 0:
-            self._log_step_histograms()
+        if (due := self._due) is not None and self.step >= due.step:
+            due.after(self.step, self._trained)
 
-    def _log_step_histograms(self) -> None:
-        run = self._runs.open_run
-        if run is not None and self._is_kept and self._trained is not None:
-            run.log_histograms(self._trained, self.step, self._every)
+    def _begin_histograms(self, run: Run) -> None:
+        if (every := self._every) is not None and self._is_kept:
+            arguments = run, self._trained, every, self._views, self.step, self._said
+            self._histograms = DueHistograms(*arguments)
+            self._due = self._histograms if every.steps or every.activations else None
+
+    def _close_histograms(self) -> None:
+        if self._histograms is not None:
+            self._histograms.close()
+        self._histograms = self._due = None
+
+    def _begin_pass(self, batches: int | None) -> int:
+        """Begin an epoch of `fit`, and return its number."""
+        self._passed, number = 0, self.epoch_count + 1
+        if self._due is not None and self._epoch is None:
+            self._due.begin_epoch(self._trained, number, self.step, self.step, batches)
+        return number
+
+    def _end_of_batch(self) -> None:
+        """Receive the end of a step of `fit`."""
+        self._see()
+        if (due := self._due) is not None and self._epoch is None:
+            self._passed += 1
+            if (step := self.step + self._passed) >= due.step:
+                due.after(step, self._trained)
+
+    def _add_steps(self, steps: int) -> None:
+        """Add the steps of a complete epoch of `fit`."""
+        self.step += steps
+        if self._due is not None and self._passed == 0:
+            say_once(_UNSEEN, said=self._said)
+        self._passed = 0
 
     def _see(self, batch: Any = None) -> None:
         if self._first is not None and not self._first.is_seen:

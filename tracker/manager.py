@@ -29,7 +29,7 @@ from tracker.training.checkpoint import Checkpoint, Keep, Retention
 from tracker.training.epoch import OpenEpoch, Rest
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
-from tracker.training.watch import LoopWatch, beside, gradient_metrics, gradient_norm
+from tracker.training.watch import LoopWatch, beside
 from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.choice import views_of
@@ -125,7 +125,6 @@ class RunManager(BatchTracking):
         self._batch_loss = batch_loss
         self._accuracy = accuracy
         self._every = checked_every(histograms)
-        self._every_steps = self._every.steps if self._every else None
         self._loop_metrics = loop_metrics
         self._model = model
         self._samples = samples
@@ -135,6 +134,7 @@ class RunManager(BatchTracking):
         self._views = views_of(self._results, tensorboard, live=run is None)
         self._has_tensorboard = tensorboard is not None
         self._first: FirstBatch | None = None
+        self._histograms = self._due = None
         self._other_loaders: Mapping[str, Any] = {}
         self._epoch: OpenEpoch | None = None
         self._meter = EpochMeter()
@@ -235,6 +235,7 @@ class RunManager(BatchTracking):
                 )
         if resume_state is not None:
             self._continue(resume_state)
+        self._begin_histograms(tracked)
         tracked.deliver()
         return tracked
 
@@ -280,6 +281,7 @@ class RunManager(BatchTracking):
             raise
         finally:  # whatever was raised, the run gets its status
             self._epoch = self._first = None
+            self._close_histograms()
             self._watch.close()
             self._runs.end(ended)
             self._views.end_run(ended.status)
@@ -320,7 +322,11 @@ class RunManager(BatchTracking):
         saved = self._mid_epoch_checkpoint()
         self._epoch = OpenEpoch(self.loader, self._other_loaders, saved, self._said, self._watch)
         self._meter, self.epoch_start_time = self._epoch.meter, time.time()
-        self._views.begin_epoch(self.epoch_count, length_of(self.loader))
+        batches = length_of(self.loader)
+        if self._due is not None:
+            began = self.step - len(self._meter)
+            self._due.begin_epoch(self._trained, self.epoch_count, began, self.step, batches)
+        self._views.begin_epoch(self.epoch_count, batches)
 
     def end_epoch(
         self, metrics: Mapping[str, float] | None = None, *more: Any, **named: Any
@@ -359,7 +365,7 @@ class RunManager(BatchTracking):
         if self._batch_loss:
             batches = zip(count(self.step + 1), epoch.batch_losses.tolist(), epoch.batch_times)
             run.append_points([Point("batch_loss", loss, step, at) for step, loss, at in batches])
-        self.step += len(epoch.batch_losses)
+        self._add_steps(len(epoch.batch_losses))
         self._log_metrics(epoch.metrics, epoch.observed if self._loop_metrics else {})
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
@@ -369,7 +375,7 @@ class RunManager(BatchTracking):
             loader: Yields the batches.
             length: Number of batches; default that of the loader, if it has one.
         """
-        return ShownLoader(loader, self._views, lambda: self.epoch_count + 1, length, self._see)
+        return ShownLoader(loader, self._views, self._begin_pass, length, self._end_of_batch)
 
     def _log_metrics(self, metrics: Mapping[str, float], observed: Mapping[str, float]) -> None:
         run, epoch = self._runs.current("end_epoch"), self.epoch_count
@@ -379,11 +385,9 @@ class RunManager(BatchTracking):
         run.log_metrics(metrics, epoch)
         run.log_epoch({"epoch": epoch} | {k: v for k, v in metrics.items() if k != "epoch"})
         histograms = None
-        every = self._every
-        if every and every.is_due(epoch=epoch) and self._is_kept and self._trained is not None:
-            norm = gradient_norm(self._trained) if self._loop_metrics else None
-            histograms = run.log_histograms(self._trained, epoch, every)
-            observed = {**observed, **gradient_metrics(norm, histograms)}
+        if (due := self._histograms) is not None:
+            ended = due.end_epoch(self._trained, epoch, self.step, norm=self._loop_metrics)
+            histograms, observed = ended[0], {**observed, **ended[1]}
         observed = beside(observed, metrics)
         run.log_metrics(observed, epoch)
         run.deliver()

@@ -124,7 +124,12 @@ class TorchRecorder(MediaRecorder):
             self._log_file(path, partial(Path.write_bytes, data=content))
 
     def log_histograms(
-        self, network: nn.Module, step: int, every: Every | None = None
+        self,
+        network: nn.Module,
+        step: int,
+        every: Every | None = None,
+        *,
+        outputs: Sequence[Mapping[str, Any]] = (),
     ) -> Mapping[str, Any]:
         """Log the histograms of all weights and gradients, and return their record, if it is kept.
 
@@ -133,11 +138,13 @@ class TorchRecorder(MediaRecorder):
         Args:
             network: The network. Frozen weights are logged again only if their norm or sum changes.
             step: Step of the histograms: an epoch, unless `every` counts steps.
-            every: Which tensors to take; default all.
+            every: Which weights and gradients to take; default all.
+            outputs: The histograms of activations, which a RunManager counts.
         """
         if not self._check_open():
             return {}
         record = network_histograms(network, checked_step(step), self._histogram_state, every)
+        record["histograms"] += outputs
         return self._log_histograms(record, "step" if every and every.steps else "epoch")
 
     def log_histogram(self, name: str, tensor: Any, step: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from tracker.errors import ArgumentError
 
@@ -17,15 +18,17 @@ class Every:
     """
 
     steps: int | None = None
-    """Log at every so many calls of `track_loss`, not by epoch."""
+    """Log at every so many calls of `track_loss`, or steps of `fit`, not by epoch."""
     epochs: int | None = None
     """Log at the end of every so many epochs."""
     only: str = "*"
-    """A pattern of names, such as `layer4.*`: `*`, `?` and `[…]` as in `fnmatch`."""
+    """A pattern of tensors' (`layer4.0.weight`) and modules' names: `layer4.*`, as in `fnmatch`."""
     weights: bool = True
     """Whether to log weights."""
     gradients: bool = True
     """Whether to log gradients."""
+    activations: bool = False
+    """Whether a manager logs the outputs of leaf modules: of the step, or an epoch's last batch."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs"):
@@ -45,11 +48,10 @@ class Every:
         """Return whether histograms are logged at the end of `epoch`."""
         return self.steps is None and epoch % (self.epochs or 1) == 0
 
-    def takes(self, tensor: str, kind: str) -> bool:
-        """Return whether the histogram of this tensor, a weight or a gradient, is logged."""
-        return (self.weights if kind == "weight" else self.gradients) and fnmatchcase(
-            tensor, self.only
-        )
+    def takes(self, name: str, kind: Literal["weight", "gradient", "activation"]) -> bool:
+        """Return whether the histogram of this tensor, or of this module's outputs, is logged."""
+        are_taken: bool = getattr(self, f"{kind}s")
+        return are_taken and fnmatchcase(name, self.only)
 
 
 def checked_every(histograms: bool | Every) -> Every | None:

@@ -32,7 +32,7 @@ _CHUNK = 1 << 17  # elements to bin at a time
 _CHUNK_ON_DEVICE = 1 << 22  # a kernel launch costs more than a cache miss
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How the bits of a float type become an index into its counts."""
 
     integer: torch.dtype
@@ -41,8 +41,8 @@ class _Layout(NamedTuple):
     bias: int
 
 
-_FLOAT32 = _Layout(torch.int32, 23 - _MANTISSA_BITS, 2 << (8 + _MANTISSA_BITS), 127)
-_FLOAT64 = _Layout(torch.int64, 52 - _MANTISSA_BITS, 2 << (11 + _MANTISSA_BITS), 1023)
+_FLOAT32 = Layout(torch.int32, 23 - _MANTISSA_BITS, 2 << (8 + _MANTISSA_BITS), 127)
+_FLOAT64 = Layout(torch.int64, 52 - _MANTISSA_BITS, 2 << (11 + _MANTISSA_BITS), 1023)
 
 
 class Histogram(NamedTuple):
@@ -66,24 +66,57 @@ def histograms(tensors: Sequence[Tensor]) -> list[Histogram]:
     Args:
         tensors: Any shape and dtype, dense or sparse, all on one device.
     """
-    if not tensors:
-        return []
     return count_rows([row_of(tensor) for tensor in tensors])
 
 
 def count_rows(rows: Sequence[Row]) -> list[Histogram]:
-    """Return the histogram of each row, with a single transfer; at least one, all on one device."""
+    """Return the histogram of each row, with a single transfer; all are on one device."""
     # A network of one dtype, the usual case, is counted and decoded in one go.
-    groups = [(layout, list(some)) for layout, some in groupby(rows, _layout)]
-    counts = [_count(some, layout) for layout, some in groups]
-    flat = (torch.cat(counts) if len(counts) > 1 else counts[0]).cpu().numpy()
+    groups = ((layout, list(some)) for layout, some in groupby(rows, _layout))
+    return decoded([Counts(_count(some, layout), layout) for layout, some in groups])
+
+
+class Counts(NamedTuple):
+    """Numbers that a device has counted, or will have when it gets there; see `count`."""
+
+    cells: Tensor
+    """By sign, exponent and mantissa bits, negative numbers first, (tensors * layout.cells,)."""
+    layout: Layout
+    """The float type as which they were counted."""
+
+
+def count(tensor: Tensor) -> Counts:
+    """Count the elements of a tensor, without waiting for its device.
+
+    The counts of several tensors can be added if their devices and layouts are equal.
+    """
+    row = row_of(tensor)
+    return Counts(_count([row], _layout(row)), _layout(row))
+
+
+def decoded(counts: Sequence[Counts]) -> list[Histogram]:
+    """Return the histogram of each counted tensor, with a single transfer from their device."""
     result: list[Histogram] = []
+    if not counts:
+        return result
+    cells = [one.cells for one in counts]
+    flat = (torch.cat(cells) if len(cells) > 1 else cells[0]).cpu().numpy()
     start = 0
-    for layout, some in groups:
-        end = start + len(some) * layout.cells
+    for layout, some in groupby(counts, lambda one: one.layout):
+        end = start + sum(len(one.cells) for one in some)
         result += _decode(flat[start:end], layout)
         start = end
     return result
+
+
+def added(parts: Sequence[Histogram]) -> Histogram:
+    """Return one histogram of the elements of several."""
+    if len(parts) == 1:
+        return parts[0]
+    bins, places = np.unique(np.concatenate([one.bins for one in parts]), return_inverse=True)
+    counts = np.zeros(len(bins), dtype=np.int64)
+    np.add.at(counts, places, np.concatenate([one.counts for one in parts]))
+    return Histogram(bins, counts, *np.sum([one[2:] for one in parts], axis=0).tolist())
 
 
 class Row(NamedTuple):
@@ -95,7 +128,7 @@ class Row(NamedTuple):
     """The number of zeros that are left out of them."""
 
 
-def _layout(row: Row) -> _Layout:
+def _layout(row: Row) -> Layout:
     """Every value of a shorter float type is a float32; integers are counted as float64."""
     dtype = row.values.dtype
     return _FLOAT32 if dtype.is_floating_point and dtype != torch.float64 else _FLOAT64
@@ -138,7 +171,7 @@ def _converted(values: Tensor) -> Tensor:
     return floats.add_(0.0)  # makes NaNs of float8 quiet
 
 
-def _count(rows: Sequence[Row], layout: _Layout) -> Tensor:
+def _count(rows: Sequence[Row], layout: Layout) -> Tensor:
     """Counts by sign, exponent and mantissa bits, (rows * cells,); negative numbers first."""
     half = layout.cells // 2
     counts: list[Tensor | None] = [None] * len(rows)
@@ -186,7 +219,7 @@ def _bincount(index: Tensor, cells: int) -> Tensor:
 
 
 @cache
-def _bins(layout: _Layout) -> npt.NDArray[np.int64]:
+def _bins(layout: Layout) -> npt.NDArray[np.int64]:
     """The bin of each cell; +-_INFINITE and _NAN for values that are not finite."""
     half = layout.cells // 2
     magnitude = np.arange(half)
@@ -199,7 +232,7 @@ def _bins(layout: _Layout) -> npt.NDArray[np.int64]:
     return np.concatenate([np.where(bins == _NAN, bins, -bins), bins])
 
 
-def _decode(flat: npt.NDArray[np.int64], layout: _Layout) -> list[Histogram]:
+def _decode(flat: npt.NDArray[np.int64], layout: Layout) -> list[Histogram]:
     """Turn the counts of all cells, (rows * cells,), into one histogram per row."""
     used = np.flatnonzero(flat != 0)  # twice as fast on bools
     row, cell = np.divmod(used, layout.cells)

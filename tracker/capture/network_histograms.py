@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def network_histograms(
     """
     state = HistogramState() if state is None else state
     parameters = {
-        _WRAPPER.sub("", name): parameter
+        plain_name(name): parameter
         for name, parameter in unwrap(network).named_parameters()
         if not nn.parameter.is_lazy(parameter)
     }
@@ -70,7 +70,11 @@ def network_histograms(
     for name, parameter in parameters.items():
         if name in unchanged:
             continue
-        for kind, tensor in (("weight", parameter), ("gradient", parameter.grad)):
+        kinds: dict[Literal["weight", "gradient"], Tensor | None] = {
+            "weight": parameter,
+            "gradient": parameter.grad,
+        }
+        for kind, tensor in kinds.items():
             if tensor is not None and (every is None or every.takes(name, kind)):
                 try:
                     rows[name, kind] = row_of(tensor)
@@ -83,10 +87,10 @@ def network_histograms(
             counted.update(zip(there, count_rows(list(there.values())), strict=True))
         except Exception as error:  # noqa: BLE001 - such as too little memory
             problems[f"the device {device}"] = error
-    _say_left_out(problems, state.said)
+    say_left_out(problems, state.said)
     gradients = [histogram for (_, kind), histogram in counted.items() if kind == "gradient"]
     trained = [one for one in parameters.values() if one.requires_grad and one.numel()]
-    no_gradients = (every is None or every == Every()) and (
+    no_gradients = (every is None or replace(every, activations=False) == Every()) and (
         all(one.grad is None for one in trained)
         or (len(gradients) > 0 and not any(map(_any, gradients)))
     )
@@ -104,14 +108,19 @@ def network_histograms(
     return {
         "step": step,
         "histograms": [
-            _fields(name, kind, histogram)
+            histogram_fields(name, kind, histogram)
             for name, kind in rows
             if (histogram := counted.get((name, kind))) is not None
         ],
     }
 
 
-def _fields(name: str, kind: str, histogram: Histogram) -> dict[str, Any]:
+def plain_name(path: str) -> str:
+    """Return the path of a module or tensor without the wrappers that it leads through."""
+    return _WRAPPER.sub("", path + ".").removesuffix(".")
+
+
+def histogram_fields(name: str, kind: str, histogram: Histogram) -> dict[str, Any]:
     """The histogram of a tensor, as in a journal record."""
     return {
         "tensor": name,
@@ -138,10 +147,11 @@ def value_histogram(name: str, values: Any) -> dict[str, Any]:
             f"tensor is a {type(values).__name__} that cannot be counted ({first_line(error)}); it "
             "must be a tensor, an array or a list of numbers."
         ) from error
-    return _fields(name, "value", histogram)
+    return histogram_fields(name, "value", histogram)
 
 
-def _say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:
+def say_left_out(problems: Mapping[str, Exception], said: set[str]) -> None:
+    """Name the problem of the first of these tensors in one warning, unless it is in `said`."""
     if new := [what for what in problems if what not in said]:
         others = f" and {len(new) - 1} more" if len(new) > 1 else ""
         logger.warning(

@@ -107,7 +107,7 @@ def trace(network: nn.Module, example: Any) -> Trace:
             for name, tensor in state.items()
         }
         for leaf in inputs.leaves:
-            if next(_tensors(leaf), None) is not None:
+            if next(tensors_in(leaf), None) is not None:
                 recorder.record("input", (), leaf)
         for name, module in modules_outside_leaves(network).items():
             if is_leaf(module):
@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
         result = _distinct(func(*args, **(kwargs or {})), before)
         # `x[i] = y` returns nothing: its result is x.
         produced = args[0] if func == Tensor.__setitem__ else result
-        if next(_tensors(produced), None) is not None:
+        if next(tensors_in(produced), None) is not None:
             self.record(_function_name(func), (args, kwargs), produced)
         return result
 
@@ -182,7 +182,7 @@ class _Recorder(TorchFunctionMode):
         counts: tuple[int, int] = (0, 0),
     ) -> None:
         """Append the call that produced the tensors in `result` from those in `arguments`."""
-        read, produced = tuple(_tensors(arguments)), tuple(_tensors(result))
+        read, produced = tuple(tensors_in(arguments)), tuple(tensors_in(result))
         inputs = dict.fromkeys(self._producer[id(t)] for t in read if id(t) in self._producer)
         self._producer.update((id(tensor), len(self.calls)) for tensor in produced)
         self._produced.extend(produced)
@@ -261,7 +261,7 @@ def _function_name(function: Any) -> str:
 
 def _versions(value: object) -> dict[int, int]:
     """How many times each tensor in `value` was modified in place, by its id."""
-    return {id(t): t._version for t in _tensors(value) if not t.is_inference()}
+    return {id(t): t._version for t in tensors_in(value) if not t.is_inference()}
 
 
 def _distinct(result: Any, before: dict[int, int]) -> Any:
@@ -275,8 +275,8 @@ def _distinct(result: Any, before: dict[int, int]) -> Any:
     return result.detach() if result._version == before[id(result)] else result
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists, sets, mappings and dataclasses."""
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists, sets, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -288,7 +288,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         items = (getattr(value, field.name) for field in fields(value))
     for item in items:
-        yield from _tensors(item)
+        yield from tensors_in(item)
 
 
 def _first_shape(tensors: tuple[Tensor, ...]) -> Shape | None:

@@ -57,6 +57,9 @@ class View:
             histograms: The record of its histograms; None if they are off.
         """
 
+    def histograms(self, step: int, record: Mapping[str, Any]) -> None:
+        """Receive the record of the histograms of a step, which are logged by steps."""
+
     def observed(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Receive what the loop of an ended epoch showed beside its metrics, such as `train/lr`."""
 
@@ -102,6 +105,7 @@ class Views(View):
     begin_epoch = _to_each(View.begin_epoch)
     batch = _to_each(View.batch)
     end_epoch = _to_each(View.end_epoch)
+    histograms = _to_each(View.histograms)
     observed = _to_each(View.observed)
     end_run = _to_each(View.end_run)
 
@@ -124,7 +128,7 @@ class ShownLoader:
         self,
         loader: Iterable[Any],
         view: View,
-        epoch: Callable[[], int],
+        begin: Callable[[int | None], int],
         batches: int | None,
         after: Callable[[], None],
     ) -> None:
@@ -133,13 +137,14 @@ class ShownLoader:
         Args:
             loader: Yields the batches.
             view: Shows them.
-            epoch: Returns the number of the epoch that begins with a pass.
+            begin: Called before each pass with its number of batches, if that is known; returns
+                the number of the epoch.
             batches: Number of batches; default that of the loader, if it has one.
             after: Called after each batch.
         """
         self._loader = loader
         self._view = view
-        self._epoch = epoch
+        self._begin = begin
         self._after = after
         self._batches = batches or length_of(loader)
 
@@ -150,7 +155,7 @@ class ShownLoader:
         set_epoch(self._loader, epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        self._view.begin_epoch(self._epoch(), self._batches)
+        self._view.begin_epoch(self._begin(self._batches), self._batches)
         for batch in self._loader:
             yield batch
             self._view.batch()
