@@ -165,7 +165,7 @@ histograms = st.builds(
         **dict(zip(["nan", "posinf", "neginf"], odd, strict=True)),
     ),
     st.text(max_size=4),
-    st.sampled_from(["weight", "gradient"]),
+    st.sampled_from(["weight", "gradient", "activation", "value"]),
     st.dictionaries(st.integers(-2032, 2032) | st.integers(-3, 3), counts, max_size=8),
     st.tuples(*[st.integers(0, 3)] * 3),
 )
@@ -299,19 +299,48 @@ class Served:
 def served() -> Iterator[Served]:
     records = tutorial_run(10)
     records[6]["histograms"][8]["nan"] = 5  # of fc1.weight
+    for step in (100, 200, 300):
+        outputs = histogram("fc1", "activation", bins=[1], counts=[7])
+        values = histogram("conv1.weight", "value", bins=[2], counts=[step])
+        weight = histogram("out.weight", bins=[3], counts=[step])
+        records.append({**record(step, outputs, values, weight), "unit": "step"})
     with Served(histogram_page(records, "bright-fox-12")) as page:
         yield page
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_the_page_works_in_a_sandbox_without_any_request(served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("link", "tensor", "at", "rows", "panels", "count"),
+    [
+        (
+            *("#tensor=fc1.weight&epoch=7&axis=symlog", "fc1.weight", "epoch 7", 10),
+            *({"Weights", "Gradients"}, "23,040"),
+        ),
+        ("#tensor=fc1", "fc1", "step 300", 3, {"Activations"}, "7"),
+        (
+            *("#tensor=conv1.weight (values)&epoch=step+200", "conv1.weight (values)"),
+            *("step 200", 3, {"Values"}, "200"),
+        ),
+        ("#tensor=out.weight&epoch=step+100", "out.weight", "step 100", 13, {"Weights"}, "100"),
+    ],
+    ids=["epochs", "activations", "values", "both"],
+)
+def test_the_page_works_in_a_sandbox_without_any_request(
+    link: str,
+    tensor: str,
+    at: str,
+    rows: int,
+    panels: set[str],
+    count: str,
+    served: Served,
+    tmp_path: Path,
+) -> None:
     flags = [
         *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
         *("--disable-background-networking", "--disable-component-update"),
         *("--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000"),
     ]
-    link = "#tensor=fc1.weight&epoch=7&axis=symlog"
     done = subprocess.run(
         ["chromium", *flags, "--dump-dom", served.url + link],
         capture_output=True,
@@ -320,9 +349,12 @@ def test_the_page_works_in_a_sandbox_without_any_request(served: Served, tmp_pat
         check=True,
     )
     texts = Elements(done.stdout).texts
-    assert "fc1.weight" in texts["h2"]
-    assert "epoch 7" in texts["output"]
-    assert "NaN or infinite from epoch 6" in texts["span"]
-    assert texts["dd"].count("23,040") == 2  # values, of the weight and of the gradient
+    assert texts["h2"] == [tensor]
+    assert texts["output"] == [at]
+    assert set(texts["span"]) >= panels
+    assert "weight: NaN or infinite from epoch 6" in texts["span"]
+    assert ("NaN or infinite from epoch 6" in texts["span"]) == (tensor == "fc1.weight")
+    assert texts["dd"].count(count) == len(panels)
+    assert f'max="{rows - 1}"' in done.stdout  # of the slider
     assert "CONSOLE" not in done.stderr  # neither an error nor a request that the policy refused
     assert served.paths == ["/"]

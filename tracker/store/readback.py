@@ -173,8 +173,9 @@ def load_histograms(run_id: str, tracking_uri: str | None = None) -> pd.DataFram
         tracking_uri: By default the one that MLflow itself would use.
 
     Returns:
-        A table with the columns `tensor` (its name), `kind` (weight, gradient or value), `step`,
-        `left` and `right` (the bin's edges), `count`, and `unit` (epoch or step: what `step` is).
+        A table with the columns `tensor` (its name), `kind` (weight, gradient, activation or
+        value), `step`, `left` and `right` (the bin's edges), `count`, and `unit` (epoch or step:
+        what `step` is).
 
     Raises:
         StoreError: The run does not exist, or has no histograms.

@@ -17,7 +17,7 @@ _DATA_LIMIT = 4_000_000
 
 
 def histogram_page(records: Iterable[Mapping[str, Any]], title: str, max_steps: int = 60) -> str:
-    """Return an HTML page that shows a tensor's weights, gradients or values over time.
+    """Return an HTML page that shows weights, gradients, activations and values over time.
 
     For the bins see `tracker.capture.histograms`.
 
@@ -25,7 +25,7 @@ def histogram_page(records: Iterable[Mapping[str, Any]], title: str, max_steps: 
         records: One or more records per epoch or step: `{"step": 3, "unit": "epoch",
             "histograms": [{"tensor": "conv1.weight", "kind": "weight", "bins": [-12, 5],
             "counts": [4, 1], "nan": 0, "posinf": 0, "neginf": 0}]}`, with kind `weight`,
-            `gradient` or `value` and its non-empty bins, sorted.
+            `gradient`, `activation` or `value` and its non-empty bins, sorted.
         title: Title of the page.
         max_steps: Maximum number of epochs on the page. A longer run, or one with more data than
             a browser loads with ease (4 MB), is shown by an even selection that includes the
