@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from tensorboard.backend.event_processing.event_accumulator import (
     COMPRESSED_HISTOGRAMS,
@@ -26,13 +27,13 @@ from tensorboard.backend.event_processing.event_accumulator import (
     TENSORS,
     EventAccumulator,
 )
-from torch import optim
+from torch import nn, optim
 from torch.utils.data import DataLoader
 
 from models import FashionCNN
 from tests.helpers import Store, train_epoch
 from tests.programs import ForkServer
-from tracker import ArgumentError, RunBuilder, RunManager, load_histograms
+from tracker import ArgumentError, Every, RunBuilder, RunManager, load_histograms
 from tracker.views.base import View, Views
 
 PROGRAM = """
@@ -144,6 +145,32 @@ def test_tensorboard_reads_scalars_histograms_pictures_graph_and_hyperparameters
     written = events.Histograms("fc1.weight.grad")[1].histogram_value
     assert written.num == counts["count"].sum() == network.fc1.weight.numel()
     assert [count for count in written.bucket if count] == counts["count"].tolist()
+
+
+@pytest.mark.parametrize("every", [{"steps": 2}, {"epochs": 1}])
+def test_tensorboard_has_the_histograms_of_steps_and_of_activations(
+    every: Any, store: Store, tmp_path: Path
+) -> None:
+    network = nn.Linear(3, 2)
+    with RunManager(
+        tensorboard="runs", model=False, histograms=Every(**every, activations=True)
+    ) as manager:
+        manager.begin_run({}, network, [])
+        manager.begin_epoch()
+        for _ in range(4):
+            network(torch.ones(5, 3)).sum().backward()
+            manager.track_loss(1.0, 5)
+        manager.end_epoch()
+        manager.end_run()
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder), {HISTOGRAMS: 0}).Reload()
+    at = [2, 4] if "steps" in every else [1]
+    for name, size in {
+        **{"weight": 6, "bias": 2, "weight.grad": 6, "bias.grad": 2},
+        "Linear.activation": 10,
+    }.items():
+        found = [(one.step, one.histogram_value.num) for one in events.Histograms(name)]
+        assert found == [(step, size) for step in at]
 
 
 def test_two_runs_with_the_same_params_have_separate_tensorboard_folders(

@@ -25,6 +25,8 @@ from tracker.views.base import View
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SUFFIXES = {"gradient": ".grad", "activation": ".activation"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -86,9 +88,14 @@ class TensorBoard(View):
         self._last = dict(metrics)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, epoch)
-        for item in (histograms or {}).get("histograms", ()):
-            self._add_histogram(item, epoch)
+        if histograms is not None:
+            self.histograms(epoch, histograms)
         self._writer.flush()
+
+    def histograms(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write the histograms of a step, or of an epoch."""
+        for item in record.get("histograms", ()):
+            self._add_histogram(item, step)
 
     def observed(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of the loop."""
@@ -96,15 +103,14 @@ class TensorBoard(View):
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
 
-    def _add_histogram(self, item: Mapping[str, Any], epoch: int) -> None:
+    def _add_histogram(self, item: Mapping[str, Any], step: int) -> None:
         if not item["bins"]:
             return
         left, right = bin_edges(item["bins"])
         counts = np.asarray(item["counts"], dtype=float)
         middle = (left + right) / 2
-        suffix = ".grad" if item["kind"] == "gradient" else ""
         self._writer.add_histogram_raw(
-            item["tensor"] + suffix,
+            item["tensor"] + _SUFFIXES.get(item["kind"], ""),
             min=left[0],
             max=right[-1],
             num=int(counts.sum()),
@@ -112,7 +118,7 @@ class TensorBoard(View):
             sum_squares=float(counts @ middle**2),
             bucket_limits=right.tolist(),
             bucket_counts=counts.tolist(),
-            global_step=epoch,
+            global_step=step,
         )
 
     def end_run(self, status: str) -> None:
