@@ -34,7 +34,7 @@ LAYERS = {
         *("base", "training", "capture", "journal"),
         *("run", "first_batch", "due_histograms", "tutorial_names", "loop_arguments"),
     },
-    "tutorial_names": {"base", "training", "views", "run", "managed_runs"},
+    "tutorial_names": {"base", "training", "views", "run", "managed_runs", "loop_arguments"},
     "loop_arguments": {"base", "training"},
     "manager": {
         *("base", "training", "capture", "journal", "store", "views", "delivery"),

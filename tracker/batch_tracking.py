@@ -110,6 +110,9 @@ class BatchTracking(TutorialNames):
             ArgumentError: The shapes do not fit.
         """
         meter = (self._epoch or self._current_epoch("track_num_correct")).meter
+        self._add_correct(meter, preds, labels)
+
+    def _add_correct(self, meter: EpochMeter, preds: Tensor, labels: Tensor) -> None:
         if self._counts_itself:
             meter.add_counted(self._get_num_correct(preds, labels), labels)
         else:
@@ -138,7 +141,8 @@ class BatchTracking(TutorialNames):
 
     def track_val_num_correct(self, preds: Tensor, labels: Tensor) -> None:
         """Add a validation batch to `val_accuracy`; otherwise like `track_num_correct`."""
-        self._add_correct("val", preds, labels)
+        meter = self._current_epoch("track_val_num_correct").meter_of("val")
+        self._add_correct(meter, preds, labels)
 
     def track_test_loss(self, loss: Tensor | float, batch: Any = None) -> None:
         """Add the loss of a test batch to `test_loss`; otherwise like `track_loss`."""
@@ -146,18 +150,12 @@ class BatchTracking(TutorialNames):
 
     def track_test_num_correct(self, preds: Tensor, labels: Tensor) -> None:
         """Add a test batch to `test_accuracy`; otherwise like `track_num_correct`."""
-        self._add_correct("test", preds, labels)
+        meter = self._current_epoch("track_test_num_correct").meter_of("test")
+        self._add_correct(meter, preds, labels)
 
     def _add_loss(self, part: str, loss: Tensor | float, batch: Any) -> None:
         meter = self._current_epoch(f"track_{part}_loss").meter_of(part)
         meter.add_loss(loss, meter.size_of(batch))
-
-    def _add_correct(self, part: str, preds: Tensor, labels: Tensor) -> None:
-        meter = self._current_epoch(f"track_{part}_num_correct").meter_of(part)
-        if self._counts_itself:
-            meter.add_counted(self._get_num_correct(preds, labels), labels)
-        else:
-            meter.add_correct(preds, labels)
 
     def _current_epoch(self, verb: str) -> OpenEpoch:
         if self._epoch is None:
