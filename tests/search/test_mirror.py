@@ -413,9 +413,8 @@ def test_a_beaten_model_is_deleted_while_the_study_is_running(store: Store) -> N
 
     def objective(trial: Trial) -> float:
         if trial.number == 2:
-            service = MirrorService(config(store.uri))
-            service.refresh()
-            service.close()
+            with closing(Storage()) as storage:
+                MirrorService(config(store.uri), storage).refresh()
             models = store.client.search_logged_models([store.runs()[0].info.experiment_id])
             remaining.extend(model.source_run_id for model in models)
         return model(trial)
@@ -538,10 +537,8 @@ def test_claiming_a_trial_never_waits_for_a_server_that_hangs(
     make(plain, tracking_uri="sqlite:///mlflow.db").run()
 
     def keep() -> None:
-        service = MirrorService(config(hanging))
-        with suppress(StoreError):
-            service.begin()
-        service.close()
+        with closing(Storage()) as storage, suppress(StoreError):
+            MirrorService(config(hanging), storage).begin()
 
     keeper = threading.Thread(target=keep)
     keeper.start()

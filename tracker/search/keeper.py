@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from tracker.search.stored_study import load
 
 if TYPE_CHECKING:
     from tracker.search.mirror import Mirror
+    from tracker.search.session import Search
     from tracker.store.client import MlflowStore
 
 SETTLE_SECONDS = 60.0
@@ -74,11 +75,12 @@ class KeeperConfig:
 class Keeper(Protocol):
     """Keeps a study in MLflow up to date."""
 
-    def finish(self, *, settled: bool) -> str | None:
+    def finish(self, *, settled: bool, left: bool = True) -> str | None:
         """Add to MLflow what is missing.
 
         Args:
             settled: Whether the journal of the search's own process is uploaded.
+            left: Whether the search could end its trials and store how it ended.
 
         Returns:
             Why something is still missing; None if nothing is.
@@ -88,16 +90,13 @@ class Keeper(Protocol):
 class InlineKeeper:
     """Creates the study's run at once, and completes it at the end."""
 
-    def __init__(self, config: KeeperConfig) -> None:
-        self._service = MirrorService(config)
-        self._service.begin()
+    def __init__(self, config: KeeperConfig, search: Search) -> None:
+        self._service = MirrorService(config, search.storage)
+        search.storage.patiently(self._service.begin, search.stopping)
 
-    def finish(self, *, settled: bool) -> str | None:
+    def finish(self, *, settled: bool, left: bool = True) -> str | None:
         """Add to MLflow what is missing."""
-        try:
-            return self._service.finish(settled=settled)
-        finally:
-            self._service.close()
+        return self._service.finish(settled=settled, left=left)
 
 
 class KeeperProcess:
@@ -119,23 +118,25 @@ class KeeperProcess:
                 stdout=subprocess.PIPE,
                 bufsize=0,  # else a write to a dead process is tried again when it is closed
             )
-        _send(process, asdict(self._config))
+        with suppress(OSError):  # it has died, which `finish` notices
+            _send(process, asdict(self._config))
         return process
 
-    def finish(self, *, settled: bool) -> str | None:
+    def finish(self, *, settled: bool, left: bool = True) -> str | None:
         """Let the process add what is missing; wait for it, but at most `2 * SETTLE_SECONDS`."""
-        problem = self._finish(settled)
+        request = {"settled": settled, "left": left}
+        problem = self._finish(request)
         if problem == _DIED:
             self._process = self._start()
-            problem = self._finish(settled)
+            problem = self._finish(request)
         return problem
 
-    def _finish(self, settled: bool) -> str | None:
+    def _finish(self, request: Mapping[str, bool]) -> str | None:
         with self._process as process:
             assert process.stdout is not None
             ready, line = [process.stdout], b""
             with suppress(OSError):  # it has died
-                _send(process, {"settled": settled})
+                _send(process, request)
                 ready, _, _ = select.select([process.stdout], [], [], 2 * SETTLE_SECONDS)
                 line = process.stdout.readline() if ready else b""
             if not line:
@@ -154,20 +155,22 @@ def _send(process: subprocess.Popen[bytes], message: Any) -> None:
 class MirrorService:
     """Mirrors one study on behalf of one search."""
 
-    def __init__(self, config: KeeperConfig) -> None:
+    def __init__(self, config: KeeperConfig, storage: Storage | None = None) -> None:
+        """Prepare a mirror.
+
+        Args:
+            config: What it mirrors, and where.
+            storage: The study's storage; None opens it when it is needed.
+        """
         self._config = config
         self._directory = Path(config.directory)
-        self._storage: Storage | None = None
+        self._storage = storage
         self._store: MlflowStore | None = None
         self._mirror: Mirror | None = None
         self._leases = Leases(config.grace)
 
     def begin(self) -> Mirror:
-        """Create the study's run, unless it is done.
-
-        Raises:
-            StoreError: The storage or MLflow does not answer.
-        """
+        """Create the study's run, unless it is done."""
         if self._mirror is None:
             from tracker.search.mirror import Mirror
             from tracker.store.client import MlflowStore  # importing mlflow takes seconds
@@ -184,11 +187,6 @@ class MirrorService:
         if self._storage is None:
             self._storage = Storage(self._config.storage)
         return self._storage
-
-    def close(self) -> None:
-        """Release the storage."""
-        if self._storage is not None:
-            self._storage.close()
 
     def refresh(self) -> float:
         """Update the study's page; return after how many seconds to do it again."""
@@ -214,12 +212,43 @@ class MirrorService:
         """Restart all grace periods after an outage, during which no beat was seen."""
         self._leases.forget()
 
-    def finish(self, *, settled: bool) -> str | None:
+    def finish(self, *, settled: bool, left: bool = True) -> str | None:
         """Add to MLflow what is missing, and try again for a while; see `Keeper.finish`."""
         deadline = time.monotonic() + SETTLE_SECONDS
+
+        def complete() -> str | None:
+            if not left:
+                self._leave()
+            return self._complete(settled, deadline - time.monotonic())
+
+        return self._tried(complete, deadline)
+
+    def _complete(self, settled: bool, seconds: float) -> str | None:
+        mirror = self.begin()
+        assert self._store is not None
+        settled &= deliver_leftovers(self._directory, self._store, seconds)
+        mirror.complete()
+        unfinished = None if settled else "some uploads are unfinished (tracker sync)"
+        return "; ".join(filter(None, (unfinished, mirror.problem))) or None
+
+    def reap(self) -> str | None:
+        """Clean up after the search died: fail its trials, then add what is missing."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        self._tried(self._leave, deadline)
+        while (unfinished := _has_journals(self._directory)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # its workers end, and their uploaders finish
+        return self.finish(settled=not unfinished, left=False)
+
+    def _leave(self) -> None:
+        """Fail the trials of the search, and store that it has left."""
+        storage = self._open()
+        reap(storage, load(storage, self._config.study), {self._config.search})
+
+    def _tried(self, do: Callable[[], str | None], deadline: float) -> str | None:
+        """Call `do`, again while the storage or MLflow does not answer; return what is wrong."""
         while True:
             try:
-                return self._complete(settled)
+                return self._open().patiently(do, patience=0.0)
             except TrackerError as error:
                 problem = public_uri(str(error))
             except Exception as error:  # a bug, which waiting does not mend
@@ -229,26 +258,24 @@ class MirrorService:
                 return problem
             time.sleep(_RETRY_SECONDS)
 
-    def _complete(self, settled: bool) -> str | None:
-        mirror = self.begin()
-        assert self._store is not None
-        settled &= deliver_leftovers(self._directory, self._store, SETTLE_SECONDS)
-        self._open().patiently(mirror.complete, patience=SETTLE_SECONDS)
-        unfinished = None if settled else "some uploads are unfinished (tracker sync)"
-        return "; ".join(filter(None, (unfinished, mirror.problem))) or None
 
-    def reap(self) -> None:
-        """Clean up after the search died: fail its trials, then add what is missing."""
+def warn_of(problem: str, study: str, storage: str, *, left: bool) -> None:
+    """Tell the user how to complete a study.
 
-        def fail() -> None:
-            storage = self._open()
-            reap(storage, load(storage, self._config.study), {self._config.search})
-
-        self._open().patiently(fail, patience=SETTLE_SECONDS)
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while (unfinished := _has_journals(self._directory)) and time.monotonic() < deadline:
-            time.sleep(0.2)  # its workers end, and their uploaders finish
-        self.finish(settled=not unfinished)
+    Args:
+        problem: Why it is not complete.
+        study: Its name.
+        storage: The URL of its storage.
+        left: Whether its trials have ended, as in `Keeper.finish`.
+    """
+    logger.warning(
+        "The study is not yet complete in MLflow: %s. Complete it with: "
+        "tracker %s --study %s --storage %s",
+        problem.rstrip("."),
+        "mirror" if left else "reap",
+        study,
+        public_uri(storage),
+    )
 
 
 def _has_journals(directory: Path) -> bool:
@@ -267,12 +294,14 @@ def deliver_leftovers(directory: Path, store: MlflowStore, seconds: float) -> bo
         Whether none is left.
     """
     deadline = time.monotonic() + seconds
-    while directory.is_dir() and time.monotonic() < deadline:
+    while directory.is_dir():
         deliver_left_behind(directory, store)
         if not any(map(_is_abandoned, journals(directory))):
             return True
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return not directory.is_dir()
+    return True
 
 
 def _is_abandoned(folder: Path) -> bool:
@@ -296,7 +325,8 @@ def _serve() -> int:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     source = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)
-    service = MirrorService(KeeperConfig(**json.loads(source.readline())))
+    config = KeeperConfig(**json.loads(source.readline()))
+    service = MirrorService(config)
     due = {service.refresh: 0.0, service.watch: 0.0}
     pauses = dict.fromkeys(due, _RETRY_SECONDS)
     is_nice = False
@@ -304,10 +334,12 @@ def _serve() -> int:
         pause = max(min(due.values()) - time.monotonic(), 0.0)
         if select.select([source], [], [], pause)[0]:
             if not (line := source.readline()):
-                service.reap()
+                if (problem := service.reap()) is not None:
+                    warn_of(problem, config.study, config.storage, left=False)
                 return 0
-            problem = service.finish(settled=json.loads(line)["settled"])
-            print(json.dumps({"problem": problem}), flush=True)  # noqa: T201 - to the search
+            problem = service.finish(**json.loads(line))
+            with suppress(OSError):  # the search has been killed
+                print(json.dumps({"problem": problem}), flush=True)  # noqa: T201 - to the search
             return 0
         task = min(due, key=due.__getitem__)
         started = time.monotonic()

@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tracker.delivery.uploader import Uploader
-from tracker.errors import RefusedError, StoreError
+from tracker.errors import GoneError, RefusedError, StoreError
 from tracker.journal.reader import Journal
 from tracker.journal.records import Begin, Params, now
 from tracker.journal.writer import JournalWriter
@@ -204,7 +204,7 @@ class Mirror:
                 self.written += self._store.models.register(
                     study.register, study.alias, run.models[-1], run.run_id, tags
                 )
-        except StoreError as error:
+        except (RefusedError, GoneError) as error:
             self.problem = str(error)
 
     # -- the study's run -------------------------------------------------------------------
@@ -252,8 +252,9 @@ class Mirror:
                 self._store.log_text(parent.run_id, texts[name](), name)
                 self.written += 1
             except Exception as error:
-                if isinstance(error, StoreError) and not isinstance(error, RefusedError):
-                    raise  # MLflow does not answer
+                is_away = isinstance(error, StoreError) and not isinstance(error, RefusedError)
+                if is_away or self._storage.unreachable(error):
+                    raise  # the next mirror tries again
                 self.problem = public_uri(f"{name} cannot be written: {error}")
                 tags.pop(_DIGEST, None)  # the next mirror tries again
         new = {name: value for name, value in tags.items() if parent.tags.get(name) != value}

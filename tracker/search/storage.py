@@ -37,7 +37,13 @@ from tracker.store.uri import is_local, local_path, resolve
 DEFAULT = "journal:///studies.journal"
 LOCK_SECONDS = 10.0
 """How long to wait for a lock. It is held for milliseconds, or by a process that was suspended."""
+PATIENCE_SECONDS = 600.0
+"""How long to wait for a storage that does not answer."""
+_PAUSE_SECONDS = 0.1  # before the next try; doubled up to 2 s
 _OPTUNA_LOCK_SECONDS = 30.0  # after which Optuna takes a lock file for a dead process's
+
+_OUTAGES = (OperationalError, InterfaceError, PendingRollbackError, OSError)
+_FAILURES = (OSError, SQLAlchemyError, StorageInternalError, RuntimeError, ValueError, ImportError)
 
 T = TypeVar("T")
 
@@ -129,6 +135,7 @@ class Storage:
         self._connection: Any = None
         self._locks: dict[str, _FileLock | _AdvisoryLock] = {}
         self._is_owner = False
+        self._is_given_up = False
         if not make and self._file is not None and not self._file.exists():
             raise StoreError(f"storage={self.url!r} does not exist.")
         try:
@@ -140,7 +147,7 @@ class Storage:
         except ModuleNotFoundError as error:
             needs = f"needs the package {error.name}; {install('postgresql')}"
             raise StoreError(f"storage={public_uri(self.url)!r} {needs}") from error
-        except (OSError, SQLAlchemyError, RuntimeError, ValueError, ImportError) as error:
+        except _FAILURES as error:
             raise self._error("cannot be opened", error) from error
 
     def _open(self) -> BaseStorage:
@@ -247,29 +254,25 @@ class Storage:
 
     def unreachable(self, error: BaseException) -> bool:
         """Whether `error` means that the storage cannot be used now, but may be later."""
-        if isinstance(error, LockedError):
-            return True
-        if _is_permanent(error):
-            return False
-        if isinstance(error, StorageInternalError):
-            cause = error.__cause__
-            return isinstance(cause, (OperationalError, InterfaceError, PendingRollbackError))
-        return isinstance(error, (OperationalError, InterfaceError, OSError))
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        return isinstance(cause, (LockedError, *_OUTAGES)) and not _is_permanent(error)
 
     def patiently(
-        self, do: Callable[[], T], stop: Callable[[], bool] = lambda: False, patience: float = 600.0
+        self, do: Callable[[], T], stop: Callable[[], bool] = bool, patience: float | None = None
     ) -> T:
         """Call `do`, again while the storage does not answer, and return its result.
 
         Args:
             do: May be called several times.
             stop: Returns whether to stop trying early.
-            patience: How long to try, in seconds.
+            patience: How long to try, in seconds; by default PATIENCE_SECONDS. After one wait in
+                vain, as at the end of the study, each call tries only once.
 
         Raises:
             StoreError: The storage did not answer, or cannot be written.
         """
-        until, pause, is_warned = time.monotonic() + patience, 0.1, False
+        patience = PATIENCE_SECONDS if patience is None else patience
+        until, pause, is_warned = time.monotonic() + patience, _PAUSE_SECONDS, False
         while True:
             try:
                 return do()
@@ -278,7 +281,8 @@ class Storage:
                     raise self._error("cannot be written", error) from error
                 if not self.unreachable(error):
                     raise
-                if time.monotonic() > until or stop():
+                if self._is_given_up or time.monotonic() > until or stop():
+                    self._is_given_up |= patience > 0
                     raise self._error("does not answer", error) from error
                 if not is_warned and time.monotonic() > until - patience + 2.0:
                     is_warned = True

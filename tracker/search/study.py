@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from tracker.search.keeper import (
     Keeper,
     KeeperConfig,
     KeeperProcess,
+    warn_of,
 )
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.progress import Progress
@@ -201,19 +203,17 @@ class Study:
         storage = Storage(self._storage_url)
         try:
             storage.own()
-            record = storage.patiently(
-                lambda: open_study(storage, config, resume=resume), patience=0.0
-            )
+            create = partial(open_study, storage, config, resume=resume)
+            record = storage.patiently(create, patience=0.0)
             for trials in imported:
-                warm_start.add(storage, record, trials)
+                storage.patiently(partial(warm_start.add, storage, record, trials))
             self._run(Search(storage, record, grace=self._grace), workers)
-            return optuna.Study(record.name, storage.optuna)
+            return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
             storage.close()  # the returned study opens connections of its own when needed
 
     def _run(self, search: Search, workers: int) -> None:
-        search.enter()
-        trials = search.trials()
+        trials = search.storage.patiently(search.trials)
         search.plan.observe(trials)
         progress = Progress(search.record, search.plan, trials)
         search.on_end = progress.trial_ended
@@ -221,6 +221,7 @@ class Study:
         ended = Outcome("FAILED", "The study was abandoned.")
         keeper: Keeper | None = None
         executor: Executor | None = None
+        search.enter()
         try:
             with Interrupts(progress.say) as interrupts:
                 search.stopping = lambda: interrupts.count > 0
@@ -228,8 +229,12 @@ class Study:
                 executor = (
                     InProcessExecutor(spec) if workers == 1 else ProcessExecutor(spec, workers)
                 )
-                with search.beating():
-                    executor.run(search, interrupts)
+                try:
+                    with search.beating():
+                        executor.run(search, interrupts)
+                except StoreError:  # after Ctrl-C nothing waits for the storage
+                    if not interrupts.count:
+                        raise
                 if interrupts.count:
                     raise KeyboardInterrupt(interrupts.name)
             ended = Outcome("FINISHED")
@@ -238,17 +243,18 @@ class Study:
             raise
         finally:
             progress.close()
-            self._end(search, spec, ended)
+            away: StoreError | None = None
+            try:
+                self._end(search, spec, ended)
+            except StoreError as error:
+                away = error
             settled = executor is None or executor.settle(SETTLE_SECONDS)
-            problem = keeper.finish(settled=settled) if keeper is not None else None
-            if problem is not None:
-                logger.warning(
-                    "The study is not yet complete in MLflow: %s. Complete it with: "
-                    "tracker mirror --study %s --storage %s",
-                    problem.rstrip("."),
-                    search.record.name,
-                    search.record.storage,
-                )
+            if keeper is not None:
+                left = away is None
+                if (problem := keeper.finish(settled=settled, left=left)) is not None:
+                    warn_of(problem, search.record.name, search.storage.url, left=left)
+            if away is not None and ended.status == "FINISHED":  # else the first error says why
+                raise away
 
     def _spec(self, record: StoredStudy, environment: Mapping[str, str]) -> TrialSpec:
         return TrialSpec(
@@ -274,7 +280,7 @@ class Study:
             started=now(),
             grace=self._grace,
         )
-        return InlineKeeper(config) if self._mode == "inline" else KeeperProcess(config)
+        return InlineKeeper(config, search) if self._mode == "inline" else KeeperProcess(config)
 
     def _end(self, search: Search, spec: TrialSpec, ended: Outcome) -> None:
         """End trials that still run, and leave the study."""

@@ -20,7 +20,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial
 
 from tracker.delivery.base import Delivery
-from tracker.errors import ArgumentError, CallOrderError, stays_here
+from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
 from tracker.manager import RunManager
 from tracker.run import Run
 from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
@@ -215,9 +215,15 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
     ended = trial_ended(error, values)
     trial.log_params()
     is_complete = ended.state == "COMPLETE"
-    if is_complete and (models == "all" or (models == "best" and _is_best(task, ended, channel))):
-        run.log_pending_model()  # first: this process may die when the study knows the trial
-    verdict = channel.finish(task.number, ended)
+    try:
+        if is_complete and (
+            models == "all" or (models == "best" and _is_best(task, ended, channel))
+        ):
+            run.log_pending_model()  # first: this process may die when the study knows the trial
+        verdict = channel.finish(task.number, ended)
+    except StoreError as away:  # the search cannot store the end, and ends itself
+        run.end(outcome(away), wait=False)
+        raise
     if not verdict.accepted:
         ended = Ended.failed("given up", "The trial was abandoned.")
     elif is_complete:
