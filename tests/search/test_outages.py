@@ -244,3 +244,14 @@ def test_a_keeper_that_cannot_start_does_not_end_the_study(
         config(store.uri, environment={"tag": "more than a pipe holds" * 10_000})
     )
     assert keeper.finish(settled=True) == "the keeper's process ended"
+
+
+def test_a_command_reports_each_outage_in_one_sentence(
+    store: Store, storage: Outages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_unmirrored()
+    storage.each_place_once()
+    words = ["reap", "--study", "study", "--storage", STORAGE]
+    while main(words) != 0:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("tracker: storage='sqlite:///studies.db' ")

@@ -72,15 +72,19 @@ def add_commands(subparsers: _SubParsersAction[OneSentenceParser]) -> None:
 def _run(given: argparse.Namespace) -> int:
     storage = Storage(given.storage, make=False)
     try:
-        for record in _studies(storage, given.study):
-            if given.command == "reap":
-                failed = reap_study(storage, record, given.grace_seconds)
-                print(f"{record.name}: failed {len(failed)} lost trials")
-            written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
-            print(f"{record.name}: run {run_id}, missing items added: {written}")
+        storage.patiently(lambda: _complete_studies(storage, given), patience=0.0)
     finally:
         storage.close()
     return 0
+
+
+def _complete_studies(storage: Storage, given: argparse.Namespace) -> None:
+    for record in _studies(storage, given.study):
+        if given.command == "reap":
+            failed = reap_study(storage, record, given.grace_seconds)
+            print(f"{record.name}: failed {len(failed)} lost trials")
+        written, run_id = mirror_study(storage, record, given.tracking_uri, given.directory)
+        print(f"{record.name}: run {run_id}, missing items added: {written}")
 
 
 def _studies(storage: Storage, name: str | None) -> list[StoredStudy]:
