@@ -133,6 +133,25 @@ def test_the_network_is_only_watched_in_the_steps_that_are_due(store: Store) -> 
     assert watched == [hooks for hooks in in_step.values() for _ in range(2)]
 
 
+def test_a_training_is_the_same_with_histograms_of_activations(store: Store) -> None:
+    trained = []
+    for every in (False, Every(steps=2, activations=True)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 9), nn.Dropout(), nn.BatchNorm1d(9), nn.ReLU(True))
+        optimizer = torch.optim.Adam(network.parameters())
+        with RunManager(model=False, histograms=every) as manager:
+            manager.begin_run({}, network, [])
+            manager.begin_epoch()
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = network(torch.randn(4, 3)).sum()
+                loss.backward()
+                optimizer.step()
+                manager.track_loss(loss, 4)
+        trained.append([*network.state_dict().values(), torch.rand(1)])
+    assert all(map(torch.equal, *trained))
+
+
 def ended(manager: RunManager) -> None:
     manager.end_run()
 

@@ -6,7 +6,6 @@ import logging
 import sys
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -54,8 +53,7 @@ class DueHistograms:
         self._run, self._every, self._view, self._said = run, every, view, said
         self._activations: Activations | None = None
         if every.activations:
-            takes = partial(every.takes, kind="activation")
-            self._activations = Activations(takes, said)
+            self._activations = Activations(every, said)
             weakref.finalize(self, self._activations.stop).atexit = False
         self._began = self._last = step  # of the epoch: the steps before it, and its last one
         self._length: int | None = None  # of the last epoch

@@ -369,7 +369,7 @@ class RunManager(BatchTracking):
         self._log_metrics(epoch.metrics, epoch.observed if self._loop_metrics else {})
 
     def progress(self, loader: Iterable[Any], length: int | None = None) -> Iterable[Any]:
-        """Wrap a loader for `fit`, so that the progress of each epoch is shown.
+        """Wrap a loader for `fit`: the manager shows the progress of each epoch and sees its steps.
 
         Args:
             loader: Yields the batches.

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
+from tracker import Every
 from tracker.capture.activations import Activations
 from tracker.capture.histograms import histograms
 from tracker.training.networks import as_networks
@@ -138,7 +139,7 @@ def counted(activations: Activations) -> dict[str, dict[str, Any]]:
 
 
 def of_all(said: set[str] | None = None) -> Activations:
-    return Activations(lambda name: True, set() if said is None else said)
+    return Activations(Every(activations=True), set() if said is None else said)
 
 
 def hooks(network: nn.Module) -> int:
@@ -169,11 +170,21 @@ def test_the_outputs_of_each_leaf_are_counted(kind: str) -> None:
 
 def test_only_the_modules_that_are_wanted_are_watched() -> None:
     network = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.ReLU()))
-    activations = Activations(lambda name: name == "1.0", set())
+    activations = Activations(Every(only="1.*", activations=True), set())
     activations.start(network)
     assert [hooks(module) for module in network] == [0, 1]
     network(INPUTS)
     assert set(counted(activations)) == {"1.0"}
+
+
+def test_a_pattern_of_no_module_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    activations = Activations(Every(only="0.weight", activations=True), set())
+    for _ in range(2):
+        activations.start(nn.Sequential(nn.Linear(3, 2)))
+        assert activations.take() == []
+    assert caplog.messages == [
+        "There are no histograms of activations: only='0.weight' is the name of no leaf module."
+    ]
 
 
 def evaluation(network: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracker.capture.every import Every
 from tracker.capture.histograms import Counts, Histogram, added, count, decoded
 from tracker.capture.network_histograms import histogram_fields, plain_name, say_left_out
 from tracker.capture.trace import class_name, is_leaf, modules_outside_leaves, tensors_in
@@ -20,6 +21,7 @@ from tracker.training.networks import Networks
 from tracker.transfers import is_capturing
 
 _COMPILED = "%s has no histograms of activations, because torch.compile or torch.jit runs it whole."
+_NO_MODULE = "There are no histograms of activations: only=%r is the name of no leaf module."
 _COMPILING = "The step in which torch.compile compiles has no histograms of activations."
 _UNSEEN = (
     "Activations have no histograms in a step without a forward pass in training mode, with "
@@ -36,14 +38,14 @@ class Activations:
     pass do not count; a compiled module is left as it is. Nothing waits for a device before `take`.
     """
 
-    def __init__(self, takes: Callable[[str], bool], said: set[str]) -> None:
+    def __init__(self, every: Every, said: set[str]) -> None:
         """Watch nothing yet.
 
         Args:
-            takes: Whether the outputs of a module are wanted, by its name.
+            every: Which modules are wanted.
             said: The warnings that were given.
         """
-        self._takes, self._said = takes, said
+        self._every, self._said = every, said
         self._handles: list[RemovableHandle] = []
         self._counts: dict[str, list[Counts]] = {}  # in the order of the calls
         self._problems: dict[str, Exception] = {}
@@ -69,10 +71,11 @@ class Activations:
 
     def _modules(self, network: nn.Module | None) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         """Yield name and module of each leaf that is wanted, and the network that it is in."""
+        are_any = network is None
         parts = network.parts if isinstance(network, Networks) else {"": network}
         for prefix, part in parts.items():
             if part is None:
-                return
+                break
             root = unwrap(part)
             compiled = [""] if any(map(_is_compiled, _wrappers(part))) else []  # paths
             for path, module in modules_outside_leaves(root).items():
@@ -81,13 +84,16 @@ class Activations:
                 if not is_leaf(module) or ".parametrizations." in f".{path}.":
                     continue
                 name = _name(prefix, path, root)
-                if not self._takes(name):
+                if not self._every.takes(name, "activation"):
                     continue
+                are_any = True
                 outer = next((each for each in compiled if _is_within(path, each)), None)
                 if outer is None:
                     yield name, module, root
                 else:
                     self._say(_COMPILED % _name(prefix, outer, root))
+        if not are_any:
+            self._say(_NO_MODULE % self._every.only)
 
     def add(self, name: str, output: Any) -> None:
         """Count the first floating-point tensor in the output of a module."""
