@@ -74,8 +74,8 @@ class BatchTracking(TutorialNames):
         self._histograms = self._due = None
 
     def _begin_pass(self, batches: int | None) -> int:
-        """Begin an epoch of `fit`, and return its number."""
-        self._passed, number = 0, self.epoch_count + 1
+        """Begin an epoch of `fit`, or a pass within an epoch, and return the epoch's number."""
+        self._passed, number = 0, self.epoch_count + (self._epoch is None)
         if self._due is not None and self._epoch is None:
             self._due.begin_epoch(self._trained, number, self.step, self.step, batches)
         return number

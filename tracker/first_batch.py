@@ -67,7 +67,7 @@ class FirstBatch:
         self.is_seen = False
         """Whether the run is described."""
         self._examples: dict[str, Example] = {}
-        self._drawn = loader[0] if isinstance(loader, (list, tuple)) and loader else None
+        self._drawn = loader[0] if type(loader) in (list, tuple) and loader else None
         parts = network.parts if isinstance(network, Networks) else {"": network}
         self._parts: dict[str, nn.Module] = parts
         known = example if isinstance(network, Networks) else {"": example}

@@ -86,6 +86,19 @@ def test_a_terminal_shows_a_progress_bar_and_one_line_per_epoch(store: Store) ->
     assert all("loss 0.5" in line for line in epochs)
 
 
+def test_the_progress_of_a_loop_within_an_epoch_has_the_number_of_that_epoch(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    with RunManager(model=False) as manager:
+        manager.begin_run({}, None, [1, 2])
+        monkeypatch.setattr(manager._views, "begin_epoch", lambda number, _: shown.append(number))
+        manager.begin_epoch()
+        assert list(manager.progress(manager.loader)) == [1, 2]
+        manager.end_epoch()
+    assert shown == [1, 1]
+
+
 def test_a_notebook_shows_one_table_that_is_updated_in_place(store: Store, tmp_path: Path) -> None:
     twice = PROGRAM + PROGRAM.partition("manager = RunManager(model=False)")[2]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(twice)])
