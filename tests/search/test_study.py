@@ -875,20 +875,27 @@ def test_a_study_with_settings_of_a_newer_version_is_refused(tracking_uri: str) 
 
 
 class Broken(optuna.samplers.RandomSampler):
+    error: Exception | None = None
+
     def sample_independent(self, *arguments: Any) -> Any:
-        raise ValueError("this sampler is broken")
+        if self.error is not None:
+            raise self.error
+        return super().sample_independent(*arguments)
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_an_error_of_the_sampler_ends_the_study_and_costs_no_slot(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], store: Store
 ) -> None:
-    space = {"x": FloatDistribution(0.0, 1.0)}
-    study = Study("study", lambda t: float(t.params["x"]), space=space, sampler="random", trials=3)
-    with monkeypatch.context() as patch:
-        patch.setattr("tracker.search.sampler.sampler", lambda *_, **__: Broken())
-        with pytest.raises(ValueError, match="this sampler is broken"):
-            study.run()
-    assert family(store)[0].info.status == "FAILED"
+    space, sampler = {"x": FloatDistribution(0.0, 1.0)}, Broken()
+    study = Study("study", lambda t: float(t.params["x"]), space=space, sampler=sampler, trials=3)
+    sampler.error = kind("this sampler is broken")
+    with pytest.raises(kind, match="this sampler is broken"):
+        study.run()
+    parent, children = family(store)
+    assert parent.info.status == "FAILED"
+    assert children[0].data.tags["tracker.failure"].endswith("suggested: this sampler is broken")
+    sampler.error = None
     states = Counter(trial.state for trial in study.run(resume=True).trials)
     assert states == {TrialState.FAIL: 1, TrialState.COMPLETE: 3}
     assert family(store)[0].info.status == "FINISHED"

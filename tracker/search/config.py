@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.errors import ArgumentError
-from tracker.search.sampler import pruner, sampler
+from tracker.search.objects import PrunerLike, SamplerLike
+from tracker.search.sampler import pruner, pruner_text, sampler, sampler_text
 from tracker.search.space import Space, grid
 from tracker.validation import MAX_RUN_NAME, checked_mapping, checked_name, checked_text
 
@@ -27,10 +28,12 @@ class StudyConfig:
 
     name: str
     """Its name in the storage, and of its run."""
-    sampler: str = "tpe"
-    """One of `tracker.search.sampler.SAMPLERS`."""
-    pruner: str = "none"
-    """One of `tracker.search.sampler.PRUNERS`."""
+    sampler: SamplerLike = "tpe"
+    """One of `tracker.search.sampler.SAMPLERS`, a sampler of Optuna, or a function that returns one
+    and may have a parameter `seed`."""
+    pruner: PrunerLike = "none"
+    """One of `tracker.search.sampler.PRUNERS`, a pruner of Optuna, or a function that returns
+    one."""
     trials: int | None = None
     """The budget in trials; None for the whole of a grid."""
     directions: tuple[str, ...] = ("minimize",)
@@ -76,8 +79,7 @@ class StudyConfig:
                     f"{name}={value!r} is not allowed; it must be at least {least}."
                 )
         self._check_objectives()
-        sampler(self.sampler, 0, 0, several=self.is_multi_objective)
-        pruner(self.pruner, self.steps)
+        self._check_strategy()
         if self.models not in ("best", "all", "none"):
             raise ArgumentError(
                 f"models={self.models!r} is not allowed; it must be best, all or none."
@@ -88,12 +90,19 @@ class StudyConfig:
                 raise ArgumentError("sampler='grid' needs a space: a list of values for each name.")
             grid(self.spaces)
         elif self.trials is None:
-            raise ArgumentError(f"trials is required: sampler={self.sampler!r} has no natural end.")
+            text = sampler_text(self.sampler)
+            raise ArgumentError(f"trials is required: sampler={text!r} has no natural end.")
 
     @property
     def is_multi_objective(self) -> bool:
         """Whether the study has several objectives."""
         return len(self.directions) > 1
+
+    def _check_strategy(self) -> None:
+        sampler(self.sampler, 0, 0, several=self.is_multi_objective)
+        pruner(self.pruner, self.steps)
+        if self.is_multi_objective and (text := pruner_text(self.pruner)) != "none":
+            raise ArgumentError(f"pruner={text!r} supports one objective only; it must be none.")
 
     def _check_objectives(self) -> None:
         if not self.directions:
@@ -112,10 +121,6 @@ class StudyConfig:
             )
         if len(set(metrics)) < len(metrics):
             raise ArgumentError(f"metric={metrics} contains a name twice.")
-        if self.is_multi_objective and self.pruner != "none":
-            raise ArgumentError(
-                f"pruner={self.pruner!r} supports one objective only; it must be none."
-            )
 
     def _check_registration(self) -> None:
         if self.register is None:

@@ -7,19 +7,26 @@ lost as soon as its process has ended.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from optuna.storages import BaseStorage
 
 PREFIX = "tracker:search:"
 GRACE_SECONDS = 60.0
 BEATS = 6
 """Beats per grace period."""
+
+logger = logging.getLogger(__name__)
 
 
 def this_process() -> dict[str, Any]:
@@ -34,6 +41,53 @@ def _place() -> str:
     if boot.exists():
         parts += [boot.read_text().strip(), os.readlink(namespace)]
     return " ".join(parts)
+
+
+class Heart:
+    """Stores the heartbeat of one search."""
+
+    def __init__(self, storage: BaseStorage, study_id: int, search: str, grace: float) -> None:
+        """Prepare a heart; `show` makes it visible.
+
+        Args:
+            storage: Where the study is.
+            study_id: Its id there.
+            search: The id of the search.
+            grace: Its grace period, in seconds.
+        """
+        self._storage = storage
+        self._study_id = study_id
+        self._name = f"{PREFIX}{search}"
+        self._info = {**this_process(), "grace": grace}
+        self._pause = grace / BEATS
+
+    def show(self, **state: Any) -> None:
+        """Store a beat, or how the search left."""
+        info = {**self._info, "time": time.time(), **state}
+        self._storage.set_study_user_attr(self._study_id, self._name, info)
+
+    @contextmanager
+    def beating(self, failed: Callable[[], None]) -> Iterator[None]:
+        """Beat in a thread during a block; call `failed` for each beat that cannot be stored."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            for number in itertools.count(1):
+                if ended.wait(self._pause):
+                    return
+                try:
+                    self.show(beat=number)
+                except Exception as error:  # noqa: BLE001 - the trials' requests report it
+                    logger.debug("A beat is missing: %s", error)
+                    failed()
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class Leases:

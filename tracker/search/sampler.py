@@ -1,8 +1,8 @@
-"""Samplers and pruners by name, and the seeds of a slot.
+"""Samplers and pruners by name or as objects, and the seeds of a slot.
 
 Each trial gets a fresh sampler, seeded by the study's seed and the trial's slot. Suggestions follow
 from these two and, for samplers that learn, from earlier trials. They do not depend on which
-process asks, or on interruptions.
+process asks, or on interruptions. A user's own sampler is one object for all trials.
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tracker.errors import ArgumentError
+from tracker.search.objects import (
+    PrunerLike,
+    SamplerLike,
+    describe,
+    generators,
+    own_pruner,
+    own_sampler,
+    takes_seed,
+)
 
 SAMPLERS = ("grid", "tpe", "random", "gp", "cmaes", "qmc")
 PRUNERS = ("none", "median", "hyperband")
@@ -32,7 +41,7 @@ _CHUNK = 256  # points of the quasi-random sequence that are computed at once
 
 
 def sampler(
-    name: str,
+    given: SamplerLike,
     seed: int,
     slot: int,
     *,
@@ -42,15 +51,15 @@ def sampler(
     """Return the sampler for one slot of a study.
 
     Args:
-        name: One of `SAMPLERS`. A grid's points are given to the trial, so its sampler only
-            handles what else the objective suggests.
+        given: One of `SAMPLERS`, an object, or a factory. A grid's points are given to the trial,
+            so its sampler only handles what else the objective suggests.
         seed: The study's seed.
         slot: The slot's number.
         several: Whether the study has several objectives.
         known: Values suggested to earlier trials of the slot, which are suggested again.
 
     Raises:
-        ArgumentError: The sampler is unknown, or supports one objective only.
+        ArgumentError: It is none of these, or supports one objective only.
     """
     own_seed = suggestion_seed(seed, slot)
     factories: dict[str, Callable[[], BaseSampler]] = {
@@ -58,38 +67,61 @@ def sampler(
         "random": lambda: optuna.samplers.RandomSampler(seed=own_seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=own_seed),
         "gp": lambda: optuna.samplers.GPSampler(seed=own_seed),
-        "cmaes": lambda: _CmaEsSampler(own_seed, slot),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(
+            seed=own_seed, warn_independent_sampling=False
+        ),
         "qmc": lambda: QuasiRandomSampler(seed, slot),
     }
-    if not isinstance(name, str) or name not in factories:
-        raise ArgumentError(f"sampler={name!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
-    if name == "cmaes" and several:
+    if isinstance(given, str) and given not in factories:
+        raise ArgumentError(f"sampler={given!r} is unknown; allowed: {', '.join(SAMPLERS)}.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fresh = factories[given]() if isinstance(given, str) else own_sampler(given, own_seed)
+    is_cmaes = isinstance(fresh, optuna.samplers.CmaEsSampler)
+    if is_cmaes and several:
         raise ArgumentError(
             "sampler='cmaes' supports one objective only; all other samplers support several."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        fresh = factories[name]()
-    return _ReplaySampler(fresh, known) if known else fresh
+    return _SlotSampler(fresh, slot, known or {}) if known or is_cmaes else fresh
 
 
-def pruner(name: str, steps: int | None) -> BasePruner:
-    """Return a pruner.
+def pruner(given: PrunerLike, steps: int | None) -> BasePruner:
+    """Return a pruner for one trial.
 
     Args:
-        name: One of `PRUNERS`.
-        steps: The last step of a trial that is not pruned; None if unknown.
+        given: One of `PRUNERS`, an object, or a factory.
+        steps: The last step of a trial that is not pruned; None if unknown. Objects and factories
+            have settings of their own.
 
     Raises:
-        ArgumentError: The pruner is unknown.
+        ArgumentError: It is none of these.
     """
-    if name == "none":
+    if not isinstance(given, str):
+        return own_pruner(given)
+    if given == "none":
         return optuna.pruners.NopPruner()
-    if name == "median":
+    if given == "median":
         return optuna.pruners.MedianPruner()
-    if name == "hyperband":
+    if given == "hyperband":
         return optuna.pruners.HyperbandPruner(max_resource="auto" if steps is None else steps)
-    raise ArgumentError(f"pruner={name!r} is unknown; allowed: {', '.join(PRUNERS)}.")
+    raise ArgumentError(f"pruner={given!r} is unknown; allowed: {', '.join(PRUNERS)}.")
+
+
+def sampler_text(given: SamplerLike) -> str:
+    """Return what is stored of a sampler: its name, or its class and settings."""
+    return given if isinstance(given, str) else describe(own_sampler(given, 0))
+
+
+def pruner_text(given: PrunerLike) -> str:
+    """Return what is stored of a pruner: its name, or its class and settings."""
+    return given if isinstance(given, str) else describe(own_pruner(given))
+
+
+def has_seed(given: SamplerLike) -> bool:
+    """Whether a sampler's suggestions can be seeded by slot."""
+    if isinstance(given, str) or takes_seed(given):
+        return True
+    return any(True for _ in generators(own_sampler(given, 0)))
 
 
 def suggestion_seed(seed: int, slot: int) -> int:
@@ -102,30 +134,17 @@ def training_seed(seed: int, slot: int) -> int:
     return int(np.random.SeedSequence([seed, slot, 1]).generate_state(1)[0])
 
 
-class _CmaEsSampler(optuna.samplers.CmaEsSampler):
-    """CMA-ES seeded by slot: Optuna uses the trial's number, which an interruption changes."""
-
-    def __init__(self, seed: int, slot: int) -> None:
-        super().__init__(seed=seed, warn_independent_sampling=False)
-        self._slot = slot
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        trial = copy.copy(trial)
-        trial.number = self._slot
-        return super().sample_relative(study, trial, search_space)
-
-
-class _ReplaySampler(BaseSampler):
+class _SlotSampler(BaseSampler):
     """Repeats the values of an earlier attempt, which its checkpoint needs, and samples the rest.
 
     Known values are sampled too, and discarded: random states, and what CMA-ES stores with the
-    trial, then stay the same as without the interruption.
+    trial, then stay the same as without the interruption. CMA-ES adds the trial's number to its
+    seed, which an interruption changes; it gets the slot's.
     """
 
-    def __init__(self, sampler: BaseSampler, known: Mapping[str, Any]) -> None:
+    def __init__(self, sampler: BaseSampler, slot: int, known: Mapping[str, Any]) -> None:
         self._sampler = sampler
+        self._slot = slot
         self._known = known
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -148,6 +167,9 @@ class _ReplaySampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if isinstance(self._sampler, optuna.samplers.CmaEsSampler):
+            trial = copy.copy(trial)
+            trial.number = self._slot
         sampled = self._sampler.sample_relative(study, trial, search_space)
         return {name: self._known.get(name, value) for name, value in sampled.items()}
 

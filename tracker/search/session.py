@@ -7,14 +7,12 @@ on several machines, can share a storage.
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -33,7 +31,8 @@ from tracker.journal.records import now
 from tracker.search import sampler as samplers
 from tracker.search.best import best_trials
 from tracker.search.channel import Ended, Task, TrialLostError, Verdict
-from tracker.search.leases import BEATS, PREFIX, Leases, this_process
+from tracker.search.leases import Heart, Leases
+from tracker.search.objects import PrunerLike, SamplerLike
 from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
 from tracker.search.reap import LOST, store_failure
 from tracker.search.space import distributions
@@ -69,13 +68,23 @@ class _Running:
 class Search:
     """Works on a study until it is done. It is not thread-safe."""
 
-    def __init__(self, storage: Storage, record: StoredStudy, *, grace: float) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        record: StoredStudy,
+        *,
+        grace: float,
+        sampler: SamplerLike | None = None,
+        pruner: PrunerLike | None = None,
+    ) -> None:
         """Prepare a search; `enter` makes it visible to others.
 
         Args:
             storage: The storage of the study.
             record: The study.
             grace: How long another search may be silent before it counts as lost, in seconds.
+            sampler: An object or a factory that `record` can only name.
+            pruner: The same for the pruner.
         """
         self.on_end: Callable[[FrozenTrial, bool], None] = lambda trial, is_best: None
         """Called with each trial that ends, and whether it is the best so far."""
@@ -88,11 +97,12 @@ class Search:
         self.plan = Plan.of(record)
         space = record.spaces[-1] if record.spaces else {}
         self._distributions = distributions(space, grid=self.plan.points is not None)
+        self._sampler, self._pruner = sampler or record.sampler, pruner or record.pruner
         self._optuna = storage.optuna
         self._leases = Leases(grace)
         self._running: dict[int, _Running] = {}
         self._hold_until = 0.0
-        self._process = this_process()
+        self._heart = Heart(storage.optuna, record.study_id, self.id, grace)
 
     # -- taking trials -----------------------------------------------------------------------------
 
@@ -165,27 +175,30 @@ class Search:
     def _start(self, trial_id: int, slot: int) -> Task | Answer:
         record, history = self.record, self.plan.slot(slot)
         sampler = samplers.sampler(
-            record.sampler,
+            self._sampler,
             record.seed,
             slot,
             several=record.is_multi_objective,
             known=history.params,
         )
-        pruner = samplers.pruner(record.pruner, record.steps)
-        trial = optuna.Trial(optuna.Study(record.name, self._optuna, sampler, pruner), trial_id)
-        params = dict(trial.params)
-        for name, distribution in self._distributions.items():
-            if name not in params:
-                try:
-                    params[name] = _suggest(trial, name, distribution)
-                except ValueError as error:
-                    fixed = self._optuna.get_trial(trial_id).system_attrs.get("fixed_params", {})
-                    why: Why = "invalid" if name in fixed else "given up"  # enqueued, or a bug
-                    ended = Ended.failed(why, f"{name} cannot be suggested: {error}")
-                    store_failure(self._optuna, trial_id, ended)
-                    if name not in fixed:
-                        raise
-                    return "wait"
+        pruner = samplers.pruner(self._pruner, record.steps)
+        study, name = optuna.Study(record.name, self._optuna, sampler, pruner), "A hyperparameter"
+        try:
+            trial = optuna.Trial(study, trial_id)
+            params = dict(trial.params)
+            for name in [each for each in self._distributions if each not in params]:
+                params[name] = _suggest(trial, name, self._distributions[name])
+        except Exception as error:
+            if isinstance(error, UpdateFinishedTrialError) or self.storage.unreachable(error):
+                raise
+            fixed = self._optuna.get_trial(trial_id).system_attrs.get("fixed_params", {})
+            is_fixed = name in fixed and isinstance(error, ValueError)
+            why: Why = "invalid" if is_fixed else "given up"  # enqueued, or the sampler's error
+            ended = Ended.failed(why, f"{name} cannot be suggested: {error}")
+            store_failure(self._optuna, trial_id, ended)
+            if not is_fixed:
+                raise
+            return "wait"
         task = Task(
             number=trial.number,
             slot=slot,
@@ -281,7 +294,9 @@ class Search:
         step = frozen.last_step
         assert step is not None
         value = frozen.intermediate_values[step]
-        return f"The {self.record.pruner} pruner stopped it at step {step}, value {value:g}."
+        pruner = self.record.pruner
+        who = f"The {pruner} pruner" if pruner in samplers.PRUNERS else pruner
+        return f"{who} stopped it at step {step}, value {value:g}."
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
         """Store a user attribute."""
@@ -383,30 +398,11 @@ class Search:
 
     def enter(self) -> None:
         """Show that this search is alive, before it claims a trial."""
-        self._patiently(lambda: self._show({"beat": 0}))
+        self._patiently(lambda: self._heart.show(beat=0))
 
-    @contextmanager
-    def beating(self) -> Iterator[None]:
+    def beating(self) -> AbstractContextManager[None]:
         """Show in a block that this search is alive, from a thread: samplers may take minutes."""
-        ended = threading.Event()
-
-        def beat() -> None:
-            for number in itertools.count(1):
-                if ended.wait(self.grace / BEATS):
-                    return
-                try:
-                    self._show({"beat": number})
-                except Exception as error:  # noqa: BLE001 - the trials' requests report it
-                    logger.debug("A beat is missing: %s", error)
-                    self._leases.forget()
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return self._heart.beating(self._leases.forget)
 
     def abandon(self, ended: Ended) -> None:
         """End all running trials of this search."""
@@ -421,11 +417,7 @@ class Search:
             reason: Why it is not FINISHED.
         """
         left = {"status": status, "reason": reason}
-        self.storage.patiently(lambda: self._show({"left": left}), patience=self.grace)
-
-    def _show(self, state: Mapping[str, Any]) -> None:
-        info = {**self._process, "grace": self.grace, "time": time.time(), **state}
-        self._optuna.set_study_user_attr(self.record.study_id, f"{PREFIX}{self.id}", info)
+        self.storage.patiently(lambda: self._heart.show(left=left), patience=self.grace)
 
     def _patiently(self, do: Callable[[], T]) -> T:
         def attempt() -> T:

@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from tracker.errors import ArgumentError, StoreError
 from tracker.redaction import public_uri
 from tracker.search.config import StudyConfig
+from tracker.search.sampler import pruner_text, sampler_text
 from tracker.search.space import Space, difference, from_json, to_json
 from tracker.search.storage import Storage, quiet
 
@@ -22,12 +23,20 @@ STUDY = "tracker:study"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredStudy(StudyConfig):
-    """A stored study: its settings and what identifies it."""
+    """A stored study: its settings and what identifies it.
 
+    Of a sampler and a pruner that are objects it has the class and the settings, as a text.
+    """
+
+    sampler: str = "tpe"
+    pruner: str = "none"
     key: str = ""
     """Finds the study's run in MLflow."""
     study_id: int = -1
     """The id of the study in its storage."""
+
+    def _check_strategy(self) -> None:
+        """Leave the check to the search that needs them: they may be objects."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is stored with the study."""
@@ -127,7 +136,9 @@ def _check_directions(config: StudyConfig, directions: Sequence[StudyDirection])
 
 
 def _fields(config: StudyConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in StudyConfig.__dataclass_fields__}
+    fields = {name: getattr(config, name) for name in StudyConfig.__dataclass_fields__}
+    texts = {"sampler": sampler_text(config.sampler), "pruner": pruner_text(config.pruner)}
+    return fields | texts
 
 
 _MUST_MATCH = ("sampler", "pruner", "directions", "metrics", "seed", "steps")
@@ -140,9 +151,8 @@ _ABSENT = "(not given)"
 def _merged(stored: StoredStudy, given: StudyConfig) -> StoredStudy:
     is_same_store = stored.tracking_uri == given.tracking_uri
     names = (*_MUST_MATCH, *(_MUST_MATCH_IN_ONE_STORE if is_same_store else ()))
-    settings = [
-        (name, _shown(getattr(stored, name)), _shown(getattr(given, name))) for name in names
-    ]
+    new_values = _fields(given)
+    settings = [(name, _shown(getattr(stored, name)), _shown(new_values[name])) for name in names]
     old, new = ({k: repr(v) for k, v in each.fixed.items()} for each in (stored, given))
     settings += [(k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in sorted(old | new)]
     for name, before, now in settings:
@@ -151,7 +161,7 @@ def _merged(stored: StoredStudy, given: StudyConfig) -> StoredStudy:
                 f"study={given.name!r} has {name}={before}, not {now}; resume it with the stored "
                 "value, or choose another name."
             )
-    updates = {k: v for k, v in _fields(given).items() if k not in (*_MUST_MATCH, *_HANDLED_BELOW)}
+    updates = {k: v for k, v in new_values.items() if k not in (*_MUST_MATCH, *_HANDLED_BELOW)}
     return replace(stored, **updates, spaces=_merged_spaces(stored, given))
 
 

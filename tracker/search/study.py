@@ -45,8 +45,10 @@ from tracker.search.keeper import (
     warn_of,
 )
 from tracker.search.leases import GRACE_SECONDS
+from tracker.search.objects import PrunerLike, SamplerLike
 from tracker.search.progress import Progress
 from tracker.search.reap import reap
+from tracker.search.sampler import has_seed, sampler_text
 from tracker.search.session import Search
 from tracker.search.space import checked_space
 from tracker.search.storage import Storage, default_url, parse
@@ -68,8 +70,8 @@ class Study:
         objective: Objective,
         *,
         space: Mapping[str, Any] | None = None,
-        sampler: str = "tpe",
-        pruner: str = "none",
+        sampler: SamplerLike = "tpe",
+        pruner: PrunerLike = "none",
         trials: int | None = None,
         direction: str | Sequence[str] = "minimize",
         metric: str | Sequence[str] = "objective",
@@ -96,6 +98,9 @@ class Study:
         Args:
             name: Its name, in the storage and of its run.
             objective: Called with a `Trial`; returns one value, or one for each direction.
+            sampler: "tpe", "grid", "random", "qmc", "gp", "cmaes", a sampler of Optuna or your own,
+                or a function that returns one: `partial(TPESampler, multivariate=True)`.
+            pruner: "none", "median", "hyperband", a pruner object, or a function that returns one.
             space: A list of values or one of optuna.distributions for each hyperparameter in
                 `trial.params`. The objective may suggest more.
             direction: "minimize", "maximize", or a list of them for several objectives.
@@ -196,6 +201,13 @@ class Study:
             )
         if workers > 1:
             check_picklable(self._objective)
+        if not has_seed(self._config.sampler):
+            logger.warning(
+                "seed=%d does not reach sampler=%s: it keeps no random generator of NumPy or "
+                "Python, and a function that makes it has no parameter seed.",
+                self._config.seed,
+                sampler_text(self._config.sampler),
+            )
         uri = resolve(self._tracking_uri)
         check_uri(uri)
         config = replace(self._config, tracking_uri=public_uri(uri))
@@ -207,7 +219,14 @@ class Study:
             record = storage.patiently(create, patience=0.0)
             for trials in imported:
                 storage.patiently(partial(warm_start.add, storage, record, trials))
-            self._run(Search(storage, record, grace=self._grace), workers)
+            search = Search(
+                storage,
+                record,
+                grace=self._grace,
+                sampler=config.sampler,
+                pruner=config.pruner,
+            )
+            self._run(search, workers)
             return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
             storage.close()  # the returned study opens connections of its own when needed
