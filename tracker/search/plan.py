@@ -24,8 +24,11 @@ SEARCH = "tracker:search"
 STARTED = "tracker:started"
 ENDED = "tracker:ended"
 SOURCE = "tracker:source"
+ENQUEUED = "tracker:enqueued"
 """User attributes of a trial: its slot, the search that runs it, when it began (milliseconds since
-1970: Optuna stores local times without a zone), how it failed, its origin."""
+1970: Optuna stores local times without a zone), how it failed, its origin, what was enqueued."""
+FIXED = "fixed_params"
+"""Optuna's system attribute of an enqueued trial: its values."""
 
 MOST_DEATHS = 5
 """A slot whose worker dies or hangs this often is abandoned: it probably kills its workers."""
@@ -133,11 +136,14 @@ class Plan:
 
     def next_slot(self) -> int | None:
         """Return the first slot of the budget that needs a trial and has none running."""
+        slots = [slot for slot in (self.next_retry(0), self.next_unused()) if slot is not None]
+        return min((slot for slot in slots if slot < self.total), default=None)
+
+    def next_unused(self) -> int | None:
+        """Return the first slot of the budget that never had a trial."""
         while self._first_unused in self.slots:
             self._first_unused += 1
-        retry = self.next_retry(0)
-        number = self._first_unused if retry is None else min(retry, self._first_unused)
-        return number if number < self.total else None
+        return self._first_unused if self._first_unused < self.total else None
 
     def next_retry(self, first: int) -> int | None:
         """Return the first slot, from `first`, that needs another trial and has none running."""

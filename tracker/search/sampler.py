@@ -124,6 +124,17 @@ def has_seed(given: SamplerLike) -> bool:
     return any(True for _ in generators(own_sampler(given, 0)))
 
 
+def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """Return the value that a trial suggests for a hyperparameter."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    wanted: Any = distribution
+    suggest = (
+        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    )
+    return suggest(name, wanted.low, wanted.high, step=wanted.step, log=wanted.log)
+
+
 def suggestion_seed(seed: int, slot: int) -> int:
     """Return the seed of a slot's sampler, below 2**32."""
     return int(np.random.SeedSequence([seed, slot, 0]).generate_state(1)[0])

@@ -17,12 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    IntDistribution,
-    json_to_distribution,
-)
+from optuna.distributions import json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -33,7 +28,7 @@ from tracker.search.best import best_trials
 from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import Heart, Leases
 from tracker.search.objects import PrunerLike, SamplerLike
-from tracker.search.plan import MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
+from tracker.search.plan import FIXED, MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
 from tracker.search.reap import LOST, store_failure
 from tracker.search.space import distributions
 from tracker.search.storage import Storage
@@ -41,7 +36,7 @@ from tracker.search.stored_study import StoredStudy
 from tracker.statuses import Status
 
 QUEUED = 1_000_000
-"""The first slot of trials that were enqueued with Optuna: they do not count for the budget."""
+"""The first slot of enqueued trials for which the budget has no slot left."""
 
 _HOLD_SECONDS = 2.0  # after a failed request; until then reports are only queued
 
@@ -118,7 +113,7 @@ class Search:
             trials = self._fail_lost_trials(self.trials())
             slot = self.plan.next_retry(QUEUED)
             if slot is None and (queued := self._queued_trial(trials)) is not None:
-                slot = max([QUEUED - 1, *self.plan.slots]) + 1
+                slot = self._slot_for(queued)
                 self._optuna.set_trial_user_attr(queued._trial_id, SLOT, slot)
                 self._optuna.set_trial_user_attr(queued._trial_id, SEARCH, self.id)
                 self._optuna.set_trial_user_attr(queued._trial_id, STARTED, now())
@@ -156,21 +151,32 @@ class Search:
     def _new_trial(self, slot: int) -> FrozenTrial:
         params: Mapping[str, Any] = {} if self.plan.points is None else self.plan.points[slot]
         last = self.plan.slot(slot).last
-        fixed = None if last is None or slot < QUEUED else last.system_attrs.get("fixed_params")
+        attrs: dict[str, Any] = {}
+        system_attrs: dict[str, Any] = {}
+        if last is not None and FIXED in last.system_attrs:  # it was enqueued
+            system_attrs[FIXED] = last.system_attrs[FIXED]
+            attrs = {k: v for k, v in last.user_attrs.items() if not k.startswith("tracker:")}
         return create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
             distributions=self._distributions if params else {},
-            user_attrs={SLOT: slot, SEARCH: self.id, STARTED: now()},
-            system_attrs={} if fixed is None else {"fixed_params": fixed},
+            user_attrs={**attrs, SLOT: slot, SEARCH: self.id, STARTED: now()},
+            system_attrs=system_attrs,
         )
 
     def _queued_trial(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """A trial enqueued with Optuna; None in a grid, which runs only its own points."""
+        """The first enqueued trial; None in a grid, which runs only its own points."""
         if self.plan.points is not None:
             return None
         pending = trials[self.plan.first_open :]
         return next((trial for trial in pending if trial.state == TrialState.WAITING), None)
+
+    def _slot_for(self, queued: FrozenTrial) -> int:
+        """Return the slot of an enqueued trial: the next of the budget, or one in addition."""
+        if (reserved := queued.user_attrs.get(SLOT)) is not None:  # by a search that died
+            return int(reserved)
+        unused = self.plan.next_unused()
+        return max([QUEUED - 1, *self.plan.slots]) + 1 if unused is None else unused
 
     def _start(self, trial_id: int, slot: int) -> Task | Answer:
         record, history = self.record, self.plan.slot(slot)
@@ -187,11 +193,11 @@ class Search:
             trial = optuna.Trial(study, trial_id)
             params = dict(trial.params)
             for name in [each for each in self._distributions if each not in params]:
-                params[name] = _suggest(trial, name, self._distributions[name])
+                params[name] = samplers.suggest(trial, name, self._distributions[name])
         except Exception as error:
             if isinstance(error, UpdateFinishedTrialError) or self.storage.unreachable(error):
                 raise
-            fixed = self._optuna.get_trial(trial_id).system_attrs.get("fixed_params", {})
+            fixed = self._optuna.get_trial(trial_id).system_attrs.get(FIXED, {})
             is_fixed = name in fixed and isinstance(error, ValueError)
             why: Why = "invalid" if is_fixed else "given up"  # enqueued, or the sampler's error
             ended = Ended.failed(why, f"{name} cannot be suggested: {error}")
@@ -251,7 +257,7 @@ class Search:
         """
         wanted = json_to_distribution(distribution)
         try:
-            return self._of(number, lambda trial: _suggest(trial, name, wanted))
+            return self._of(number, lambda trial: samplers.suggest(trial, name, wanted))
         except ValueError as error:
             if isinstance(error, TrackerError):
                 raise
@@ -429,13 +435,3 @@ class Search:
                 raise
 
         return self.storage.patiently(attempt, self.stopping)
-
-
-def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    wanted: Any = distribution
-    suggest = (
-        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    )
-    return suggest(name, wanted.low, wanted.high, step=wanted.step, log=wanted.log)

@@ -11,11 +11,13 @@ Study("widths", objective, space={"width": [16, 32]}, sampler="grid").run()
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.base import mode_of, open_delivery
@@ -47,6 +50,7 @@ from tracker.search.keeper import (
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.objects import PrunerLike, SamplerLike
 from tracker.search.progress import Progress
+from tracker.search.queue import Queue
 from tracker.search.reap import reap
 from tracker.search.sampler import has_seed, sampler_text
 from tracker.search.session import Search
@@ -151,6 +155,47 @@ class Study:
             fixed=fixed or {},
         )
         self._sources: list[warm_start.Source] = []
+        self._queue = Queue()
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Its trials so far, and those that `run` will add to it; this creates nothing.
+
+        Raises:
+            StoreError: The storage cannot be read.
+        """
+        stored: list[FrozenTrial] = []
+        if (file := parse(self._storage_url)[2]) is None or file.exists():
+            storage = Storage(self._storage_url, make=False)
+            with closing(storage), suppress(KeyError):
+                study_id = storage.optuna.get_study_id_from_name(self._config.name)
+                stored = storage.optuna.get_all_trials(study_id)
+        pending = [copy.deepcopy(trial) for trial in self._queue.missing_from(stored)]
+        for number, trial in enumerate(pending, start=len(stored)):
+            trial.number = number
+        return stored + pending
+
+    def enqueue_trial(
+        self,
+        params: Mapping[str, Any],
+        user_attrs: Mapping[str, Any] | None = None,
+        skip_if_exists: bool = False,
+    ) -> None:
+        """Try given hyperparameters before the sampler's.
+
+        `run` adds the trial to the study, once: a program that is started again with `resume=True`
+        may enqueue its trials again. It takes the next free slot of the budget; if there is none,
+        it runs in addition.
+
+        Args:
+            params: Values of some or all hyperparameters; the sampler suggests the others.
+            user_attrs: User attributes of the trial.
+            skip_if_exists: Whether to leave it out if the study has a trial with these values.
+
+        Raises:
+            ArgumentError: A value is not in the space, or the study is a grid.
+        """
+        self._queue.add(self._config, params, user_attrs, skip_if_exists)
 
     def warm_start_from_study(self, name: str, storage: str | None = None) -> None:
         """Start with the complete trials of another study whose hyperparameters fit.
@@ -219,6 +264,7 @@ class Study:
             record = storage.patiently(create, patience=0.0)
             for trials in imported:
                 storage.patiently(partial(warm_start.add, storage, record, trials))
+            storage.patiently(partial(self._queue.store, storage, record))
             search = Search(
                 storage,
                 record,
