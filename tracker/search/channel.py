@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.trial import FrozenTrial
 
 from tracker.errors import TrackerError
 from tracker.search.plan import Why
@@ -95,6 +96,14 @@ class Channel(ABC):
     def constrain(self, number: int, name: str, value: float) -> None:
         """Store a constraint; the trial is feasible if no constraint is above 0."""
         self.request("constrain", number, name, value)
+
+    def trials(self, number: int) -> list[FrozenTrial]:
+        """Return all trials of the study; they must not be changed."""
+        return cast("list[FrozenTrial]", self.request("trials_for", number))
+
+    def stop(self, number: int) -> None:
+        """Let the search start no more trials."""
+        self.request("stop", number)
 
     def is_best(self, number: int, ended: Ended) -> bool:
         """Return whether a trial that ends like this is the best so far, or on a Pareto front."""

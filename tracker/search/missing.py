@@ -141,6 +141,8 @@ def status_of_study(
     )
     if (left := last.get("left")) is None:
         return "FAILED", "The process that ran the study ended without reporting why."
+    if left["status"] == "FINISHED" and left.get("stopped"):
+        return "FINISHED", None  # by stop() or timeout=, as intended
     if left["status"] == "FINISHED":
         return "FAILED", "The study ended before its budget was used."
     return str(left["status"]), left["reason"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Container, Iterable, Set
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from tracker.search.channel import Ended
-from tracker.search.leases import PREFIX, active_searches
+from tracker.search.leases import PREFIX, Leases, active_searches
 from tracker.search.plan import ENDED, SEARCH
 from tracker.search.storage import Storage
 from tracker.search.stored_study import StoredStudy
@@ -33,6 +33,49 @@ def store_failure(storage: BaseStorage, trial_id: int, ended: Ended) -> None:
         storage.set_trial_state_values(trial_id, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return
+
+
+def fail_orphans(
+    storage: BaseStorage,
+    study_id: int,
+    trials: Iterable[FrozenTrial],
+    *,
+    own: str,
+    confirmed: Container[int],
+    leases: Leases,
+) -> int:
+    """Fail the running trials of dead searches, and those of our own that it does not know.
+
+    Args:
+        storage: Optuna's storage.
+        study_id: The id of the study in the storage.
+        trials: Trials of the study.
+        own: The id of the calling search.
+        confirmed: The numbers of its running trials.
+        leases: Says which searches are alive.
+
+    Returns:
+        How many trials were failed.
+    """
+    orphans = [
+        trial
+        for trial in trials
+        if trial.state == TrialState.RUNNING
+        and SEARCH in trial.user_attrs
+        and trial.number not in confirmed
+    ]
+    if any(trial.user_attrs[SEARCH] != own for trial in orphans):
+        attrs = storage.get_study_user_attrs(study_id)
+        orphans = [
+            trial
+            for trial in orphans
+            if (search := trial.user_attrs[SEARCH]) == own or not leases.lives(search, attrs)
+        ]
+    for trial in orphans:
+        is_own = trial.user_attrs[SEARCH] == own
+        ended = Ended.failed("given up", "The storage did not answer.") if is_own else LOST
+        store_failure(storage, trial._trial_id, ended)
+    return len(orphans)
 
 
 def reap(storage: Storage, record: StoredStudy, dead: Set[str]) -> list[FrozenTrial]:

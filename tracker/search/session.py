@@ -13,7 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import optuna
@@ -29,8 +29,10 @@ from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import Heart, Leases
 from tracker.search.objects import PrunerLike, SamplerLike
 from tracker.search.plan import FIXED, MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
-from tracker.search.reap import LOST, store_failure
+from tracker.search.reap import fail_orphans, store_failure
+from tracker.search.running_trial import RunningTrial
 from tracker.search.space import distributions
+from tracker.search.stopping import RunningStudy, StopFlag
 from tracker.search.storage import Storage
 from tracker.search.stored_study import StoredStudy
 from tracker.statuses import Status
@@ -43,21 +45,8 @@ _HOLD_SECONDS = 2.0  # after a failed request; until then reports are only queue
 logger = logging.getLogger(__name__)
 
 Answer = Literal["wait", "done"]
+Callback = Callable[[optuna.Study, FrozenTrial], None]
 T = TypeVar("T")
-
-
-@dataclass
-class _Running:
-    task: Task
-    trial: optuna.Trial
-    reports: deque[tuple[int, float]] = field(default_factory=deque)
-    """Steps and values that are not stored yet."""
-
-    def write_reports(self) -> None:
-        while self.reports:
-            step, value = self.reports[0]
-            self.trial.report(value, step)
-            self.reports.popleft()
 
 
 class Search:
@@ -85,6 +74,11 @@ class Search:
         """Called with each trial that ends, and whether it is the best so far."""
         self.stopping: Callable[[], bool] = lambda: False
         """Whether to stop waiting for a storage that does not answer."""
+        self.flag = StopFlag()
+        """Set when no more trials should start."""
+        self.callbacks: Sequence[Callback] = ()
+        """Called with the study and each trial that ended, before the next is claimed."""
+        self._ended: deque[FrozenTrial] = deque()
         self.id = uuid.uuid4().hex[:8]
         self.storage = storage
         self.record = record
@@ -95,7 +89,7 @@ class Search:
         self._sampler, self._pruner = sampler or record.sampler, pruner or record.pruner
         self._optuna = storage.optuna
         self._leases = Leases(grace)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, RunningTrial] = {}
         self._hold_until = 0.0
         self._heart = Heart(storage.optuna, record.study_id, self.id, grace)
 
@@ -103,10 +97,23 @@ class Search:
 
     def claim(self) -> Task | Answer:
         """Claim the next trial; "wait" while others run the last ones, "done" after that."""
+        self.call_back()
+        if self.flag.is_set:
+            return "done"
         try:
             return self._patiently(self._claim)
         except UpdateFinishedTrialError:  # this process was suspended, and another ended the trial
             return "wait"
+
+    def call_back(self) -> None:
+        """Call the callbacks for the trials that have ended."""
+        while self._ended:
+            trial = self._ended.popleft()
+            for callback in self.callbacks:
+                callback(self._study(), copy.deepcopy(trial))
+
+    def _study(self, **more: Any) -> optuna.Study:
+        return RunningStudy(self.record.name, self._optuna, self.flag.set, **more)
 
     def _claim(self) -> Task | Answer:
         with self.storage.study_lock(self.record.key):
@@ -188,7 +195,7 @@ class Search:
             known=history.params,
         )
         pruner = samplers.pruner(self._pruner, record.steps)
-        study, name = optuna.Study(record.name, self._optuna, sampler, pruner), "A hyperparameter"
+        study, name = self._study(sampler=sampler, pruner=pruner), "A hyperparameter"
         try:
             trial = optuna.Trial(study, trial_id)
             params = dict(trial.params)
@@ -213,31 +220,20 @@ class Search:
             params=params,
             reported=history.reported,
         )
-        self._running[task.number] = _Running(task, trial)
+        self._running[task.number] = RunningTrial(task, trial)
         return task
 
     def _fail_lost_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Fail the trials of dead searches, and those whose creation was never confirmed."""
-        orphans = [
-            trial
-            for trial in trials[self.plan.first_open :]
-            if trial.state == TrialState.RUNNING
-            and SEARCH in trial.user_attrs
-            and trial.number not in self._running
-        ]
-        if any(trial.user_attrs[SEARCH] != self.id for trial in orphans):
-            attrs = self._optuna.get_study_user_attrs(self.record.study_id)
-            orphans = [
-                trial
-                for trial in orphans
-                if (search := trial.user_attrs[SEARCH]) == self.id
-                or not self._leases.lives(search, attrs)
-            ]
-        for trial in orphans:
-            is_own = trial.user_attrs[SEARCH] == self.id
-            ended = Ended.failed("given up", "The storage did not answer.") if is_own else LOST
-            store_failure(self._optuna, trial._trial_id, ended)
-        trials = self.trials() if orphans else trials
+        if fail_orphans(
+            self._optuna,
+            self.record.study_id,
+            trials[self.plan.first_open :],
+            own=self.id,
+            confirmed=self._running,
+            leases=self._leases,
+        ):
+            trials = self.trials()
         self.plan.observe(trials)
         return trials
 
@@ -288,25 +284,26 @@ class Search:
         if self.record.pruner == "none" or not self._flush_reports(running):
             return None
         try:
-            if not running.trial.should_prune():
-                return None
-            frozen = self._optuna.get_trial(running.trial._trial_id)
+            return running.pruned_by(self.record.pruner)
         except UpdateFinishedTrialError as error:
             raise self._abandoned(number) from error
         except Exception as error:
             if not self.storage.unreachable(error):
                 raise
             return None
-        step = frozen.last_step
-        assert step is not None
-        value = frozen.intermediate_values[step]
-        pruner = self.record.pruner
-        who = f"The {pruner} pruner" if pruner in samplers.PRUNERS else pruner
-        return f"{who} stopped it at step {step}, value {value:g}."
 
     def set_attr(self, number: int, name: str, value: Any) -> None:
         """Store a user attribute."""
         self._of(number, lambda trial: trial.set_user_attr(name, value))
+
+    def trials_for(self, number: int) -> list[FrozenTrial]:
+        """Return all trials of the study to one of them."""
+        return self._of(number, lambda trial: self.trials())
+
+    def stop(self, number: int) -> None:
+        """Start no more trials, at the request of one."""
+        self._trial(number)
+        self.flag.set()
 
     def constrain(self, number: int, name: str, value: float) -> None:
         """Store a constraint."""
@@ -319,7 +316,7 @@ class Search:
         except UpdateFinishedTrialError as error:
             raise self._abandoned(number) from error
 
-    def _trial(self, number: int) -> _Running:
+    def _trial(self, number: int) -> RunningTrial:
         if number not in self._running:
             raise self._abandoned(number)
         return self._running[number]
@@ -330,7 +327,7 @@ class Search:
             f"Trial {number} was abandoned: it or its search was silent for too long."
         )
 
-    def _flush_reports(self, running: _Running) -> bool:
+    def _flush_reports(self, running: RunningTrial) -> bool:
         """Store pending reports; return whether none is left."""
         if time.monotonic() < self._hold_until:
             return False
@@ -383,9 +380,10 @@ class Search:
         self.plan.observe(trials)
         best = accepted and trials[number] in best_trials(trials, self.record.directions)
         self.on_end(trials[number], best)
+        self._ended.append(trials[number])
         return Verdict(accepted=accepted, retry=not self.plan.resolved(slot))
 
-    def _store_end(self, running: _Running, ended: Ended) -> bool:
+    def _store_end(self, running: RunningTrial, ended: Ended) -> bool:
         """Return whether the trial ended like this, and not because another search failed it."""
         self._hold_until = 0.0
         trial_id = running.trial._trial_id
@@ -422,7 +420,7 @@ class Search:
             status: The status of the study's run, if no other search is working on it.
             reason: Why it is not FINISHED.
         """
-        left = {"status": status, "reason": reason}
+        left = {"status": status, "reason": reason, "stopped": self.flag.is_set}
         self.storage.patiently(lambda: self._heart.show(left=left), patience=self.grace)
 
     def _patiently(self, do: Callable[[], T]) -> T:

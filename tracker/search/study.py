@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial
 
 from tracker.capture.provenance import environment_tags
 from tracker.delivery.base import mode_of, open_delivery
-from tracker.errors import ArgumentError, StoreError
+from tracker.errors import ArgumentError, CallOrderError, StoreError
 from tracker.journal.records import now
 from tracker.redaction import public_uri
 from tracker.search import warm_start
@@ -53,8 +53,9 @@ from tracker.search.progress import Progress
 from tracker.search.queue import Queue
 from tracker.search.reap import reap
 from tracker.search.sampler import has_seed, sampler_text
-from tracker.search.session import Search
+from tracker.search.session import Callback, Search
 from tracker.search.space import checked_space
+from tracker.search.stopping import StopFlag
 from tracker.search.storage import Storage, default_url, parse
 from tracker.search.stored_study import StoredStudy, load, open_study
 from tracker.search.trial import Objective, replay
@@ -156,6 +157,7 @@ class Study:
         )
         self._sources: list[warm_start.Source] = []
         self._queue = Queue()
+        self._flag: StopFlag | None = None
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -220,7 +222,29 @@ class Study:
             raise ArgumentError("warm_start_from_runs needs a space, to match the runs' params.")
         self._sources.append(warm_start.FromRuns(experiment, metric, self._tracking_uri))
 
-    def run(self, *, workers: int = 1, resume: bool = False) -> optuna.Study:
+    def stop(self) -> None:
+        """Let `run` start no more trials: from a callback, another thread, or the objective.
+
+        In an objective that runs in a worker, call `trial.study.stop()`.
+
+        Raises:
+            CallOrderError: The study is not running in this process.
+        """
+        if self._flag is None:
+            raise CallOrderError(
+                "stop() needs a study that is running in this process; an objective in a worker "
+                "calls trial.study.stop()."
+            )
+        self._flag.set()
+
+    def run(
+        self,
+        *,
+        workers: int = 1,
+        resume: bool = False,
+        timeout: float | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> optuna.Study:
         """Run trials until the budget is used up.
 
         Args:
@@ -228,6 +252,9 @@ class Study:
                 run in separate processes, which import the objective.
             resume: Continue the study if it exists. docs/studies.md lists the settings that must be
                 those stored, and those that take their new values.
+            timeout: Seconds after which no more trials start.
+            callbacks: Called in this process after each trial with the `optuna.Study`, whose
+                `stop()` ends the run, and the trial as an `optuna.trial.FrozenTrial`.
 
         Returns:
             The study as an `optuna.Study`.
@@ -238,6 +265,10 @@ class Study:
             KeyboardInterrupt: Ctrl-C or SIGTERM, after the running trials have ended; a second one
                 kills them.
         """
+        for callback in callbacks:
+            if not callable(callback):
+                raise ArgumentError(f"callbacks contains {callback!r}; it must be a function.")
+        flag = StopFlag(timeout)
         if not isinstance(workers, Integral) or workers < 1:
             raise ArgumentError(f"workers={workers!r} is not allowed; it must be at least 1.")
         if multiprocessing.current_process().name == WORKER:
@@ -272,9 +303,12 @@ class Study:
                 sampler=config.sampler,
                 pruner=config.pruner,
             )
+            search.callbacks = tuple(callbacks)
+            self._flag = search.flag = flag
             self._run(search, workers)
             return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
+            self._flag = None
             storage.close()  # the returned study opens connections of its own when needed
 
     def _run(self, search: Search, workers: int) -> None:
@@ -297,6 +331,8 @@ class Study:
                 try:
                     with search.beating():
                         executor.run(search, interrupts)
+                        if not interrupts.count:
+                            search.call_back()
                 except StoreError:  # after Ctrl-C nothing waits for the storage
                     if not interrupts.count:
                         raise

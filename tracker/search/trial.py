@@ -30,6 +30,7 @@ from tracker.search.sampler import training_seed
 from tracker.search.space import contains
 from tracker.search.tables import INTERMEDIATE, objectives
 from tracker.search.trial_run import TrialRun
+from tracker.search.trial_study import TrialStudy
 from tracker.statuses import Outcome, outcome
 from tracker.training.rng import set_seed
 from tracker.validation import checked_params, checked_step
@@ -54,6 +55,8 @@ class Trial:
         self.folder = folder
         """A folder for checkpoints, shared by all attempts at this trial; see `manager`. Create it
         before writing to it. It is removed when the trial is done."""
+        self.study = TrialStudy(run.study, task.number, channel)
+        """The study: its name, directions and trials, and `stop()`."""
         self._channel = channel
         self._unlogged: dict[str, Any] = {}
 
@@ -303,6 +306,8 @@ class _ReplayChannel(Channel):
         if verb == "finish":
             _, self.ended = arguments
             return Verdict(accepted=True)
+        if verb == "trials_for":
+            return []
         return None  # nothing is stored, and no trial pruned
 
 

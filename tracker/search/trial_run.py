@@ -42,6 +42,8 @@ class TrialRun(Run):
             parent_key=None if spec.is_replay else record.key,
             environment=spec.environment,
         )
+        self.study = record
+        """The study of the trial."""
         self._folder = spec.folder(task.slot)
         self._rows: list[dict[str, Any]] = []
         self._log_pending_model: Callable[[], bool] | None = None
