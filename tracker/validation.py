@@ -44,7 +44,7 @@ MAX_EXPERIMENT_NAME = 500
 def checked_name(name: str, what: str) -> str:
     """Check the name of a metric, param or tag; `what` names its kind in the error."""
     if not _is_allowed(name):
-        stored = _allowed(name) if what in _RENAMED else ""
+        stored = allowed_name(name) if what in _RENAMED else ""
         hint = f"; rename=True would store it as {stored!r}" if stored else ""
         raise ArgumentError(
             f"{what} name {name!r} is not allowed; allowed are up to 250 letters, digits, spaces "
@@ -78,7 +78,7 @@ class Renamer:
             ArgumentError: Nothing of the name is left.
         """
         if (stored := self._stored.get((what, name))) is None:
-            wanted = name if _is_allowed(name) else _allowed(name)
+            wanted = name if _is_allowed(name) else allowed_name(name)
             if not _is_allowed(wanted):
                 return checked_name(name, what)
             stored, number = wanted, 1
@@ -92,7 +92,7 @@ class Renamer:
         return stored
 
 
-def _allowed(name: Any) -> str:
+def allowed_name(name: Any) -> str:
     """Replace what is not allowed in a name; the result may be empty."""
     text = re.sub(r"[^/\w.\- :]", "_", str(name).replace("@", "_at_"))
     parts = [part.replace("..", "__") for part in text.split("/") if part not in ("", ".")]

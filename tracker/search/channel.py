@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal, cast
 
 from optuna.distributions import BaseDistribution, distribution_to_json
@@ -35,6 +36,12 @@ class Task:
     """The values suggested so far: all of the declared space."""
     reported: Mapping[int, float] = field(default_factory=dict)
     """What earlier attempts at the slot reported, by step."""
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)
+    """The user attributes that it was enqueued with."""
+    system_attrs: Mapping[str, Any] = field(default_factory=dict)
+    """Optuna's own attributes, as they were at its start."""
+    started: datetime | None = None
+    """When it started, as Optuna stores it: local time."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tracker.journal.records import Begin, End, Metrics, Params, Record, Tags
 from tracker.search.leases import PREFIX, searches
 from tracker.search.plan import ENDED, SLOT, SOURCE, Plan, times
 from tracker.search.stored_study import StoredStudy
-from tracker.search.tables import INTERMEDIATE, objectives
+from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives
 from tracker.statuses import Status
 from tracker.store.runs import RunSnapshot
 from tracker.validation import RUN_TAG
@@ -95,6 +95,8 @@ def _missing_tags(
         tags["tracker.failure"] = ended.get("reason") or None
     if trial.state == TrialState.PRUNED and "tracker.pruned" not in existing:
         tags["tracker.pruned"] = _pruning_reason(trial)
+    attrs = attribute_tags(trial.user_attrs)
+    tags |= {name: text for name, text in attrs.items() if name not in existing}
     texts = {name: str(value) for name, value in tags.items() if value is not None}
     return {name: text for name, text in texts.items() if existing.get(name) != text}
 

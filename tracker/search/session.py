@@ -35,6 +35,7 @@ from tracker.search.space import distributions
 from tracker.search.stopping import RunningStudy, StopFlag
 from tracker.search.storage import Storage
 from tracker.search.stored_study import StoredStudy
+from tracker.search.tables import attributes
 from tracker.statuses import Status
 
 QUEUED = 1_000_000
@@ -162,7 +163,7 @@ class Search:
         system_attrs: dict[str, Any] = {}
         if last is not None and FIXED in last.system_attrs:  # it was enqueued
             system_attrs[FIXED] = last.system_attrs[FIXED]
-            attrs = {k: v for k, v in last.user_attrs.items() if not k.startswith("tracker:")}
+            attrs = attributes(last.user_attrs)
         return create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -219,6 +220,9 @@ class Search:
             key=f"{record.key}-{trial.number}",
             params=params,
             reported=history.reported,
+            user_attrs=attributes(trial.user_attrs),
+            system_attrs=dict(trial._cached_frozen_trial.system_attrs),
+            started=trial.datetime_start,
         )
         self._running[task.number] = RunningTrial(task, trial)
         return task

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tracker.redaction import public_values
 from tracker.search.plan import ENDED, SLOT, SOURCE, times
 from tracker.search.stored_study import StoredStudy
+from tracker.validation import allowed_name, fitted
 
 _COLUMNS = ("trial", "slot", "state", "steps", "started", "seconds", "source", "reason")
 
 INTERMEDIATE = "intermediate_value"
 """The metric of a trial's run that holds what the trial reported."""
+ATTRIBUTE = "user_attrs."
+"""Begins the names of tags and columns that hold user attributes."""
 
 
 def objectives(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
@@ -29,11 +34,33 @@ def objectives(names: Sequence[str], values: Sequence[float]) -> dict[str, float
     return {f"objective.{name}": value for name, value in zip(names, values, strict=True)}
 
 
+def attributes(user_attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user attributes of a trial that are the user's, not ours."""
+    return {k: v for k, v in user_attrs.items() if not k.startswith("tracker:")}
+
+
+def attribute_tags(user_attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags of a trial's run that hold its user attributes, without secrets.
+
+    A text is itself, anything else JSON. Characters that MLflow does not allow in a name become _.
+    """
+    texts = {
+        allowed_name(f"{ATTRIBUTE}{name}"): value if isinstance(value, str) else json.dumps(value)
+        for name, value in attributes(user_attrs).items()
+    }
+    return public_values(fitted(texts))
+
+
 def rows(record: StoredStudy, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
     """Return the rows of `trials.csv`, one for each trial, by their columns."""
     trials = list(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    return [_row(record, trial, names) for trial in trials]
+    tags = [attribute_tags(trial.user_attrs) for trial in trials]
+    columns = list(dict.fromkeys(name for each in tags for name in each))
+    return [
+        _row(record, trial, names) | {name: attrs.get(name) for name in columns}
+        for trial, attrs in zip(trials, tags, strict=True)
+    ]
 
 
 def _row(record: StoredStudy, trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import FrozenTrial
+from optuna.trial import BaseTrial, FrozenTrial
 
 from tracker.delivery.base import Delivery
 from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
@@ -27,8 +28,8 @@ from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
 from tracker.search.executors.base import TrialSpec
 from tracker.search.plan import SLOT
 from tracker.search.sampler import training_seed
-from tracker.search.space import contains
-from tracker.search.tables import INTERMEDIATE, objectives
+from tracker.search.space import contains, distributions
+from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives
 from tracker.search.trial_run import TrialRun
 from tracker.search.trial_study import TrialStudy
 from tracker.statuses import Outcome, outcome
@@ -38,18 +39,18 @@ from tracker.validation import checked_params, checked_step
 Objective = Callable[["Trial"], float | Sequence[float]]
 
 
-class Trial:
-    """The argument of an objective: it suggests hyperparameters, and has a run to log to."""
+class Trial(BaseTrial):
+    """The argument of an objective: it suggests hyperparameters, and has a run to log to.
+
+    It is one of Optuna's trials, so that Optuna's integrations take it.
+    """
 
     __reduce__ = stays_here("Trial", "send its params, and report in the objective's own process")
 
     def __init__(self, task: Task, run: TrialRun, channel: Channel, folder: Path) -> None:
-        self.number = task.number
-        """The number of the trial in Optuna's storage."""
+        self._task = task
         self.seed = task.seed
         """The seed of all random generators when the objective is called."""
-        self.params: dict[str, Any] = dict(task.params)
-        """The suggested values; initially those of the study's space."""
         self.run: Run = run
         """The trial's run. The study begins and ends it."""
         self.folder = folder
@@ -57,8 +58,48 @@ class Trial:
         before writing to it. It is removed when the trial is done."""
         self.study = TrialStudy(run.study, task.number, channel)
         """The study: its name, directions and trials, and `stop()`."""
+        self._params = dict(task.params)
+        space, is_grid = run.study.spaces[-1:], run.study.sampler == "grid"
+        self._distributions = distributions(space[0], grid=is_grid) if space else {}
+        self._user_attrs = dict(task.user_attrs)
+        self._constraints: dict[str, float] = {}
         self._channel = channel
         self._unlogged: dict[str, Any] = {}
+
+    @property
+    def number(self) -> int:
+        """The number of the trial in Optuna's storage."""
+        return self._task.number
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The suggested values; initially those of the study's space."""
+        return dict(self._params)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Where the suggested values come from."""
+        return {k: v for k, v in self._distributions.items() if k in self._params}
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The user attributes: those of an enqueued trial, and of `set_user_attr`."""
+        return dict(self._user_attrs)
+
+    @property
+    def system_attrs(self) -> dict[str, Any]:
+        """Optuna's attributes, as they were when the trial started."""
+        return dict(self._task.system_attrs)
+
+    @property
+    def datetime_start(self) -> datetime | None:
+        """When the trial started, in local time."""
+        return self._task.started
+
+    @property
+    def constraints(self) -> dict[str, float]:
+        """By how much the trial violates its constraints."""
+        return dict(self._constraints)
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -95,19 +136,32 @@ class Trial:
         """
         return self._suggest(name, lambda: CategoricalDistribution(list(choices)))
 
+    def suggest_uniform(self, name: str, low: float, high: float) -> float:
+        """Call `suggest_float`, as Optuna's deprecated method does."""
+        return self.suggest_float(name, low, high)
+
+    def suggest_loguniform(self, name: str, low: float, high: float) -> float:
+        """Call `suggest_float`, as Optuna's deprecated method does."""
+        return self.suggest_float(name, low, high, log=True)
+
+    def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
+        """Call `suggest_float`, as Optuna's deprecated method does."""
+        return self.suggest_float(name, low, high, step=q)
+
     def _suggest(self, name: str, distribution: Callable[[], BaseDistribution]) -> Any:
         self.run.name_of(name, "param")
         try:
             wanted = distribution()
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"{name!r} cannot be suggested: {error}") from error
-        if name in self.params and name not in self._unlogged and name in self.run.params:
-            if contains(wanted, value := self.params[name]):
+        if name in self._params and name not in self._unlogged and name in self.run.params:
+            if contains(wanted, value := self._params[name]):
                 return value
             raise ArgumentError(f"{name!r} is already {value!r}, which is not in {wanted}.")
         value = self._channel.suggest(self.number, name, wanted)
         checked_params({name: value})
-        self.params[name] = self._unlogged[name] = value
+        self._params[name] = self._unlogged[name] = value
+        self._distributions[name] = wanted
         return value
 
     def report(self, value: float, step: int) -> None:
@@ -151,22 +205,31 @@ class Trial:
         self.run.set_tags({"tracker.pruned": reason})
         return True
 
-    def set_user_attr(self, name: str, value: Any) -> None:
-        """Store a JSON value with the trial in Optuna's storage."""
-        self._channel.set_attr(self.number, name, value)
+    def set_user_attr(self, key: str, value: Any) -> None:
+        """Store a JSON value in Optuna's storage, and as the tag `user_attrs.KEY` of the run.
 
-    def set_constraint(self, name: str, value: float) -> None:
+        Raises:
+            TypeError: The value is not JSON.
+        """
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's
+        tags = attribute_tags({key: value})
+        self._channel.set_attr(self.number, key, value)
+        self._user_attrs[key] = value
+        self.run.set_tags(tags)
+
+    def set_constraint(self, key: str, value: float) -> None:
         """Store by how much the trial violates a constraint.
 
         Args:
-            name: The constraint.
+            key: The constraint.
             value: 0 or less satisfies it.
         """
         number = _number(value)
         if number is None:
             raise ArgumentError(f"value={value!r} is not allowed; it must be a number.")
-        self.run.log_metrics({f"constraint.{name}": number})
-        self._channel.constrain(self.number, name, number)
+        self.run.log_metrics({f"constraint.{key}": number})
+        self._channel.constrain(self.number, key, number)
+        self._constraints[key] = number
 
     def manager(self, **settings: Any) -> RunManager:
         """Create a RunManager that logs to the trial's run.

@@ -17,6 +17,7 @@ from tracker.run import Run
 from tracker.search.channel import Task
 from tracker.search.config import MODEL
 from tracker.search.executors.base import TrialSpec
+from tracker.search.tables import attribute_tags
 from tracker.store.history import ResumeState, epoch_rows
 from tracker.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tracker.views.files import json_text, write_atomically
@@ -37,6 +38,7 @@ class TrialRun(Run):
                 "optuna.trial": str(task.number),
                 "optuna.state": "RUNNING",
                 "tracker.slot": str(task.slot),
+                **attribute_tags(task.user_attrs),
             },
             key=task.key,
             parent_key=None if spec.is_replay else record.key,
