@@ -85,7 +85,7 @@ def test_a_failing_request_fails_only_its_trial(
         direction=["minimize"] * count,
         metric=["a", "b"][:count],
         offline=True,
-    ).run(workers=workers)
+    ).run(workers=workers, catch=Exception)
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     ended = study.trials[1].user_attrs[ENDED]
     assert ended["why"] == "failed"

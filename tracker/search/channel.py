@@ -108,6 +108,10 @@ class Channel(ABC):
         """Return all trials of the study; they must not be changed."""
         return cast("list[FrozenTrial]", self.request("trials_for", number))
 
+    def is_early(self, number: int) -> bool:
+        """Return whether the trial is one of the first, of which none has ended well."""
+        return bool(self.request("is_early", number))
+
     def stop(self, number: int) -> None:
         """Let the search start no more trials."""
         self.request("stop", number)

@@ -17,6 +17,8 @@ class RunningTrial:
 
     task: Task
     trial: optuna.Trial
+    index: int
+    """How many trials its search took before it."""
     reports: deque[tuple[int, float]] = field(default_factory=deque)
     """Steps and values that are not stored yet."""
 

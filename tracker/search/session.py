@@ -29,6 +29,7 @@ from tracker.search.channel import Ended, Task, TrialLostError, Verdict
 from tracker.search.leases import Heart, Leases
 from tracker.search.objects import PrunerLike, SamplerLike
 from tracker.search.plan import FIXED, MOST_DEATHS, SEARCH, SLOT, STARTED, Plan, Why
+from tracker.search.policy import FIRST
 from tracker.search.reap import fail_orphans, store_failure
 from tracker.search.running_trial import RunningTrial
 from tracker.search.space import distributions
@@ -80,6 +81,8 @@ class Search:
         self.callbacks: Sequence[Callback] = ()
         """Called with the study and each trial that ended, before the next is claimed."""
         self._ended: deque[FrozenTrial] = deque()
+        self._claims = 0
+        self._has_succeeded = False
         self.id = uuid.uuid4().hex[:8]
         self.storage = storage
         self.record = record
@@ -224,7 +227,8 @@ class Search:
             system_attrs=dict(trial._cached_frozen_trial.system_attrs),
             started=trial.datetime_start,
         )
-        self._running[task.number] = RunningTrial(task, trial)
+        self._running[task.number] = RunningTrial(task, trial, self._claims)
+        self._claims += 1
         return task
 
     def _fail_lost_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -303,6 +307,10 @@ class Search:
     def trials_for(self, number: int) -> list[FrozenTrial]:
         """Return all trials of the study to one of them."""
         return self._of(number, lambda trial: self.trials())
+
+    def is_early(self, number: int) -> bool:
+        """Return whether a trial is one of this search's first, of which none has ended well."""
+        return self._trial(number).index < FIRST and not self._has_succeeded
 
     def stop(self, number: int) -> None:
         """Start no more trials, at the request of one."""
@@ -385,6 +393,7 @@ class Search:
         best = accepted and trials[number] in best_trials(trials, self.record.directions)
         self.on_end(trials[number], best)
         self._ended.append(trials[number])
+        self._has_succeeded |= accepted and ended.state != "FAIL"
         return Verdict(accepted=accepted, retry=not self.plan.resolved(slot))
 
     def _store_end(self, running: RunningTrial, ended: Ended) -> bool:

@@ -16,7 +16,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -49,6 +49,7 @@ from tracker.search.keeper import (
 )
 from tracker.search.leases import GRACE_SECONDS
 from tracker.search.objects import PrunerLike, SamplerLike
+from tracker.search.policy import Catch, checked_catch
 from tracker.search.progress import Progress
 from tracker.search.queue import Queue
 from tracker.search.reap import reap
@@ -244,6 +245,7 @@ class Study:
         resume: bool = False,
         timeout: float | None = None,
         callbacks: Sequence[Callback] = (),
+        catch: type[Exception] | Iterable[type[Exception]] | None = None,
     ) -> optuna.Study:
         """Run trials until the budget is used up.
 
@@ -255,6 +257,9 @@ class Study:
             timeout: Seconds after which no more trials start.
             callbacks: Called in this process after each trial with the `optuna.Study`, whose
                 `stop()` ends the run, and the trial as an `optuna.trial.FrozenTrial`.
+            catch: Exceptions of the objective that only fail their trial; others end the study. By
+                default all only fail their trial but usage errors, and mistakes such as an
+                ImportError or a TypeError in the first three trials while none has ended well.
 
         Returns:
             The study as an `optuna.Study`.
@@ -262,13 +267,14 @@ class Study:
         Raises:
             ArgumentError: An argument, or the objective, is not allowed.
             StoreError: The storage or the MLflow store cannot be used.
+            Exception: The objective or a callback raised an exception that ends the study.
             KeyboardInterrupt: Ctrl-C or SIGTERM, after the running trials have ended; a second one
                 kills them.
         """
         for callback in callbacks:
             if not callable(callback):
                 raise ArgumentError(f"callbacks contains {callback!r}; it must be a function.")
-        flag = StopFlag(timeout)
+        flag, caught = StopFlag(timeout), checked_catch(catch)
         if not isinstance(workers, Integral) or workers < 1:
             raise ArgumentError(f"workers={workers!r} is not allowed; it must be at least 1.")
         if multiprocessing.current_process().name == WORKER:
@@ -276,7 +282,7 @@ class Study:
                 "run() was called in a worker: put it under `if __name__ == '__main__':`."
             )
         if workers > 1:
-            check_picklable(self._objective)
+            check_picklable(self._objective, caught)
         if not has_seed(self._config.sampler):
             logger.warning(
                 "seed=%d does not reach sampler=%s: it keeps no random generator of NumPy or "
@@ -305,18 +311,18 @@ class Study:
             )
             search.callbacks = tuple(callbacks)
             self._flag = search.flag = flag
-            self._run(search, workers)
+            self._run(search, workers, caught)
             return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
             self._flag = None
             storage.close()  # the returned study opens connections of its own when needed
 
-    def _run(self, search: Search, workers: int) -> None:
+    def _run(self, search: Search, workers: int, catch: Catch) -> None:
         trials = search.storage.patiently(search.trials)
         search.plan.observe(trials)
         progress = Progress(search.record, search.plan, trials)
         search.on_end = progress.trial_ended
-        spec = self._spec(search.record, environment_tags())
+        spec = replace(self._spec(search.record, environment_tags()), catch=catch)
         ended = Outcome("FAILED", "The study was abandoned.")
         keeper: Keeper | None = None
         executor: Executor | None = None

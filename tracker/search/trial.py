@@ -21,12 +21,13 @@ from optuna.distributions import (
 from optuna.trial import BaseTrial, FrozenTrial
 
 from tracker.delivery.base import Delivery
-from tracker.errors import ArgumentError, CallOrderError, StoreError, stays_here
+from tracker.errors import ArgumentError, StoreError, stays_here
 from tracker.manager import RunManager
 from tracker.run import Run
 from tracker.search.channel import Channel, Ended, Task, TrialLostError, Verdict
 from tracker.search.executors.base import TrialSpec
 from tracker.search.plan import SLOT
+from tracker.search.policy import ends_study
 from tracker.search.sampler import training_seed
 from tracker.search.space import contains, distributions
 from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives
@@ -252,7 +253,9 @@ class ObjectiveError(ArgumentError):
     """The objective did not return its values."""
 
 
-def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery) -> None:
+def run_trial(
+    task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery
+) -> Exception | None:
     """Run one trial, from the beginning of its run to the end.
 
     Args:
@@ -261,10 +264,12 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
         channel: The trial's connection to its search.
         delivery: Delivers the run to MLflow.
 
+    Returns:
+        The exception of the objective that ends the study, see `ends_study`; others only fail the
+        trial.
+
     Raises:
-        KeyboardInterrupt: The trial was interrupted, and has ended.
-        ArgumentError: The objective made a mistake that would fail every trial; this one has ended.
-            CallOrderError and SystemExit are raised too. Other errors only fail the trial.
+        KeyboardInterrupt: The trial was interrupted, and has ended. SystemExit is raised too.
     """
     run = TrialRun(delivery, task, spec)
     trial = Trial(task, run, channel, spec.folder(task.slot))
@@ -278,7 +283,8 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
         values = _checked(spec.objective(trial), len(metrics))
     except BaseException as raised:  # noqa: BLE001 - raised again below if it concerns the study
         error = raised
-    ended = trial_ended(error, values)
+    stops = error is not None and ends_study(error, spec.catch, task.number, channel)
+    ended = trial_ended(error, values, stops=stops)
     trial.log_params()
     is_complete = ended.state == "COMPLETE"
     try:
@@ -298,16 +304,22 @@ def run_trial(task: Task, spec: TrialSpec, channel: Channel, delivery: Delivery)
     run.end(Outcome(ended.status, ended.reason), wait=False)
     if not verdict.retry:
         shutil.rmtree(trial.folder, ignore_errors=True)
-    if error is not None and _stops_the_study(error):
+    if isinstance(error, Exception):
+        return error if stops else None
+    if error is not None:
         raise error
+    return None
 
 
-def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> Ended:
+def trial_ended(
+    error: BaseException | None, values: Sequence[float] | None, *, stops: bool = False
+) -> Ended:
     """Decide how a trial ended; docs/statuses.md lists all cases.
 
     Args:
         error: What the objective raised; None if it returned.
         values: What it returned, if it did.
+        stops: Whether the error ends the study; it then costs the slot no attempt.
     """
     if error is None:
         assert values is not None
@@ -320,7 +332,7 @@ def trial_ended(error: BaseException | None, values: Sequence[float] | None) -> 
     run = outcome(error)
     if run.status == "KILLED":
         return Ended.failed("interrupted", run.reason)
-    is_slots_fault = not isinstance(error, (TrialLostError, ArgumentError, CallOrderError))
+    is_slots_fault = not stops and not isinstance(error, TrialLostError)
     return Ended.failed("failed" if is_slots_fault else "given up", run.reason)
 
 
@@ -329,10 +341,6 @@ def _is_best(task: Task, ended: Ended, channel: Channel) -> bool:
         return channel.is_best(task.number, ended)
     except TrialLostError:  # `finish` will be told so
         return False
-
-
-def _stops_the_study(error: BaseException) -> bool:
-    return isinstance(error, (ArgumentError, CallOrderError)) or not isinstance(error, Exception)
 
 
 def _checked(returned: Any, count: int) -> list[float]:
@@ -396,6 +404,8 @@ def replay(frozen: FrozenTrial, spec: TrialSpec, delivery: Delivery) -> Ended:
     task = Task(number=frozen.number, slot=slot, seed=seed, key=key, params=frozen.params)
     record = replace(spec.record, key=key, models="all")
     channel = _ReplayChannel(frozen)
-    run_trial(task, replace(spec, record=record, is_replay=True), channel, delivery)
+    error = run_trial(task, replace(spec, record=record, is_replay=True), channel, delivery)
+    if error is not None:
+        raise error
     assert channel.ended is not None
     return channel.ended

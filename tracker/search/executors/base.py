@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.delivery.base import Mode
 from tracker.search.interrupts import Interrupts
+from tracker.search.policy import Catch
 from tracker.search.stored_study import StoredStudy
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class TrialSpec:
     """How runs get to MLflow."""
     environment: Mapping[str, str]
     """Tags that describe the environment."""
+    catch: Catch = None
+    """Exceptions of the objective that only fail their trial; None for the default policy."""
     is_replay: bool = False
     """Whether a trial is trained again, as a separate run."""
 
@@ -59,7 +62,7 @@ class Executor(Protocol):
             interrupts: If `count` is 1, interrupt the trials and wait for them; if 2, kill them.
 
         Raises:
-            ArgumentError: The objective made a mistake that affects the whole study.
+            Exception: The objective raised an exception that ends the study.
         """
 
     def settle(self, timeout: float) -> bool:

@@ -35,8 +35,8 @@ class InProcessExecutor:
         while not interrupts.count and (task := search.claim()) != "done":
             if task == "wait":
                 time.sleep(_WAIT_SECONDS)
-            else:
-                run_trial(task, spec, channel, self._delivery)
+            elif (error := run_trial(task, spec, channel, self._delivery)) is not None:
+                raise error
 
     def settle(self, timeout: float) -> bool:
         """Wait until the runs are delivered; return whether they all are."""

@@ -26,6 +26,7 @@ from tracker.search.channel import Channel, Ended, TrialLostError, Verdict
 from tracker.search.executors.base import TrialSpec
 from tracker.search.executors.cores import usable_cores
 from tracker.search.interrupts import Interrupts, block_signals
+from tracker.search.policy import Catch, packed, unpacked
 from tracker.search.session import Search
 
 WORKER = "trial worker"
@@ -47,14 +48,14 @@ _STOPPED = Ended.failed("interrupted", "It was still running when its search end
 logger = logging.getLogger(__name__)
 
 
-def check_picklable(objective: Any) -> None:
-    """Check that another process can import the objective.
+def check_picklable(objective: Any, catch: Catch = None) -> None:
+    """Check that another process can import the objective and the exceptions to catch.
 
     Raises:
         ArgumentError: It cannot.
     """
     try:
-        pickle.dumps(objective)
+        pickle.dumps((objective, catch))
         if getattr(objective, "__module__", "") == "__main__" and not _has_file("__main__"):
             raise TypeError("it is defined in a notebook or at a prompt")
     except (pickle.PicklingError, AttributeError, TypeError, ArgumentError) as error:
@@ -115,7 +116,7 @@ class ProcessExecutor:
         self._claim_at = 0.0
         self._failed_starts = self._killed_starts = 0
         self._is_done = False
-        self._error: TrackerError | None = None
+        self._error: Exception | None = None
 
     def run(self, search: Search, interrupts: Interrupts) -> None:
         """Run trials until the study is done, or interrupted.
@@ -125,7 +126,7 @@ class ProcessExecutor:
             interrupts: After the first, trials are interrupted; after the second, killed.
 
         Raises:
-            ArgumentError: The objective made a mistake that affects the whole study.
+            Exception: The objective raised an exception that ends the study.
             StoreError: The workers cannot start.
         """
         try:
@@ -193,8 +194,8 @@ class ProcessExecutor:
             self._claim_at = 0.0
             self._failed_starts = self._killed_starts = 0
             self._idle.append(worker)
-        elif verb == "mistake":
-            self._error = ArgumentError(*arguments)
+        elif verb == "raised":
+            self._error = unpacked(*arguments)
         elif verb != "alive":
             _answer(worker, search, verb, *arguments)
 
@@ -397,11 +398,13 @@ def work(
             kind, *task = channel.receive()
             if kind != "run":
                 break
-            run_trial(task[0], spec, channel, delivery)
+            if (error := run_trial(task[0], spec, channel, delivery)) is not None:
+                channel.send("raised", *packed(error))
+                break
     except KeyboardInterrupt:
         code = 128 + signal.SIGTERM
     except TrackerError as error:
-        channel.send("mistake", str(error))
+        channel.send("raised", *packed(error))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_all()
