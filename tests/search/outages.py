@@ -40,9 +40,9 @@ class Outages:
         self.fails: Callable[[tuple[str, ...]], bool] = lambda place: False
         """Whether a request of this place fails."""
 
-    def each_place_once(self, within: str = "") -> None:
-        """Let the first request of each place fail from now on, if `within` is in its lines."""
-        self.fails = lambda place: place not in self.places and within in " ".join(place)
+    def each_place_once(self, file: str = "") -> None:
+        """Let the first request of each place fail from now on; with `file`, of lines in it."""
+        self.fails = lambda place: place not in self.places and file in place[-2]
 
     def everything(self) -> None:
         """Let all requests fail from now on."""
@@ -103,16 +103,21 @@ def storage_outages(patch: pytest.MonkeyPatch) -> Iterator[Outages]:
         event.remove(Engine, "do_execute", execute)
 
 
-def mlflow_outages(patch: pytest.MonkeyPatch) -> Outages:
-    """Outages of MLflow: requests are executed, and their answers are lost."""
+def mlflow_outages(patch: pytest.MonkeyPatch, *, executed: bool) -> Outages:
+    """Outages of MLflow.
+
+    Args:
+        patch: Undoes them.
+        executed: Whether requests that fail are executed, and only their answers lost.
+    """
     outages = Outages()
 
     def failing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            answer = method(*args, **kwargs)
-            outages.strike(name, MlflowException("the answer is lost", TEMPORARILY_UNAVAILABLE))
-            return answer
+            answer = method(*args, **kwargs) if executed else None
+            outages.strike(name, MlflowException("no answer", TEMPORARILY_UNAVAILABLE))
+            return answer if executed else method(*args, **kwargs)
 
         return call
 

@@ -109,7 +109,7 @@ def test_the_mirror_is_completed_although_each_answer_of_mlflow_is_lost_once(
     store: Store, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_unmirrored()
-    away = mlflow_outages(monkeypatch)
+    away = mlflow_outages(monkeypatch, executed=True)
     away.each_place_once()
     assert MirrorService(config(store.uri)).finish(settled=True) is None
     away.over()
@@ -162,7 +162,7 @@ def test_the_model_is_registered_although_the_registry_fails_once(
     client = store.client
     model = client.create_logged_model(best.info.experiment_id, "m", best.info.run_id)
     client.log_outputs(best.info.run_id, [LoggedModelOutput(model.model_id, 0)])
-    away = mlflow_outages(monkeypatch)
+    away = mlflow_outages(monkeypatch, executed=True)
     away.each_place_once("/store/models.py")
     assert MirrorService(config(store.uri)).finish(settled=True) is None
     away.over()
@@ -192,14 +192,17 @@ def test_a_killed_search_is_cleaned_up_although_each_request_fails_once(
     assert sorted(run.info.status for run in store.runs()) == ["FAILED", "FAILED", "FINISHED"]
 
 
-def test_a_storage_that_is_gone_for_good_ends_the_study_with_one_sentence(
+def test_a_study_whose_storage_and_store_are_gone_for_good_ends_with_one_sentence(
     store: Store,
     storage: Outages,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    away = mlflow_outages(monkeypatch, executed=False)
+
     def objective(trial: Trial) -> float:
         storage.everything()
+        away.everything()
         return 1.0
 
     monkeypatch.setattr("tracker.search.storage.PATIENCE_SECONDS", 0.3)
@@ -207,6 +210,7 @@ def test_a_storage_that_is_gone_for_good_ends_the_study_with_one_sentence(
     with pytest.raises(StoreError) as caught:
         make(objective, grace_seconds=0.2).run()
     storage.over()
+    away.over()
     assert str(caught.value).startswith("storage='sqlite:///studies.db' does not answer: ")
     tries = [count for place, count in storage.places.items() if "study.py" in place[0]]
     assert sum(count > 4 for count in tries) == 1  # a storage that is gone is waited for once
@@ -216,6 +220,25 @@ def test_a_storage_that_is_gone_for_good_ends_the_study_with_one_sentence(
     assert main(words) == 0
     assert sorted(run.info.status for run in store.runs()) == ["FAILED", "FAILED"]
     make().run(resume=True)
+    check_complete(store, Path())
+
+
+def test_a_study_whose_store_is_gone_for_good_names_the_command_that_completes_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = mlflow_outages(monkeypatch, executed=False)
+
+    def objective(trial: Trial) -> float:
+        away.everything()
+        return plain(trial)
+
+    monkeypatch.setattr("tracker.search.keeper.SETTLE_SECONDS", 0.0)
+    study = make(objective).run()
+    away.over()
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    (warning,) = [text for text in caplog.messages if "not yet complete" in text]
+    assert "tracker mirror --study study --storage sqlite:///studies.db" in warning
+    assert main(["mirror", "--study", "study", "--storage", STORAGE]) == 0
     check_complete(store, Path())
 
 
@@ -250,8 +273,28 @@ def test_a_command_reports_each_outage_in_one_sentence(
     store: Store, storage: Outages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_unmirrored()
-    storage.each_place_once()
+    storage.each_place_once("/search/reap.py")
     words = ["reap", "--study", "study", "--storage", STORAGE]
     while main(words) != 0:
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("tracker: storage='sqlite:///studies.db' ")
+
+
+@pytest.mark.parametrize("begin", ["replay", "warm start"])
+def test_an_outage_at_the_beginning_is_reported_in_one_sentence(
+    begin: str, store: Store, storage: Outages
+) -> None:
+    run_unmirrored()
+    other = Study("other", plain, sampler="random", trials=1, storage=STORAGE)
+    other.warm_start_from_study("study")
+    storage.each_place_once("study.py" if begin == "replay" else "warm_start.py")
+    errors: list[str] = []
+    done = False
+    while not done:
+        try:
+            make().replay(0) if begin == "replay" else other.run(resume=True)
+            done = True
+        except StoreError as error:
+            errors.append(str(error))
+    assert len(errors) > 1
+    assert all(text.startswith("storage='sqlite:///studies.db' ") for text in errors)

@@ -296,7 +296,7 @@ class Study:
         imported = [source.trials(config) for source in self._sources]
         storage = Storage(self._storage_url)
         try:
-            storage.own()
+            storage.patiently(storage.own, patience=0.0)
             create = partial(open_study, storage, config, resume=resume)
             record = storage.patiently(create, patience=0.0)
             for trials in imported:
@@ -410,11 +410,10 @@ class Study:
             Its values; None if it failed.
 
         Raises:
-            StoreError: The study or the trial does not exist.
+            StoreError: The study or the trial does not exist, or the storage does not answer.
         """
-        storage = Storage(self._storage_url, make=False)
-        record = load(storage, self._config.name)
-        trials = storage.optuna.get_all_trials(record.study_id)
+        with closing(Storage(self._storage_url, make=False)) as storage:
+            record, trials = storage.patiently(partial(self._stored, storage), patience=0.0)
         if not 0 <= number < len(trials):
             raise StoreError(
                 f"study={record.name!r} has no trial {number}; it has 0 to {len(trials) - 1}."
@@ -423,9 +422,12 @@ class Study:
         try:
             return replay(trials[number], self._spec(record, environment_tags()), delivery).values
         finally:
-            storage.close()
             if self._mode == "inline":
                 delivery.close()
+
+    def _stored(self, storage: Storage) -> tuple[StoredStudy, list[FrozenTrial]]:
+        record = load(storage, self._config.name)
+        return record, storage.optuna.get_all_trials(record.study_id)
 
 
 def _texts(given: Any) -> tuple[str, ...]:

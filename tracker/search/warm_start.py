@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -43,27 +45,13 @@ class FromStudy:
         """Return its complete trials whose hyperparameters lie in the space.
 
         Raises:
-            StoreError: The study does not exist.
+            StoreError: The study does not exist, or its storage does not answer.
             ArgumentError: It is the study itself, has other directions, or no trial fits.
         """
         if self.name == config.name and _location(self.storage) == _location(config.storage):
             raise ArgumentError(f"study={self.name!r} cannot start with its own trials.")
-        storage = Storage(self.storage, make=False)
-        try:
-            try:
-                study_id = storage.optuna.get_study_id_from_name(self.name)
-            except KeyError:
-                where = public_uri(storage.url)
-                raise StoreError(f"study={self.name!r} is not in storage={where!r}.") from None
-            directions = [d.name.lower() for d in storage.optuna.get_study_directions(study_id)]
-            if tuple(directions) != config.directions:
-                raise ArgumentError(
-                    f"study={self.name!r} has direction={directions}, not "
-                    f"{list(config.directions)}."
-                )
-            complete = storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
-        finally:
-            storage.close()
+        with closing(Storage(self.storage, make=False)) as storage:
+            complete = storage.patiently(partial(self._complete, storage, config), patience=0.0)
         filter_ = _Filter(config)
         fitting = []
         for trial in complete:
@@ -78,6 +66,20 @@ class FromStudy:
                 new.set_user_attr(STARTED, times(trial)[0])
                 fitting.append(new)
         return _not_empty(fitting, f"study={self.name!r}")
+
+    def _complete(self, storage: Storage, config: StudyConfig) -> list[FrozenTrial]:
+        """Return its complete trials."""
+        try:
+            study_id = storage.optuna.get_study_id_from_name(self.name)
+        except KeyError:
+            where = public_uri(storage.url)
+            raise StoreError(f"study={self.name!r} is not in storage={where!r}.") from None
+        directions = [d.name.lower() for d in storage.optuna.get_study_directions(study_id)]
+        if tuple(directions) != config.directions:
+            raise ArgumentError(
+                f"study={self.name!r} has direction={directions}, not {list(config.directions)}."
+            )
+        return storage.optuna.get_all_trials(study_id, states=(TrialState.COMPLETE,))
 
 
 @dataclass(frozen=True)
