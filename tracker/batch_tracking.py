@@ -128,7 +128,7 @@ class BatchTracking(TutorialNames):
             return self._accuracy(preds, labels)
         meter = EpochMeter()
         meter.add_correct(preds, labels)
-        return meter.correct
+        return meter.count
 
     @property
     def _is_counting_overridden(self) -> bool:

@@ -26,6 +26,8 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 """Names of loaders that are not trained on, such as `val_loader`, `testset`, `dev`."""
+_PARAMS = ("params", "run_params", "hparams", "hyperparameters", "config", "args")
+"""Other names of the argument `run`."""
 _NUMBERS = (int, float, str, list, tuple, set, Tensor, np.ndarray, np.generic)
 """What may be metrics without their names."""
 
@@ -137,6 +139,11 @@ class LoopArguments:
             for context, loader in loaders.items()
         }
         return {context: dataset for context, dataset in found.items() if dataset is not None}
+
+
+def params_among(named: dict[str, Any]) -> Any:
+    """Remove the hyperparameters from the arguments of `begin_run`, and return them, if given."""
+    return next((named.pop(name) for name in _PARAMS if named.get(name) is not None), None)
 
 
 def given_metrics(

@@ -20,7 +20,7 @@ from tracker.delivery.base import mode_of
 from tracker.errors import CallOrderError, NonFiniteLossError, stays_here
 from tracker.first_batch import FirstBatch, checked_example
 from tracker.journal.records import Point
-from tracker.loop_arguments import LoopArguments, given_metrics, say_once
+from tracker.loop_arguments import LoopArguments, given_metrics, params_among, say_once
 from tracker.managed_runs import ManagedRuns
 from tracker.run import Run
 from tracker.statuses import Outcome, outcome
@@ -30,6 +30,7 @@ from tracker.training.epoch import OpenEpoch, Rest
 from tracker.training.loop import Epoch
 from tracker.training.meters import EpochMeter
 from tracker.training.watch import LoopWatch, beside
+from tracker.tutorial_names import adopt
 from tracker.validation import DIRECTORY, checked_metrics, checked_name, named_values
 from tracker.views.base import ShownLoader, Views, length_of
 from tracker.views.choice import views_of
@@ -197,6 +198,7 @@ class RunManager(BatchTracking):
             ArgumentError: A hyperparameter is not allowed; nothing has begun.
             StoreError: The store cannot be opened; nothing has begun.
         """
+        run = params_among(named) if run is None else run
         params = {} if run is None else named_values(run, "run")
         given = LoopArguments.of(network, loader, more, named, self._said)
         network, loader = given.network, given.loader
@@ -222,6 +224,7 @@ class RunManager(BatchTracking):
         self._run_started, self.run_start_time = time.perf_counter(), time.time()
         self._last_run = tracked
         tracked.given, tracked.count, tracked.data = params, self.run_count, self.run_data
+        adopt(self._run_record, tracked)
         self._views.begin_run(self.run_count, params)
         when_cell_fails(self._end_open)
         if self._is_kept:

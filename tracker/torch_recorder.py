@@ -21,7 +21,7 @@ from tracker.capture.network_histograms import (
     network_histograms,
     value_histogram,
 )
-from tracker.errors import StoreError
+from tracker.errors import ArgumentError, StoreError
 from tracker.journal import records
 from tracker.media_recorder import MediaRecorder
 from tracker.store.history import CHECKPOINTS
@@ -163,8 +163,10 @@ class TorchRecorder(MediaRecorder):
         checked_text(name, "name", MAX_RUN_NAME)
         if not self._check_open():
             return
+        if (step := checked_step(step)) < 0:
+            raise ArgumentError(f"step={step} is not allowed; it must be at least 0.")
         histogram = value_histogram(name, tensor)
-        self._log_histograms({"step": checked_step(step), "histograms": [histogram]}, "step")
+        self._log_histograms({"step": step, "histograms": [histogram]}, "step")
 
     def _log_histograms(
         self, record: dict[str, Any], unit: Literal["epoch", "step"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,7 @@ class TutorialNames:
     _given_network: Any = None
     _trained: nn.Module | None = None  # the network, or all of them in one module
     _own_run: Any = None
+    _run_record: Any = None  # a copy's own, whose further attributes each run gets
     _own_epoch: Any = None
     _own_tb: Any = None
     _epoch_names: EpochNames | None = None
@@ -88,7 +90,13 @@ class TutorialNames:
 
     @run.setter
     def run(self, value: object) -> None:
-        self._own_run = None if _is_record(value) else value
+        self._own_run = None
+        if not _is_record(value):
+            self._own_run = value
+        elif value is not None and not isinstance(value, Run):
+            self._run_record = value
+            if "_runs" in vars(self) and self._runs.open_run is not None:
+                adopt(value, self._runs.open_run)
 
     @property
     def run_id(self) -> str | None:
@@ -117,7 +125,11 @@ class TutorialNames:
 
     @epoch.setter
     def epoch(self, value: object) -> None:
-        self._own_epoch = None if _is_record(value) else value
+        self._own_epoch = None
+        if not _is_record(value):
+            self._own_epoch = value
+        elif value is not None:
+            adopt(value, self.epoch)
 
     @property
     def epoch_loss(self) -> float:
@@ -188,13 +200,28 @@ class TutorialNames:
         from difflib import get_close_matches  # seldom needed
 
         names = [known for known in {*dir(type(self)), *vars(self)} if not known.startswith("_")]
-        nearest = "".join(get_close_matches(name, sorted(names), n=1, cutoff=0.0))
-        raise AttributeError(f"{message}; the nearest is {nearest!r}.")
+        near = get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+        raise AttributeError(f"{message}; the nearest is {near[0]!r}." if near else f"{message}.")
+
+
+_RECORD = ("count", "data", "params", "start_time", "loss", "num_correct")
+"""What the records of the tutorial's later versions hold."""
 
 
 def _is_record(value: object) -> bool:
     """Whether it is a copy's own record of a run or an epoch, with the same names as ours."""
     return value is None or (hasattr(value, "count") and hasattr(value, "start_time"))
+
+
+def adopt(record: object, ours: object) -> None:
+    """Give `ours` the public attributes and methods that only the user's `record` has."""
+    for name in dir(record):
+        if name.startswith("_") or name in _RECORD or hasattr(type(ours), name):
+            continue
+        value = getattr(record, name)
+        if isinstance(value, MethodType) and value.__self__ is record:
+            value = MethodType(value.__func__, ours)
+        setattr(ours, name, value)
 
 
 def _of_manager(name: str, doc: str) -> Any:

@@ -354,6 +354,18 @@ def test_what_has_one_value_everywhere_is_part_of_the_source(
     assert save_model(network, torch.rand(5, 4), tmp_path / "m") is None
 
 
+def test_names_from_stars_branches_and_tries_are_part_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = (
+        "from math import *\nif sqrt(4.0) > 1:\n    width = 3\nelse:\n    width = 4\n"
+        "try:\n    import json as reader\nexcept ImportError:\n    reader = None\n"
+    )
+    line = "table = [width, pi, reader.loads]"
+    network = of_program(line, before, monkeypatch, tmp_path)
+    assert save_model(network, torch.rand(5, 4), tmp_path / "m") is None
+
+
 @pytest.mark.parametrize("is_pickled", [False, True])
 def test_a_module_that_ends_the_program_ends_nothing_when_a_model_is_saved(
     is_pickled: bool, own: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

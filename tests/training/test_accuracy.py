@@ -78,6 +78,11 @@ KINDS: dict[str, tuple[Tensor, Tensor, float]] = {
         PIXELS.masked_fill(PIXELS == 2, -100),
         float((MASKS.argmax(1) == PIXELS)[PIXELS != 2].double().mean()),
     ),
+    "ignored labels, class numbers for both": (
+        S.argmax(1),
+        torch.cat([L[:4], L[4:] * 0 - 1]),
+        classes_of(S[:4], L[:4]),
+    ),
     "ignored labels": (S, torch.cat([L[:4], L[4:] * 0 - 1]), classes_of(S[:4], L[:4])),
     "tokens, classes last": (MASKS.movedim(1, -1), PIXELS, classes_of(MASKS, PIXELS)),
     "a flag for each token": (scores(4, 6, 1) - 9, numbers(2, 4, 6) * 0, 1.0),

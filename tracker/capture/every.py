@@ -51,7 +51,8 @@ class Every:
     def takes(self, name: str, kind: Literal["weight", "gradient", "activation"]) -> bool:
         """Return whether the histogram of this tensor, or of this module's outputs, is logged."""
         are_taken: bool = getattr(self, f"{kind}s")
-        return are_taken and fnmatchcase(name, self.only)
+        names = (name, f"{name}.") if kind == "activation" else (name,)  # `fc.*` takes `fc` too
+        return are_taken and any(fnmatchcase(each, self.only) for each in names)
 
 
 def checked_every(histograms: bool | Every) -> Every | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -90,7 +90,7 @@ def network_histograms(
     say_left_out(problems, state.said)
     gradients = [histogram for (_, kind), histogram in counted.items() if kind == "gradient"]
     trained = [one for one in parameters.values() if one.requires_grad and one.numel()]
-    no_gradients = (every is None or replace(every, activations=False) == Every()) and (
+    no_gradients = (every is None or (every.gradients and every.only == "*")) and (
         all(one.grad is None for one in trained)
         or (len(gradients) > 0 and not any(map(_any, gradients)))
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
 import math
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -149,11 +150,51 @@ def _definitions(names: set[str]) -> str:
             _check_runs(statement, program)
             used = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
             pending.update(used)
+    unknown = {
+        name
+        for each in body
+        if id(each) in kept
+        for name in _globals_of(each)
+        if name not in defined and not name.startswith("__")
+    }
+    values = [line for name in sorted(unknown) if (line := _as_statement(name, program))]
+    if values:
+        values.insert(0, "from importlib import import_module as _module")
     future = [
         each for each in body if isinstance(each, ast.ImportFrom) and each.module == "__future__"
     ]
     chosen = [*future, *(each for each in body if id(each) in kept)]
-    return "\n\n".join(map(ast.unparse, chosen))
+    definitions = [ast.unparse(each) for each in chosen]
+    return "\n\n".join([*definitions[: len(future)], *values, *definitions[len(future) :]])
+
+
+def _globals_of(statement: ast.stmt) -> set[str]:
+    """The global names that a statement and the functions in it read."""
+    pending = [compile(ast.Module([statement], []), "", "exec", dont_inherit=True)]
+    names = set()
+    while pending:
+        code = pending.pop()
+        pending += [each for each in code.co_consts if isinstance(each, CodeType)]
+        names |= {
+            each.argval
+            for each in dis.get_instructions(code)
+            if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        }
+    return names
+
+
+def _as_statement(name: str, program: ModuleType) -> str | None:
+    """Define a global that `import *`, or a statement inside `if` or `try`, has set."""
+    value = getattr(program, name, None)
+    if isinstance(value, ModuleType):
+        return f"import {value.__name__} as {name}" if value is not program else None
+    module = getattr(value, "__module__", None)
+    if module != "__main__" and getattr(sys.modules.get(module or ""), name, None) is value:
+        return f"from {module} import {name}" if value is not None else None
+    try:
+        return f"{name} = {_Writer(set()).value(value)}" if value is not None else None
+    except ValueError:
+        return None
 
 
 def _defined(statement: ast.stmt) -> Iterator[str]:

@@ -185,13 +185,13 @@ class Recorder:
             self.set_tags({f"tracker.fact.{name}": value for name, value in differ.items()})
 
     def log_metric(
-        self, key: str, value: Any, step: int = 0, *, timestamp: int | None = None
+        self, key: str, value: Any, step: int | None = 0, *, timestamp: int | None = None
     ) -> None:
         """Log one number, see `log_metrics`."""
         self.log_metrics({key: value}, step, timestamp=timestamp)
 
     def log_metrics(
-        self, metrics: Mapping[str, Any], step: int = 0, *, timestamp: int | None = None
+        self, metrics: Mapping[str, Any], step: int | None = 0, *, timestamp: int | None = None
     ) -> None:
         """Log numbers at the time of this call, without waiting for a device.
 
@@ -200,7 +200,7 @@ class Recorder:
         Args:
             metrics: Numbers by name, or tensors that hold one number. One on a GPU is copied now,
                 and read later; on MPS this waits for it.
-            step: Step of all of them, a 64-bit integer.
+            step: Step of all of them, a 64-bit integer; None is 0, as in MLflow.
             timestamp: When they were measured, in milliseconds since 1970; default now.
 
         Raises:
@@ -209,7 +209,7 @@ class Recorder:
         if not self._check_open():
             return
         at = now() if timestamp is None else checked_step(timestamp, "timestamp")
-        step, name_of = checked_step(step), self.name_of
+        step, name_of = 0 if step is None else checked_step(step), self.name_of
         points = []
         if type(metrics) is not dict:
             metrics = checked_mapping(metrics, "metrics")

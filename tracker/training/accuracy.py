@@ -24,6 +24,18 @@ OTHERWISE = "RunManager(accuracy=…) counts otherwise."
 """The end of a sentence that says what was assumed."""
 
 
+class Count(int):
+    """A number of correct predictions, which knows out of how many labels."""
+
+    labels: int
+
+    def __new__(cls, correct: float, labels: float) -> Count:
+        """Make it of two whole numbers."""
+        count = super().__new__(cls, int(correct))
+        count.labels = int(labels)
+        return count
+
+
 def has_classes(preds: Tensor, labels: Tensor) -> bool:
     """Return whether these are scores (N, classes, …) and class numbers (N, …)."""
     if not (isinstance(preds, Tensor) and isinstance(labels, Tensor)):

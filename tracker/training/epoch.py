@@ -47,6 +47,7 @@ class OpenEpoch:
             self.meter = EpochMeter.of(checkpoint.extra, loader, said)
             self._random_states = checkpoint.epoch_start
             self._skipped = checkpoint.position
+        self._watch = watch
         self.taken: int | None = None
         """Batches of the epoch up to the last one that `Rest` has yielded."""
         self._started = time.perf_counter()
@@ -63,11 +64,17 @@ class OpenEpoch:
 
     @property
     def position(self) -> int:
-        """Batches that the loop has had: what it took from `Rest`, else calls of `track_loss`.
+        """Batches that the loop has had; 0 if that is not known.
 
-        A loop that accumulates gradients may track the loss of several batches in one call.
+        It is what the loop took from `Rest`, else calls of `track_loss`, unless the loader has
+        yielded another number of batches: a loop that accumulates gradients may track the loss of
+        several batches in one call.
         """
-        return len(self.meter) if self.taken is None else self.taken
+        if self.taken is not None:
+            return self.taken
+        steps = len(self.meter)
+        drawn = self._watch.drawn
+        return steps if not drawn or drawn == steps - self._skipped else 0
 
     @property
     def untracked_steps(self) -> int:

@@ -7,7 +7,7 @@ when the metrics are computed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from tracker.errors import ArgumentError
 from tracker.training.accuracy import (
     OTHERWISE,
+    Count,
     Readings,
     arranged,
     classes_correct,
@@ -200,15 +201,16 @@ class EpochMeter:
             self._readings.add(preds, labels, kind)
             self._labels.append((len(labels), 0))
             return
-        if kind == "classes":
-            self._add_classes(preds, labels)
-        else:
-            self._correct.append(numbers_correct(preds, labels))
-            self._labels.append((len(labels), labels.numel()))
+        self._add_classes(preds, labels, classes_correct if kind == "classes" else numbers_correct)
 
-    def _add_classes(self, preds: Tensor, labels: Tensor) -> None:
+    def _add_classes(
+        self,
+        preds: Tensor,
+        labels: Tensor,
+        count: Callable[[Tensor, Tensor], Tensor] = classes_correct,
+    ) -> None:
         """Add class numbers; negative ones, such as torch's `ignore_index=-100`, do not count."""
-        self._correct.append(classes_correct(preds, labels))
+        self._correct.append(count(preds, labels))
         size, total = len(labels), labels.numel()
         if labels.dtype.is_signed:
             labels = labels if type(labels) is Tensor else whole(labels.detach())
@@ -232,10 +234,11 @@ class EpochMeter:
             size = batch_size(labels)
         except ArgumentError:
             size = 1
+        if isinstance(counted, Count):
+            counted = counted, counted.labels
         correct, total = counted if isinstance(counted, tuple) else (counted, size)
-        correct, total = _scalar(correct), _scalar(total)
-        self._correct.append(correct)
-        self._counted.append(total)
+        self._correct.append(_scalar(correct))
+        self._counted.append(_scalar(total))
         self._labels.append((size, 0))
 
     def state(self) -> dict[str, Any]:
@@ -317,6 +320,13 @@ class EpochMeter:
     def correct(self, value: Any) -> None:
         self._own_correct = 0.0
         self._own_correct = _number(value) - self.correct
+
+    @property
+    def count(self) -> Count:
+        """Number of correct predictions, and of labels. Waits for the device."""
+        more_correct, more_labels = decide(self._readings.read(), set())
+        *_, correct, labels = self._sums()[:4]
+        return Count(correct + more_correct, labels + more_labels)
 
     @property
     def _correct_sum(self) -> float:

@@ -37,6 +37,7 @@ class _Thread:
     def __init__(self) -> None:
         self.epochs = 0
         self.batches = 0
+        self.by_sampler: dict[int, int] = {}  # the same, by the id of the loader's sampler
         self.seconds = 0.0
         self.is_waiting = False
 
@@ -54,6 +55,8 @@ def _timed(draw: Callable[[Any], Any], iterator: Any) -> Any:
     try:
         batch = draw(iterator)
         thread.batches += 1
+        sampler = id(getattr(iterator, "_index_sampler", None))
+        thread.by_sampler[sampler] = thread.by_sampler.get(sampler, 0) + 1
         return batch
     finally:
         thread.seconds += perf_counter() - started
@@ -99,6 +102,7 @@ class _Seen:
         self.is_watched = is_watched
         self.rates: list[Any] = []  # of its last step in this epoch
         self.names: dict[int, str] = {}  # of its groups, behind `train/lr`
+        self.part: str | None = None  # which of several networks it trains
 
 
 class _Rates:
@@ -133,6 +137,7 @@ class _Rates:
         seen = self._seen.get(id(optimizer))
         if seen is None or seen.optimizer() is not optimizer:
             seen = self._seen[id(optimizer)] = _Seen(optimizer, self._is_watched(optimizer))
+            seen.part = self._part(optimizer)
         if seen.is_watched:
             seen.rates = [group.get("lr") for group in optimizer.param_groups]
 
@@ -141,8 +146,12 @@ class _Rates:
             return get_ident() == self._thread
         if (network := self._network()) is None:
             return False
-        ours = set(map(id, network.parameters()))
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        return _trains(optimizer, network)
+
+    def _part(self, optimizer: Optimizer) -> str | None:
+        network = None if self._network is None else self._network()
+        parts = getattr(network, "parts", {})
+        return next((name for name, part in parts.items() if _trains(optimizer, part)), None)
 
     def read(self) -> dict[str, float]:
         """Return the rates of the last steps by the names of their metrics.
@@ -156,7 +165,7 @@ class _Rates:
             groups = [{}] * len(seen.rates) if optimizer is None else optimizer.param_groups
             for place, (group, rate) in enumerate(zip(groups, seen.rates, strict=False)):
                 if isinstance(rate, (int, float, Tensor)):  # Adafactor's may be None
-                    wanted[key, place] = group.get("name")
+                    wanted[key, place] = group.get("name") or seen.part
                     # A tensor on a GPU may be that of the next step.
                     rates[key, place] = float(rate)
         if len(rates) > _MOST_RATES:
@@ -170,7 +179,7 @@ class _Rates:
         }
 
     def _name(self, wanted: Mapping[tuple[int, int], Any]) -> None:
-        """Name the groups that have no name yet: alone, by the names given to them, or by 0, 1."""
+        """Name new groups: alone, by their own names or those of the networks, or by 0, 1, …"""
         taken = {name for seen in self._seen.values() for name in seen.names.values()}
         new = [(key, place) for key, place in wanted if place not in self._seen[key].names]
         given = [f"_{wanted[each]}" for each in new]
@@ -183,6 +192,11 @@ class _Rates:
             names = [next(numbers) for _ in new]
         for (key, place), name in zip(new, names, strict=True):
             self._seen[key].names[place] = name
+
+
+def _trains(optimizer: Optimizer, network: nn.Module) -> bool:
+    ours = set(map(id, network.parameters()))
+    return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 
 def _is_name(name: str) -> bool:
@@ -225,13 +239,20 @@ def _unwatch(rates: _Rates) -> None:
 class _Open:
     """An epoch that is being watched, on the thread that began it."""
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, loader: Any) -> None:
         self.first = first  # steps before this one were of an interrupted process
+        self._sampler = id(getattr(loader, "_index_sampler", None))
         self._key = get_ident()
         self._thread = _threads.setdefault(self._key, _Thread())
         self._thread.epochs += 1
         self._before = self._thread.batches, self._thread.seconds
+        self._drawn_before = self._thread.by_sampler.get(self._sampler, 0)
         self._started = perf_counter()
+
+    @property
+    def drawn(self) -> int:
+        """Batches that were drawn from the loader."""
+        return self._thread.by_sampler.get(self._sampler, 0) - self._drawn_before
 
     def end(self) -> tuple[float, int, float]:
         """Return the seconds since the beginning, the batches drawn, and the seconds waited."""
@@ -256,7 +277,7 @@ class LoopWatch:
             is_on: Whether to watch at all.
         """
         self._is_on = is_on
-        self._is_torch = isinstance(loader, DataLoader)
+        self._loader, self._is_torch = loader, isinstance(loader, DataLoader)
         self._network = None if network is None else weakref.ref(network)
         self._rates = _Rates(network)
         self._open: list[_Open] = []  # one at most; the finalizer shares the list
@@ -281,7 +302,12 @@ class LoopWatch:
         if self._rates not in _watched:
             _watch(self._rates)
         self._rates.begin()
-        self._open[:] = [_Open(first)]
+        self._open[:] = [_Open(first, self._loader)]
+
+    @property
+    def drawn(self) -> int | None:
+        """Batches of the epoch that were drawn from the run's DataLoader; None if unknown."""
+        return self._open[0].drawn if self._open and self._is_torch else None
 
     def end(self, meter: EpochMeter) -> dict[str, float]:
         """End the epoch, and return its metrics; what is not known is left out.
