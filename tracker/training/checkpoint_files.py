@@ -130,7 +130,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _siblings(folder: Path) -> tuple[Path, Path]:
-    """Temporary names beside `folder`: for the new checkpoint and for the one it replaces."""
+    """Temporary names next to `folder`, for the new checkpoint and the one it replaces."""
     return folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
 
 

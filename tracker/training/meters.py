@@ -104,7 +104,7 @@ class EpochMeter:
     _sizes: list[int | None] = field(default_factory=list)
     _correct: _Scalars = field(default_factory=_Scalars)
     _labels: list[tuple[int, int]] = field(default_factory=list)  # batch size, number of labels
-    _own_loss: float = 0.0  # what the loop has set beside the tracked sums
+    _own_loss: float = 0.0  # what the loop set in addition to the tracked sums
     _own_correct: float = 0.0
     _counted: _Scalars = field(default_factory=_Scalars)  # labels, by a function of the user's
     _readings: Readings = field(default_factory=Readings)

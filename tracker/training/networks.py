@@ -20,7 +20,7 @@ class Networks(nn.ModuleDict):
     """The networks as they were given, wrapped or not."""
 
     def __init__(self, given: Any, parts: Mapping[str, nn.Module]) -> None:
-        """Hold `parts`, which are what the user has `given` in a tuple, list or mapping."""
+        """Hold `parts`, the networks from the tuple, list or mapping that the user has `given`."""
         super().__init__({name: unwrap(part) for name, part in parts.items()})
         vars(self).update(given=given, parts=dict(parts))  # no second time among the modules
 

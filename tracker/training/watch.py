@@ -48,7 +48,7 @@ _threads: dict[int, _Thread] = {}
 def _timed(draw: Callable[[Any], Any], iterator: Any) -> Any:
     """Return `draw(iterator)`; its time counts if the thread has an open epoch, and once only."""
     thread = _threads.get(get_ident()) if _threads else None
-    if thread is None or thread.is_waiting:  # a data set may draw from a loader of its own
+    if thread is None or thread.is_waiting:  # a data set may use its own loader
         return draw(iterator)
     thread.is_waiting = True
     started = perf_counter()
