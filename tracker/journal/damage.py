@@ -13,7 +13,7 @@ from tracker.errors import StoreError
 from tracker.journal import database
 
 DAMAGED = "damaged.sqlite"
-"""The name of a damaged database, beside the one that replaces it."""
+"""The name of a damaged database, kept next to its replacement."""
 
 _MISSING = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ)  # a table, a page
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def set_damage_aside(folder: Path) -> str | None:
     """Replace the database of a damaged journal by a new one with its readable records.
 
-    The damaged file stays beside it, under the name DAMAGED.
+    The damaged file is kept next to it, under the name DAMAGED.
 
     Args:
         folder: A journal that no other process writes or delivers.

@@ -1,4 +1,4 @@
-"""Records that the store refused, set aside beside the journals so that nothing is deleted."""
+"""Records that the store refused, kept next to the journals so that nothing is deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tracker.journal.reader import Journal
 from tracker.journal.records import Entry, File, Invalid, Model, encode
 
 REFUSED = "refused"
-"""The folder beside the journals that holds refused records, in a folder for each journal."""
+"""The folder for refused records, next to the journals, with a subfolder per journal."""
 
 
 def set_aside(journal: Journal, entry: Entry, reason: str) -> Path | None:
