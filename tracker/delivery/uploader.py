@@ -123,7 +123,7 @@ class Uploader:
                 self._hold(group, reason)
                 return False
             if is_rebound or len(group) > 1 or not in_doubt:
-                # In doubt now: what the store has already is left out.
+                # In doubt now: records that the store already has are left out.
                 return all(self._send([entry], held) for entry in group)
             self._send_parts(first, error)  # or it would hold up every later record
         self._journal.mark_delivered(group[-1].seq, held)
@@ -261,7 +261,7 @@ class Uploader:
         return run_id
 
     def _rebind(self, run: str) -> bool:
-        """Follow a run that another process deleted in favour of its own with the same key."""
+        """Follow a run that another process deleted, keeping its own run with the same key."""
         begins = self._journal.records(run, records.Begin)
         if not begins or not begins[0].keyed:
             return False
