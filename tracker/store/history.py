@@ -1,4 +1,4 @@
-"""What resuming reads from MLflow: the last checkpoint of a run, and what the run has logged."""
+"""Read what resuming needs from MLflow: a run's last checkpoint and its logged values."""
 
 from __future__ import annotations
 

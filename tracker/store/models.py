@@ -63,7 +63,7 @@ class ModelStore:
             model.run_id = run_id
             model.model_id = model.model_uuid = logged.model_id
             model.artifact_path = logged.artifact_location
-            # Written beside and renamed: a process that is killed here leaves a whole file.
+            # Written under another name, then renamed: if killed here, no partial file remains.
             fresh = folder.with_name(f"{folder.name}.MLmodel")
             model.save(str(fresh))
             fresh.replace(folder / "MLmodel")

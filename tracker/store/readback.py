@@ -48,7 +48,7 @@ def load_trained(model: Any, tracking_uri: str | None = None, *, into: Network) 
 def load_trained(
     model: Any, tracking_uri: str | None = None, *, into: Network | None = None
 ) -> Trained | Network:
-    """Load what `Run.log_model` has logged; no code of the model is run.
+    """Load a model logged by `Run.log_model`, without running any of its code.
 
     Args:
         model: A Run, the id of a run, or a URI: `runs:/RUN_ID/model`, `models:/NAME@ALIAS` or

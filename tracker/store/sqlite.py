@@ -1,4 +1,4 @@
-"""SQLite files as tracking stores: created once, with their artifacts beside them."""
+"""SQLite files as tracking stores: created once, with their artifacts next to them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def create_sqlite(uri: str) -> None:
 
 
 def create_experiment(uri: str, name: str) -> str:
-    """Create an experiment with its artifacts in a folder by its id, beside the store's file.
+    """Create an experiment with its artifacts in a folder named by its id, next to the store.
 
     MLflow would use `mlruns` below the current directory.
 
