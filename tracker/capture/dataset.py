@@ -178,7 +178,7 @@ def _is_plain(value: Any, numpy: bool = True, depth: int = 0) -> bool:
 
 def _is_picture(value: Any) -> bool:
     """Whether it is a picture in memory; Pillow's other classes read files when used."""
-    pillow = sys.modules.get("PIL.Image")  # whoever made the picture has imported it
+    pillow = sys.modules.get("PIL.Image")  # imported already if the picture is Pillow's
     return pillow is not None and type(value) is pillow.Image
 
 

@@ -289,7 +289,7 @@ class FirstInputs:
             )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy the inputs, which stay as they are."""
+        """Copy the inputs without changing them."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return  # removing the hook from a compiled network would compile it again
         self.remove()

@@ -2,7 +2,7 @@
 
 The steps follow Sugiyama, Tagawa and Toda (1981): ranks by longest path, a point in each rank that
 an edge passes, order within the ranks by barycentres, then horizontal positions. One longest path,
-the trunk, becomes a straight line, with everything else beside it.
+the trunk, becomes a straight line, with everything else next to it.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def dict_text(value: Any, *, as_yaml: bool) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert tensors, arrays and containers to what JSON has."""
+    """Convert tensors, arrays and containers to JSON types."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().tolist()
     elif isinstance(value, (np.ndarray, np.generic)):
