@@ -42,7 +42,7 @@ def when_cell_fails(end: Callable[[Outcome], object]) -> None:
             shell.events.unregister(event, callback)
         error = _error(result)
         if error is None and (shown := uncaught_error()) is not error_before:
-            error = shown  # %run shows an exception, and the cell goes on
+            error = shown  # %run shows an exception, and the cell continues
         if error is not None and (end_now := end_later()) is not None:
             end_now(outcome(error))
 

@@ -173,7 +173,7 @@ def deploy(program: ExportedProgram, path: Path, to: str) -> float:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `path`."""
+    """Make a temporary folder next to `path`."""
     try:
         with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             yield Path(folder)

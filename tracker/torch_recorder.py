@@ -158,7 +158,7 @@ class TorchRecorder(MediaRecorder):
             step: Its step.
 
         Raises:
-            ArgumentError: `tensor` is none of these, or the name or the step is not allowed.
+            ArgumentError: `tensor` has another type, or the name or the step is not allowed.
         """
         checked_text(name, "name", MAX_RUN_NAME)
         if not self._check_open():
@@ -214,7 +214,7 @@ class TorchRecorder(MediaRecorder):
         checked_model_name(name)
         if not self._check_open() or self._cannot_call(network):
             return False
-        if isinstance(network, Networks):  # each is a model of its own
+        if isinstance(network, Networks):  # each becomes its own model
             log, examples = partial(self.log_model, files=files, pickle=pickle), example or {}
             parts = network.parts.items()
             done = [log(part, examples.get(key), f"{name}-{key}", step) for key, part in parts]

@@ -103,7 +103,7 @@ def named_values(given: Any, argument: str) -> dict[str, Any]:
     """Return the values by name in a mapping, named tuple, dataclass or namespace.
 
     Raises:
-        ArgumentError: `given`, the value of `argument`, is none of these.
+        ArgumentError: `given`, the value of `argument`, is not one of these.
     """
     if isinstance(given, Mapping):
         return dict(given)

@@ -61,7 +61,7 @@ class View:
         """Receive the record of the histograms of a step, which are logged by steps."""
 
     def observed(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Receive what the loop of an ended epoch showed beside its metrics, such as `train/lr`."""
+        """Receive values observed in an ended epoch besides its metrics, such as `train/lr`."""
 
     def end_run(self, status: str) -> None:
         """Receive the end of a run with its final status."""
