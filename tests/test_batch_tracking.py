@@ -108,7 +108,7 @@ def sums(manager: RunManager, number: int, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("track", [accumulates, sums])
-def test_a_loop_that_does_not_track_each_batch_goes_on_after_the_last_one(
+def test_a_loop_that_does_not_track_each_batch_continues_after_the_last_one(
     track: Any, store: Store
 ) -> None:
     loader = DataLoader(TensorDataset(torch.arange(8.0)), 1)

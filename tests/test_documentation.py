@@ -32,7 +32,7 @@ def python_block(page: Path, marker: str) -> str:
 
 
 def run_as_script(code: str) -> dict[str, Any]:
-    """Run pasted code as a script of its own, and return its global names."""
+    """Run pasted code as a separate script, and return its global names."""
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(code, names)
     return names

@@ -179,7 +179,7 @@ def test_mlflow_is_imported_only_in_store_capture_model_and_testing() -> None:
 
 
 def test_the_second_processes_do_not_import_torch() -> None:
-    """It takes seconds and 700 MB, beside each training and each study."""
+    """It takes seconds and 700 MB in addition to each training and each study."""
     graph, reached = edges(lazy=False), set(SECOND_PROCESSES)
     while more := set().union(*(graph[name] for name in reached)) - reached:
         reached |= more

@@ -106,7 +106,7 @@ def test_what_has_no_use_is_named_in_one_sentence(
 
 
 @pytest.mark.parametrize("device", ["cudaa:0", 0.5, "gpu"])
-def test_a_device_that_is_none_is_refused(device: Any) -> None:
+def test_a_device_argument_that_is_not_a_device_is_refused(device: Any) -> None:
     with pytest.raises(ArgumentError, match=f"^device={device!r} is not a device; allowed are"):
         sort(NET, TRAIN, device=device)
 

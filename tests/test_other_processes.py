@@ -135,7 +135,7 @@ manager.close()
 """
 
 
-def test_a_forked_process_is_told_to_begin_a_run_of_its_own_and_can(
+def test_a_forked_process_is_told_to_begin_its_own_run_and_can(
     deliverers: ForkServer, store: Store
 ) -> None:
     program = deliverers.run(FORK)

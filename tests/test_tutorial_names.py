@@ -136,7 +136,7 @@ def test_what_a_subclass_keeps_under_our_names_is_what_it_reads(store: Store) ->
         assert manager.run_id == run_id == store.run().info.run_id
 
 
-def test_a_subclass_that_replaces_every_verb_is_told_that_nothing_is_tracked(
+def test_a_subclass_that_replaces_every_verb_is_warned_that_nothing_is_tracked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Own(RunManager):
@@ -173,7 +173,7 @@ def test_a_loop_that_sets_the_sums_itself_has_the_tutorial_s_metrics(store: Stor
     assert store.history(store.run(), "loss") == [(1, 1.0), (2, 1.0)]
 
 
-def test_a_sum_that_is_set_beside_tracked_ones_reads_as_it_was_set(store: Store) -> None:
+def test_a_sum_set_between_tracked_losses_keeps_its_value(store: Store) -> None:
     with quiet() as manager:
         manager.begin_run(PARAMS, NET, LOADER)
         manager.begin_epoch()
@@ -256,7 +256,7 @@ class Uninitialized(RunManager):
 @pytest.mark.parametrize(
     "use", ["begin_run", "begin_epoch", "end_run", "close", "save", "track_loss"]
 )
-def test_a_subclass_that_is_not_initialized_is_told_so(use: str) -> None:
+def test_a_subclass_that_is_not_initialized_raises_an_error_saying_so(use: str) -> None:
     manager = Uninitialized()
     arguments = {"save": ["x"], "track_loss": [1.0]}.get(use, [])
     with pytest.raises(CallOrderError) as raised:

@@ -211,7 +211,7 @@ def test_what_is_not_a_table_is_refused(store: Store, data: Any, path: str, mess
 # -- figures -------------------------------------------------------------------------------------
 
 
-def test_a_figure_is_logged_and_stays_as_it_is(store: Store, tmp_path: Path) -> None:
+def test_a_figure_is_logged_and_not_changed(store: Store, tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(3, 2), dpi=70)

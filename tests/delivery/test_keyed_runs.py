@@ -24,7 +24,7 @@ KEY = "study-7"
 
 
 class Deliverer:
-    """A journal with the beginning of the run KEY, and a store of its own to deliver it to."""
+    """A journal with the beginning of the run KEY, and a separate store to deliver it to."""
 
     def __init__(self, directory: Path, uri: str, *, placeholder: bool) -> None:
         self.writer = JournalWriter(directory)

@@ -34,7 +34,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 @pytest.fixture
 def neighbours(tmp_path: Path) -> Iterator[Path]:
-    """A folder for journals, beside files that must not change."""
+    """A folder for journals, next to files that must not change."""
     for name in ("canary.txt", "journals/canary.txt", "photos/canary.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("alive")

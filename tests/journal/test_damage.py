@@ -1,6 +1,6 @@
 """A damaged journal is read up to its damage.
 
-What was read is delivered once, the damaged file is kept, and the user is told in one sentence.
+What was read is delivered once, the damaged file is kept, and one sentence tells the user.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tracker.store.uri import check_uri, resolve
 from tracker.validation import RUN_TAG
 
 
-def test_a_new_sqlite_file_keeps_its_artifacts_beside_it(
+def test_a_new_sqlite_file_has_its_artifacts_next_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "new" / "store"

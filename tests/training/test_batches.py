@@ -89,7 +89,9 @@ def test_a_batch_has_as_many_samples_as_it_was_made_of(kind: str, number: int) -
     [(5, 5), (np.int64(5), 5), (torch.ones(0, 2), 0), (ragged(4), 4), ([torch.ones(7, 5)] * 8, 8)],
     ids=["number", "numpy", "empty", "sequences", "equal sequences"],
 )
-def test_what_is_no_collection_of_fields_has_its_length(batch: Any, size: int) -> None:
+def test_a_batch_that_is_not_a_collection_of_fields_has_its_own_length(
+    batch: Any, size: int
+) -> None:
     assert batch_size(batch) == size
 
 
@@ -124,7 +126,7 @@ def test_tensors_that_may_be_pictures_or_fields_are_a_guess_unless_the_loader_jo
 
 @pytest.mark.parametrize("kind", ["detection", "detection, zipped", "pictures and labels"])
 @pytest.mark.parametrize("number", range(1, 5))
-def test_pictures_beside_as_many_labels_are_no_guess(kind: str, number: int) -> None:
+def test_pictures_with_as_many_labels_need_no_guess(kind: str, number: int) -> None:
     said: list[int] = []
     assert batch_size(KINDS[kind](number), said.append) == number
     assert said == []

@@ -404,7 +404,7 @@ def test_numbers_and_losses_of_several_devices_and_dtypes_can_be_mixed(
         assert again.losses.tolist() == [*(number for number, _ in given), 7.0]
 
 
-def test_a_loss_that_cannot_be_read_beside_numbers_does_not_raise_in_the_loop() -> None:
+def test_an_unreadable_loss_among_numbers_does_not_raise_in_the_loop() -> None:
     meter = EpochMeter()
     for number in range(1300):
         meter.add_loss(torch.zeros((), device="meta") if number % 3 == 0 else 1.0, 1)

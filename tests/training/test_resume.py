@@ -65,7 +65,7 @@ torch.save(network.state_dict(), out)
 
 
 class Training:
-    """Runs PROGRAM in processes of its own, in one folder."""
+    """Runs PROGRAM in separate processes, in one folder."""
 
     def __init__(self, server: ForkServer, folder: Path, **environment: str) -> None:
         self.server, self.folder, self.environment = server, folder, environment
