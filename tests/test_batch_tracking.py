@@ -200,9 +200,9 @@ def counts(preds: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int
 @pytest.mark.parametrize(
     "manager",
     [
-        Counts(model=False, histograms=False),
-        CountsWithoutGradients(model=False, histograms=False),
-        quiet(accuracy=counts),
+        Counts(inline=True, model=False, histograms=False),
+        CountsWithoutGradients(inline=True, model=False, histograms=False),
+        quiet(inline=True, accuracy=counts),
     ],
     ids=["method", "static", "argument"],
 )

@@ -153,6 +153,13 @@ def test_a_run_needs_neither_network_nor_loader(arguments: dict[str, Any], store
     assert ("dataset" in run.data.params) == (arguments.get("loader") is not None)
 
 
+@pytest.mark.parametrize("name", ["params", "hparams", "config", "args"])
+def test_hyperparameters_may_have_another_name(name: str, store: Store) -> None:
+    with RunManager(model=False) as manager:
+        manager.begin_run(**{name: {"lr": 0.5}}, network=NET, loader=TRAIN)
+    assert store.run().data.params["lr"] == "0.5"
+
+
 def test_a_network_in_place_of_hyperparameters_is_refused_in_one_line(store: Store) -> None:
     network = nn.Sequential(*(nn.Linear(100, 100) for _ in range(9)))
     with RunManager() as manager, pytest.raises(ArgumentError) as raised:

@@ -136,6 +136,40 @@ def test_what_a_subclass_keeps_under_our_names_is_what_it_reads(store: Store) ->
         assert manager.run_id == run_id == store.run().info.run_id
 
 
+class OwnEpoch:
+    """The epoch of a later version of the tutorial, with one field and one method more."""
+
+    def __init__(self) -> None:
+        self.count, self.loss, self.num_correct, self.start_time = 0, 0.0, 0, None
+        self.val_loss = 0.0
+
+    def mean(self, batches: int) -> float:
+        return self.val_loss / batches + self.count
+
+
+class OwnRun:
+    count, data, params, start_time = 0, None, None, None
+    best = 0.0
+
+
+class WithRecords(RunManager):
+    def begin_run(self, *arguments: Any, **more: Any) -> Any:
+        self.epoch, self.run = OwnEpoch(), OwnRun()
+        return super().begin_run(*arguments, **more)
+
+
+def test_further_fields_of_a_subclass_s_records_are_kept(store: Store) -> None:
+    with WithRecords(model=False) as manager:
+        for number in (1, 2):
+            manager.begin_run(PARAMS, NET, LOADER)
+            manager.epoch.val_loss += 4.0
+            manager.run.best += number
+            an_epoch(manager)
+            assert (manager.epoch.val_loss, manager.epoch.mean(2)) == (4.0, 3.0)
+            assert (manager.run.best, manager.run.count) == (number, number)
+    assert len(store.runs()) == 2
+
+
 def test_a_subclass_that_replaces_every_verb_is_warned_that_nothing_is_tracked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -23,6 +23,7 @@ from tests.helpers import Store
 from tracker import RunManager, fit, run_epochs
 from tracker.training import watch
 from tracker.training.meters import EpochMeter
+from tracker.training.networks import as_networks
 from tracker.training.watch import LoopWatch, gradient_norm
 
 SAMPLES = 12
@@ -290,6 +291,17 @@ def test_a_curve_keeps_its_name_if_another_optimizer_pauses_or_comes_later() -> 
         {"train/lr": 0.1, "train/lr_1": 0.2, "train/lr_2": 0.3},
         {"train/lr_1": 0.2, "train/lr_2": 0.3, "train/lr_0": 0.4},
     ]
+
+
+def test_the_curves_of_several_networks_have_their_names() -> None:
+    networks = as_networks({"G": network_of(2, 3), "D": network_of(3, 1)})
+    watching = LoopWatch(networks)
+    watching.begin()
+    rates = {"D": 0.2, "G": 0.1}
+    optimizers = [optim.SGD(networks.parts[name].parameters(), rates[name]) for name in rates]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert watching.end(EpochMeter()) == {"train/lr_D": 0.2, "train/lr_G": 0.1}
 
 
 def test_the_rates_of_a_network_that_replaces_another_are_seen(
