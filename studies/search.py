@@ -96,6 +96,18 @@ def _add_study_options(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     study.add_argument(
         "--workers", type=positive_int, default=1, metavar="N", help="trials at a time; default: 1"
     )
+    study.add_argument(
+        "--devices",
+        metavar="GPUS",
+        help="GPUs that the workers share: auto, all (each sees all) or a list such as 0,1; "
+        "default: auto with several workers, unless --device names one device",
+    )
+    study.add_argument(
+        "--gpus-per-trial",
+        type=positive_float,
+        metavar="G",
+        help="GPUs of each trial, or which part of one: 1, 2, 0.5, …",
+    )
     name = recipe.name.replace(":", ".")
     study.add_argument(
         "--study", default=name, metavar="NAME", help=f"name of the study; default: {name}"
@@ -302,7 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values = study.replay(given.replay)
             print(f"values        {'none, the trial failed' if values is None else list(values)}")
             return 0 if values is not None else 1
-        report(study.run(workers=given.workers, resume=given.resume), given)
+        done = study.run(
+            workers=given.workers,
+            resume=given.resume,
+            devices=_devices(given),
+            gpus_per_trial=given.gpus_per_trial,
+        )
+        report(done, given)
     except (TrackerError, ModelsError) as error:
         print(f"studies.search: {error}", file=sys.stderr)
         return 2
@@ -310,6 +328,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("studies.search: stopped; continue with --resume.", file=sys.stderr)
         return 128 + signal.Signals[str(stop) or "SIGINT"]
     return 0
+
+
+def _devices(given: argparse.Namespace) -> str | None:
+    """The GPUs to share: by default all, unless `--device` names one of them or the CPU."""
+    is_named = given.device not in ("auto", "cuda")
+    if is_named and (given.devices not in (None, "all") or given.gpus_per_trial is not None):
+        raise ArgumentError(
+            f"device={given.device!r} does not go with --devices and --gpus-per-trial; it must be "
+            "auto or cuda."
+        )
+    return "all" if is_named else given.devices
 
 
 def _without_resume(arguments: Sequence[str]) -> list[str]:

@@ -21,17 +21,18 @@ def workers_of(search: Program) -> list[psutil.Process]:
 def start(trainers: ForkServer, workdir: Path, tracking_uri: str) -> Iterator[Start]:
     """Starts a program that runs a study in the test's folder; ends it with the test.
 
-    `start(source, *arguments)` gets the program's source text and its command line.
+    `start(source, *arguments)` gets the program's source text and its command line, and more
+    variables of its environment by name.
     """
     programs: list[Program] = []
 
-    def start(source: str, *arguments: object) -> Program:
+    def start(source: str, *arguments: object, **environment: str) -> Program:
         program = trainers.start(
             source,
             *map(str, arguments),
             folder=workdir,
             MLFLOW_TRACKING_URI=tracking_uri,
-            TRACKER_INLINE="0",
+            **{"TRACKER_INLINE": "0", **environment},
         )
         programs.append(program)
         return program

@@ -163,7 +163,7 @@ def test_an_idle_worker_does_not_claim_a_trial_at_each_message_of_another(
         mode="offline",
         environment={},
     )
-    ProcessExecutor(spec, 2).run(search, Interrupts(print))
+    ProcessExecutor(spec, [None, None]).run(search, Interrupts(print))
     assert search.plan.is_finished
     storage.close()
     assert search.claims < 20
@@ -216,7 +216,7 @@ def test_a_signal_that_also_ends_the_process_that_forks_workers_is_an_interrupti
 ) -> None:
     interrupts = Interrupts(print)
     nothing: Any = None
-    executor = ProcessExecutor(nothing, 2)
+    executor = ProcessExecutor(nothing, [None, None])
 
     def start() -> None:
         if is_interrupted:

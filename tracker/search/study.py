@@ -16,11 +16,10 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from tracker.search import warm_start
 from tracker.search.channel import Ended
 from tracker.search.config import StudyConfig
 from tracker.search.executors.base import Executor, TrialSpec
-from tracker.search.executors.inprocess import InProcessExecutor
-from tracker.search.executors.processes import WORKER, ProcessExecutor, check_picklable
+from tracker.search.executors.choice import choose_executor
+from tracker.search.executors.processes import WORKER
 from tracker.search.interrupts import Interrupts
 from tracker.search.keeper import (
     SETTLE_SECONDS,
@@ -246,6 +245,8 @@ class Study:
         timeout: float | None = None,
         callbacks: Sequence[Callback] = (),
         catch: type[Exception] | Iterable[type[Exception]] | None = None,
+        devices: str | Sequence[str | int] | None = None,
+        gpus_per_trial: float | None = None,
     ) -> optuna.Study:
         """Run trials until the budget is used up.
 
@@ -260,6 +261,10 @@ class Study:
             catch: Exceptions of the objective that only fail their trial; others end the study. By
                 default all only fail their trial but usage errors, and mistakes such as an
                 ImportError or a TypeError in the first three trials while none has ended well.
+            devices: The GPUs that workers get by round robin, such as `["0", "1"]`; "auto" for all
+                that this process may use, which several workers get by default; "all" to let each
+                worker see all. With GPUs of its own a single worker is a separate process too.
+            gpus_per_trial: How many GPUs each trial has (1, 2, …), or which part of one (0.5).
 
         Returns:
             The study as an `optuna.Study`.
@@ -275,14 +280,17 @@ class Study:
             if not callable(callback):
                 raise ArgumentError(f"callbacks contains {callback!r}; it must be a function.")
         flag, caught = StopFlag(timeout), checked_catch(catch)
-        if not isinstance(workers, Integral) or workers < 1:
-            raise ArgumentError(f"workers={workers!r} is not allowed; it must be at least 1.")
         if multiprocessing.current_process().name == WORKER:
             raise ArgumentError(
                 "run() was called in a worker: put it under `if __name__ == '__main__':`."
             )
-        if workers > 1:
-            check_picklable(self._objective, caught)
+        make_executor = choose_executor(
+            self._objective,
+            caught,
+            workers=workers,
+            devices=devices,
+            gpus_per_trial=gpus_per_trial,
+        )
         if not has_seed(self._config.sampler):
             logger.warning(
                 "seed=%d does not reach sampler=%s: it keeps no random generator of NumPy or "
@@ -311,13 +319,15 @@ class Study:
             )
             search.callbacks = tuple(callbacks)
             self._flag = search.flag = flag
-            self._run(search, workers, caught)
+            self._run(search, make_executor, caught)
             return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
             self._flag = None
             storage.close()  # the returned study opens connections of its own when needed
 
-    def _run(self, search: Search, workers: int, catch: Catch) -> None:
+    def _run(
+        self, search: Search, make_executor: Callable[[TrialSpec], Executor], catch: Catch
+    ) -> None:
         trials = search.storage.patiently(search.trials)
         search.plan.observe(trials)
         progress = Progress(search.record, search.plan, trials)
@@ -331,9 +341,7 @@ class Study:
             with Interrupts(progress.say) as interrupts:
                 search.stopping = lambda: interrupts.count > 0
                 keeper = self._start_keeper(search, spec.environment)
-                executor = (
-                    InProcessExecutor(spec) if workers == 1 else ProcessExecutor(spec, workers)
-                )
+                executor = make_executor(spec)
                 try:
                     with search.beating():
                         executor.run(search, interrupts)

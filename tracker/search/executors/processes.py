@@ -12,36 +12,40 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import FrameType
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tracker.errors import ArgumentError, StoreError, TrackerError
-from tracker.search.channel import Channel, Ended, TrialLostError, Verdict
+from tracker.errors import ArgumentError, StoreError
+from tracker.search.channel import Ended, TrialLostError
 from tracker.search.executors.base import TrialSpec
 from tracker.search.executors.cores import usable_cores
+from tracker.search.executors.devices import environment_for
+from tracker.search.executors.worker import work
 from tracker.search.interrupts import Interrupts, block_signals
-from tracker.search.policy import Catch, packed, unpacked
+from tracker.search.policy import Catch, unpacked
 from tracker.search.session import Search
 
 WORKER = "trial worker"
 """The name of a worker's process."""
+DEVICES_TAG = "tracker.devices"
+"""The tag of a trial's run that names the GPUs of its worker."""
 
 _POLL_SECONDS = 0.25
 _WAIT_SECONDS = 0.5  # until the next claim, if other searches run the last trials
-_ALIVE_SECONDS = 1.0  # between two signs of life of a worker
 _EXIT_SECONDS = 30.0  # for a worker to end, including the delivery of its runs
 _MAX_FAILED_STARTS = 3  # in a row
 _MAX_KILLED_STARTS = 20  # by the user, or for lack of memory
 
 # Workers are forked from a process that has imported torch once for all of them, and holds neither
-# threads nor CUDA.
-_CONTEXT = multiprocessing.get_context("forkserver")
+# threads nor CUDA. A worker with GPUs of its own begins anew instead: its CUDA_VISIBLE_DEVICES is
+# set before anything is imported, such as a script that asks torch for its device at the top.
+_FORKED = multiprocessing.get_context("forkserver")
+_NEW = multiprocessing.get_context("spawn")
 _PRELOADED = ["tracker.search.trial"]
 _STOPPED = Ended.failed("interrupted", "It was still running when its search ended.")
 
@@ -70,14 +74,13 @@ def _has_file(module: str) -> bool:
     return getattr(sys.modules[module], "__file__", None) is not None
 
 
-# -- the side of the search ------------------------------------------------------------------------
-
-
 @dataclass
 class _Worker:
     process: Any
     connection: Connection
     last_message: float
+    place: int
+    """Which of the executor's places it has; a worker that replaces it has the same."""
     trial: int | None = None
     is_ready: bool = False
     """Whether it has ever asked for a trial."""
@@ -102,15 +105,15 @@ class _Worker:
 class ProcessExecutor:
     """Runs trials in worker processes."""
 
-    def __init__(self, spec: TrialSpec, workers: int) -> None:
+    def __init__(self, spec: TrialSpec, places: Sequence[str | None]) -> None:
         """Prepare an executor; `run` starts its processes.
 
         Args:
             spec: What the trials share; it must be picklable.
-            workers: The number of processes.
+            places: For each process its CUDA_VISIBLE_DEVICES, or None to leave it as it is.
         """
         self._spec = spec
-        self._count = workers
+        self._places = places
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._claim_at = 0.0
@@ -160,20 +163,36 @@ class ProcessExecutor:
         return [worker for worker in self._workers if not worker.is_silent]
 
     def _start_workers(self) -> None:
-        missing = 0 if self._is_done else self._count - len(self._active())
-        if missing > 0:
-            resource_tracker.ensure_running()  # started below, it would unblock the signals
-            _CONTEXT.set_forkserver_preload(_PRELOADED)
+        """Start a worker in each place that has none."""
+        taken = {worker.place for worker in self._active()}
+        free = [] if self._is_done else [p for p in range(len(self._places)) if p not in taken]
+        if not free:
+            return
+        resource_tracker.ensure_running()  # started below, it would unblock the signals
+        if None in self._places:
+            _FORKED.set_forkserver_preload(_PRELOADED)
             with block_signals(signal.SIGINT):  # its workers inherit that, and unblock it
                 forkserver.ensure_running()
-        threads = max(1, usable_cores() // self._count)
-        for _ in range(missing):
-            ours, theirs = _CONTEXT.Pipe()
-            arguments = theirs, self._spec, threads, dict(os.environ)
-            process = _CONTEXT.Process(target=work, args=arguments, name=WORKER)
-            process.start()
+        for place in free:
+            ours, theirs = multiprocessing.Pipe()
+            process = self._start(theirs, self._places[place])
             theirs.close()
-            self._workers.append(_Worker(process, ours, time.monotonic()))
+            self._workers.append(_Worker(process, ours, time.monotonic(), place))
+
+    def _start(self, connection: Connection, devices: str | None) -> BaseProcess:
+        threads = max(1, usable_cores() // len(self._places))
+        if devices is None:
+            arguments = connection, self._spec, threads, dict(os.environ)
+            process: BaseProcess = _FORKED.Process(target=work, args=arguments, name=WORKER)
+            process.start()
+            return process
+        tags = {**self._spec.environment, DEVICES_TAG: devices}
+        with environment_for(devices), block_signals(signal.SIGINT):
+            spec = replace(self._spec, environment=tags)
+            arguments = connection, spec, threads, dict(os.environ)
+            process = _NEW.Process(target=work, args=arguments, name=WORKER)
+            process.start()
+        return process
 
     def _handle_messages(self, search: Search) -> None:
         """Wait a moment for messages of the workers, and handle them."""
@@ -209,11 +228,9 @@ class ProcessExecutor:
 
     def _hand_out_trials(self, search: Search) -> None:
         """Give a trial to each idle worker, while there are any."""
-        surplus = len(self._active()) - self._count
         self._idle = [worker for worker in self._idle if worker in self._workers]
         while self._idle:
-            if surplus > 0 or self._is_done:
-                surplus -= 1
+            if self._is_done or self._is_replaced(self._idle[0]):
                 self._idle.pop(0).stop()
                 continue
             if time.monotonic() < self._claim_at:
@@ -229,6 +246,11 @@ class ProcessExecutor:
             worker.trial = task.number
             worker.last_message = time.monotonic()
             worker.send("run", task)
+
+    def _is_replaced(self, worker: _Worker) -> bool:
+        """Whether another worker has the same place, as this one or that one was silent."""
+        others = [other for other in self._active() if other is not worker]
+        return any(other.place == worker.place and not other.is_leaving for other in others)
 
     def _remove(self, worker: _Worker, search: Search) -> None:
         """Wait for the end of a worker's process, and clean up after it."""
@@ -297,125 +319,3 @@ def _death(code: int | None) -> Ended:
     if code is not None and code < 0:
         return Ended.failed("died", f"Its process was killed by {signal.Signals(-code).name}.")
     return Ended.failed("died", f"Its process ended with exit code {code}.")
-
-
-# -- the side of a worker --------------------------------------------------------------------------
-
-
-class PipeChannel(Channel):
-    """A worker's connection to the search. SIGTERM never separates a request from its answer."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sending = threading.Lock()
-        self.is_closed = False
-        """Whether the search has ended."""
-        self._is_shielded = True  # until the first trial is asked for
-        self._interrupted_by: str | None = None
-
-    def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: at once in an objective, later during a request or between trials."""
-        self._interrupted_by = signal.Signals(number).name
-        if not self._is_shielded:
-            raise KeyboardInterrupt(self._interrupted_by)
-
-    def unshield(self) -> None:
-        """Let SIGTERM raise KeyboardInterrupt from here on, including an earlier one."""
-        self._is_shielded = False
-        if self._interrupted_by is not None:
-            raise KeyboardInterrupt(self._interrupted_by)
-
-    def send(self, *message: Any) -> None:
-        """Send a message, if the search is still alive."""
-        try:
-            with self._sending:
-                self._connection.send(message)
-        except OSError:
-            self.is_closed = True
-
-    def receive(self) -> Any:
-        """Return the search's next message; `("stop",)` if it has ended."""
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError):
-            self.is_closed = True
-            return ("stop",)
-
-    def request(self, verb: str, *arguments: Any) -> Any:
-        """Send a request and return the answer; reports are not answered."""
-        if verb == "report":
-            self.send(verb, *arguments)
-            return None
-        self._is_shielded = True
-        try:
-            self.send(verb, *arguments)
-            kind, *answer = self.receive()
-        finally:
-            self._is_shielded = verb == "finish"
-        if verb != "finish":
-            self.unshield()
-        if kind == "ok":
-            return answer[0]
-        if kind == "mistake":
-            raise ArgumentError(answer[0])
-        if kind == "error":
-            raise TrackerError(answer[0])
-        if verb == "finish":
-            return Verdict(accepted=False, retry=True)
-        raise TrialLostError(answer[0] if answer else "The search of the trial has ended.")
-
-
-def work(
-    connection: Connection, spec: TrialSpec, threads: int, environment: Mapping[str, str]
-) -> None:
-    """Run trials until told to stop: the main function of a worker.
-
-    Args:
-        connection: This worker's end of the pipe.
-        spec: What the trials share.
-        threads: How many threads torch may use.
-        environment: The environment variables of the search's process.
-    """
-    os.environ.clear()  # those of the server that forked this process may be older
-    os.environ.update(environment)
-    import torch
-
-    from tracker.delivery.base import leave_all, open_delivery
-    from tracker.search.trial import run_trial
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search decides what ends
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    channel = PipeChannel(connection)
-    signal.signal(signal.SIGTERM, channel.interrupt)
-    torch.set_num_threads(threads)
-    threading.Thread(target=_send_life_signs, args=(channel,), name="alive", daemon=True).start()
-    code, delivery = 0, None
-    try:
-        delivery = open_delivery(spec.directory, spec.tracking_uri, spec.mode)
-        while True:
-            channel.unshield()
-            channel.send("next")
-            kind, *task = channel.receive()
-            if kind != "run":
-                break
-            if (error := run_trial(task[0], spec, channel, delivery)) is not None:
-                channel.send("raised", *packed(error))
-                break
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGTERM
-    except TrackerError as error:
-        channel.send("raised", *packed(error))
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        leave_all()
-        if delivery is not None and spec.mode == "inline":
-            delivery.close()
-    sys.exit(code)
-
-
-def _send_life_signs(channel: PipeChannel) -> None:
-    """Show that this process is alive, and end its trial when the search has died."""
-    while not channel.is_closed:
-        channel.send("alive")
-        time.sleep(_ALIVE_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
