@@ -110,15 +110,6 @@ def test_what_is_caught_must_be_exceptions(catch: Any) -> None:
         study.run(catch=catch)
 
 
-def test_a_class_that_only_this_process_knows_is_refused_for_workers() -> None:
-    class LocalError(Exception):
-        pass
-
-    study = Study("study", misspelled, trials=1)
-    with pytest.raises(ArgumentError, match="cannot run in another process"):
-        study.run(workers=2, catch=LocalError)
-
-
 # -- workers ---------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlflow.pytorch
@@ -799,12 +798,10 @@ def test_a_mistake_is_reported_in_one_sentence_and_creates_nothing(
     assert sorted(workdir.iterdir()) == before
 
 
-def test_workers_and_their_objective_are_checked(workdir: Path, tracking_uri: str) -> None:
+def test_the_number_of_workers_is_checked(workdir: Path, tracking_uri: str) -> None:
     before = sorted(workdir.iterdir())
     with pytest.raises(ArgumentError, match="workers=0 is not allowed; it must be at least 1"):
         make().run(workers=0)
-    with pytest.raises(ArgumentError, match="it must be a function at the top level of a module"):
-        make(lambda trial: 1.0).run(workers=2)
     assert sorted(workdir.iterdir()) == before
 
 
@@ -899,17 +896,6 @@ def test_an_error_of_the_sampler_ends_the_study_and_costs_no_slot(
     states = Counter(trial.state for trial in study.run(resume=True).trials)
     assert states == {TrialState.FAIL: 1, TrialState.COMPLETE: 3}
     assert family(store)[0].info.status == "FINISHED"
-
-
-def test_an_objective_of_a_notebook_is_refused_for_several_workers_at_once(
-    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notebook = ModuleType("__main__")
-    exec("def objective(trial): return 1.0", notebook.__dict__)
-    monkeypatch.setitem(sys.modules, "__main__", notebook)
-    with pytest.raises(ArgumentError, match="it is defined in a notebook or at a prompt"):
-        make(notebook.objective).run(workers=2)
-    assert not Path("studies.journal").exists()
 
 
 def test_an_unusable_store_creates_no_study(workdir: Path) -> None:

@@ -11,6 +11,7 @@ import optuna
 
 from tracker.errors import ArgumentError, CallOrderError, TrackerError
 from tracker.search.channel import Channel, TrialLostError
+from tracker.search.sending import dumps
 
 Catch = tuple[type[Exception], ...] | None
 """Exceptions that only fail their trial, as in Optuna; None for all but obvious mistakes."""
@@ -80,7 +81,7 @@ def packed(error: Exception) -> tuple[bytes | None, str]:
         text = "".join(traceback.format_exception(error)).rstrip()
         error.add_note(f"The traceback of the worker:\n{text}")
     try:
-        content = pickle.dumps(error)
+        content = dumps(error)
         pickle.loads(content)
     except Exception:  # noqa: BLE001 - of a class that cannot be pickled
         content = None

@@ -252,7 +252,7 @@ class Study:
 
         Args:
             workers: How many trials run at a time. A single worker runs in this process; several
-                run in separate processes, which import the objective.
+                run in separate processes, which get a copy of the objective.
             resume: Continue the study if it exists. docs/studies.md lists the settings that must be
                 those stored, and those that take their new values.
             timeout: Seconds after which no more trials start.

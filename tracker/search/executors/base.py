@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """What all trials of a study share; picklable if the objective is."""
+    """What all trials of a study share; picklable but for the objective."""
 
     record: StoredStudy
     """The study."""

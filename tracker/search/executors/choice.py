@@ -11,8 +11,9 @@ from tracker.errors import ArgumentError
 from tracker.search.executors.base import Executor, TrialSpec
 from tracker.search.executors.devices import place
 from tracker.search.executors.inprocess import InProcessExecutor
-from tracker.search.executors.processes import ProcessExecutor, check_picklable
+from tracker.search.executors.processes import ProcessExecutor
 from tracker.search.policy import Catch
+from tracker.search.sending import pack
 
 
 def choose_executor(
@@ -35,5 +36,5 @@ def choose_executor(
     places = place(workers, devices, gpus_per_trial)
     if places == [None]:
         return InProcessExecutor
-    check_picklable(objective, catch)
+    pack(objective, catch)  # or refuse it, before anything is created
     return partial(ProcessExecutor, places=places)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +25,8 @@ from tracker.search.executors.cores import usable_cores
 from tracker.search.executors.devices import environment_for
 from tracker.search.executors.worker import work
 from tracker.search.interrupts import Interrupts, block_signals
-from tracker.search.policy import Catch, unpacked
+from tracker.search.policy import unpacked
+from tracker.search.sending import pack
 from tracker.search.session import Search
 
 WORKER = "trial worker"
@@ -50,28 +49,6 @@ _PRELOADED = ["tracker.search.trial"]
 _STOPPED = Ended.failed("interrupted", "It was still running when its search ended.")
 
 logger = logging.getLogger(__name__)
-
-
-def check_picklable(objective: Any, catch: Catch = None) -> None:
-    """Check that another process can import the objective and the exceptions to catch.
-
-    Raises:
-        ArgumentError: It cannot.
-    """
-    try:
-        pickle.dumps((objective, catch))
-        if getattr(objective, "__module__", "") == "__main__" and not _has_file("__main__"):
-            raise TypeError("it is defined in a notebook or at a prompt")
-    except (pickle.PicklingError, AttributeError, TypeError, ArgumentError) as error:
-        reason = str(error).rstrip(".")
-        raise ArgumentError(
-            f"objective={objective!r} cannot run in another process ({reason}); with more than one "
-            "worker it must be a function at the top level of a module."
-        ) from error
-
-
-def _has_file(module: str) -> bool:
-    return getattr(sys.modules[module], "__file__", None) is not None
 
 
 @dataclass
@@ -109,11 +86,12 @@ class ProcessExecutor:
         """Prepare an executor; `run` starts its processes.
 
         Args:
-            spec: What the trials share; it must be picklable.
+            spec: What the trials share.
             places: For each process its CUDA_VISIBLE_DEVICES, or None to leave it as it is.
         """
         self._spec = spec
         self._places = places
+        self._packed: dict[bool, bytes] = {}
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._claim_at = 0.0
@@ -181,14 +159,14 @@ class ProcessExecutor:
 
     def _start(self, connection: Connection, devices: str | None) -> BaseProcess:
         threads = max(1, usable_cores() // len(self._places))
+        spec = replace(self._spec, objective=None, catch=None)  # it asks for these
         if devices is None:
-            arguments = connection, self._spec, threads, dict(os.environ)
+            arguments = connection, spec, threads, dict(os.environ)
             process: BaseProcess = _FORKED.Process(target=work, args=arguments, name=WORKER)
             process.start()
             return process
-        tags = {**self._spec.environment, DEVICES_TAG: devices}
+        spec = replace(spec, environment={**spec.environment, DEVICES_TAG: devices})
         with environment_for(devices), block_signals(signal.SIGINT):
-            spec = replace(self._spec, environment=tags)
             arguments = connection, spec, threads, dict(os.environ)
             process = _NEW.Process(target=work, args=arguments, name=WORKER)
             process.start()
@@ -213,10 +191,17 @@ class ProcessExecutor:
             self._claim_at = 0.0
             self._failed_starts = self._killed_starts = 0
             self._idle.append(worker)
+        elif verb == "objective":
+            worker.send("objective", self._content(*arguments))
         elif verb == "raised":
             self._error = unpacked(*arguments)
         elif verb != "alive":
             _answer(worker, search, verb, *arguments)
+
+    def _content(self, by_value: bool) -> bytes:
+        if by_value not in self._packed:
+            self._packed[by_value] = pack(self._spec.objective, self._spec.catch, by_value=by_value)
+        return self._packed[by_value]
 
     def _fail_silent(self, search: Search) -> None:
         for worker in self._active():

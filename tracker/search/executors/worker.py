@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
@@ -90,7 +92,7 @@ def work(
 
     Args:
         connection: This worker's end of the pipe.
-        spec: What the trials share.
+        spec: What the trials share; the search sends their objective on request.
         threads: How many threads torch may use.
         environment: The environment variables of the search's process.
     """
@@ -110,13 +112,14 @@ def work(
     code, delivery = 0, None
     try:
         delivery = open_delivery(spec.directory, spec.tracking_uri, spec.mode)
-        while True:
+        whole = _with_objective(spec, channel)
+        while whole is not None:
             channel.unshield()
             channel.send("next")
             kind, *task = channel.receive()
             if kind != "run":
                 break
-            if (error := run_trial(task[0], spec, channel, delivery)) is not None:
+            if (error := run_trial(task[0], whole, channel, delivery)) is not None:
                 channel.send("raised", *packed(error))
                 break
     except KeyboardInterrupt:
@@ -129,6 +132,24 @@ def work(
         if delivery is not None and spec.mode == "inline":
             delivery.close()
     sys.exit(code)
+
+
+def _with_objective(spec: TrialSpec, channel: PipeChannel) -> TrialSpec | None:
+    """Return `spec` with its objective; None if that cannot be loaded, or the search has ended."""
+    for by_value in (False, True):
+        channel.send("objective", by_value)
+        kind, *content = channel.receive()
+        if kind != "objective":
+            return None
+        try:
+            objective, catch = pickle.loads(content[0])
+            return replace(spec, objective=objective, catch=catch)
+        except Exception as error:  # noqa: BLE001 - of the user's modules
+            # A script that defines it under `if __name__ == "__main__":` does not do so here.
+            if by_value or not isinstance(error, AttributeError):
+                channel.send("raised", *packed(error))
+                return None
+    return None
 
 
 def _send_life_signs(channel: PipeChannel) -> None:
