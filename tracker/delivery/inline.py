@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ class InlineDelivery:
         self.journal = JournalWriter(directory)
         self._reader = Journal(self.journal.folder)
         self._active_runs = ActiveRuns(self.journal)
+        self._draining = threading.RLock()  # trials in threads share a delivery
         self._store: MlflowStore | None = None
         self._uploader: Uploader | None = None
         self._has_begun = False
@@ -99,7 +101,7 @@ class InlineDelivery:
         if reason is not None:  # MLflow's client would try for minutes
             raise StoreError(f"the server does not answer: {reason}.")
         if self._uploader is not None:
-            with _own_randomness():
+            with self._draining, _own_randomness():
                 self._uploader.drain()
 
     def _pass_on_notices(self) -> None:
