@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tracker.run import current_run as current_run
     from tracker.run import start_run as start_run
     from tracker.search.study import Study as Study
+    from tracker.search.tracked import tracked as tracked
     from tracker.search.trial import Trial as Trial
     from tracker.store.readback import Trained as Trained
     from tracker.store.readback import load_histograms as load_histograms
@@ -71,6 +72,7 @@ _NAMES = {
     "manager": "RunManager",
     "run": "Run current_run start_run",
     "search.study": "Study",
+    "search.tracked": "tracked",
     "search.trial": "Trial",
     "store.readback": "Trained load_histograms load_nonfinite load_trained",
     "training.checkpoint": "Checkpoint Keep",
@@ -87,7 +89,7 @@ def _names() -> list[str]:
         found = find_spec("optuna")
     except (ImportError, ValueError):  # an import hook, or None in sys.modules, forbids it
         found = None
-    absent = () if found else ("Study", "Trial")
+    absent = () if found else ("Study", "Trial", "tracked")
     return sorted({*_MODULES, "__version__"}.difference(absent))
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from tracker.search.channel import Task
 from tracker.search.sampler import PRUNERS
@@ -37,9 +38,17 @@ class RunningTrial:
         """
         if not self.trial.should_prune():
             return None
-        frozen = self.trial.storage.get_trial(self.trial._trial_id)
         who = f"The {pruner} pruner" if pruner in PRUNERS else pruner
-        if (step := frozen.last_step) is None:  # a user's own may not look at reports
-            return f"{who} stopped it before it reported."
-        value = frozen.intermediate_values[step]
-        return f"{who} stopped it at step {step}, value {value:g}."
+        return pruning_reason(self.trial.storage.get_trial(self.trial._trial_id), who)
+
+
+def pruning_reason(frozen: FrozenTrial, who: str) -> str:
+    """Return why a trial was pruned.
+
+    Args:
+        frozen: The trial.
+        who: What pruned it.
+    """
+    if (step := frozen.last_step) is None:  # a user's own pruner may not look at reports
+        return f"{who} stopped it before it reported."
+    return f"{who} stopped it at step {step}, value {frozen.intermediate_values[step]:g}."

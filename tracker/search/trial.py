@@ -280,7 +280,7 @@ def run_trial(
         if run.resume_state is not None and run.resume_state.checkpoint is not None:
             trial.restore(task.reported, run.resume_state.checkpoint.epoch)
         set_seed(task.seed)
-        values = _checked(spec.objective(trial), len(metrics))
+        values = checked_values(spec.objective(trial), len(metrics))
     except BaseException as raised:  # noqa: BLE001 - raised again below if it concerns the study
         error = raised
     stops = error is not None and ends_study(error, spec.catch, task.number, channel)
@@ -343,7 +343,16 @@ def _is_best(task: Task, ended: Ended, channel: Channel) -> bool:
         return False
 
 
-def _checked(returned: Any, count: int) -> list[float]:
+def checked_values(returned: Any, count: int) -> list[float]:
+    """Return the values that an objective returned.
+
+    Args:
+        returned: A number, or a list or tuple of them.
+        count: How many there must be.
+
+    Raises:
+        ObjectiveError: It is something else.
+    """
     several = list(returned) if isinstance(returned, (list, tuple)) else [returned]
     numbers = [number for value in several if (number := _number(value)) is not None]
     if not len(numbers) == len(several) == count:
