@@ -87,3 +87,19 @@ def test_an_example_has_as_many_added_lines_as_its_table_says(name: str) -> None
     assert row is not None
     ours, theirs = map(int, row.groups())
     assert len(added) == ours <= theirs
+
+
+def test_the_example_of_optuna_is_tracked_in_three_changed_lines(store: Store) -> None:
+    path = EXAMPLES / "optuna_simple.py"
+    assert len(re.findall(r"^.*\btracked\b.*$", path.read_text(), re.M)) <= 3
+    runpy.run_path(str(path), run_name="__main__")
+
+    study, *trials = sorted(
+        store.runs("optuna simple"), key=lambda run: "mlflow.parentRunId" in run.data.tags
+    )
+    assert {run.info.status for run in (study, *trials)} == {"FINISHED"}
+    assert len(trials) == 30
+    for run in trials:
+        assert run.data.tags["mlflow.parentRunId"] == study.info.run_id
+        x, y = float(run.data.params["x"]), int(run.data.params["y"])
+        assert run.data.metrics["objective"] == x**2 + y
