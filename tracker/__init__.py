@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tracker.run import Run as Run
     from tracker.run import current_run as current_run
     from tracker.run import start_run as start_run
+    from tracker.search.slot_sampler import SlotSampler as SlotSampler
     from tracker.search.study import Study as Study
     from tracker.search.tracked import tracked as tracked
     from tracker.search.trial import Trial as Trial
@@ -71,6 +72,7 @@ _NAMES = {
     "grid": "RunBuilder",
     "manager": "RunManager",
     "run": "Run current_run start_run",
+    "search.slot_sampler": "SlotSampler",
     "search.study": "Study",
     "search.tracked": "tracked",
     "search.trial": "Trial",
@@ -89,7 +91,7 @@ def _names() -> list[str]:
         found = find_spec("optuna")
     except (ImportError, ValueError):  # an import hook, or None in sys.modules, forbids it
         found = None
-    absent = () if found else ("Study", "Trial", "tracked")
+    absent = () if found else ("SlotSampler", "Study", "Trial", "tracked")
     return sorted({*_MODULES, "__version__"}.difference(absent))
 
 

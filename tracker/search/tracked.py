@@ -26,7 +26,6 @@ from tracker.manager import RunManager
 from tracker.run import Run
 from tracker.search.channel import Ended
 from tracker.search.objects import describe
-from tracker.search.plan import SLOT
 from tracker.search.running_trial import pruning_reason
 from tracker.search.stored_study import STUDY
 from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives
@@ -251,7 +250,6 @@ class TrackedObjective:
         return returned
 
     def _begin(self, parent: StudyRun, trial: optuna.Trial) -> Run:
-        attrs = trial.user_attrs
         return Run(
             parent.delivery,
             None,
@@ -261,8 +259,7 @@ class TrackedObjective:
                 "tracker.study": parent.params["study"],
                 "optuna.trial": str(trial.number),
                 "optuna.state": "RUNNING",
-                **({"tracker.slot": str(attrs[SLOT])} if SLOT in attrs else {}),
-                **_tags(attrs),
+                **_tags(trial.user_attrs),
             },
             key=f"{parent.key}-{trial.number}",
             parent_key=parent.key,
