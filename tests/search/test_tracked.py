@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
 from mlflow.entities import Run as MlflowRun
 from optuna.trial import TrialState
@@ -61,7 +64,7 @@ def make(request: pytest.FixtureRequest, workdir: Path) -> Callable[..., optuna.
 
 
 def test_each_trial_of_optimize_is_a_child_of_the_study_s_run(
-    make: Callable[..., optuna.Study], store: Store
+    make: Callable[..., optuna.Study], store: Store, workdir: Path
 ) -> None:
     study = make(sampler=optuna.samplers.TPESampler(n_startup_trials=3, seed=1))
     study.optimize(tracked(quadratic, experiment="e"), n_trials=4)
@@ -75,6 +78,11 @@ def test_each_trial_of_optimize_is_a_child_of_the_study_s_run(
         "direction": "minimize",
     }
     assert set(children) == set(range(4))
+    assert parent.data.tags["best.trial"] == str(study.best_trial.number)
+    assert json.loads(parent.data.tags["best.params"]) == study.best_params
+    table = pd.read_csv(io.StringIO(store.text(parent, "trials.csv", workdir)))
+    assert list(table["objective"]) == [trial.value for trial in study.trials]
+    assert list(table["x"]) == [trial.params["x"] for trial in study.trials]
     for trial in study.trials:
         run = children[trial.number]
         assert run.info.status == "FINISHED"
@@ -273,6 +281,19 @@ def test_a_decorated_objective_works_with_several_studies_and_can_be_copied(stor
     del objective
     gc.collect()
     assert {run.info.status for run in store.runs("decorated")} == {"FINISHED"}
+
+
+def test_a_storage_that_is_gone_at_the_end_costs_only_the_table(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = tracked(quadratic)
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=1)
+    monkeypatch.setattr(study._storage, "get_all_trials", None)
+    del objective
+    parent, children = family(store)
+    assert (parent.info.status, children[0].info.status) == ("FINISHED", "FINISHED")
+    assert "trials.csv of the study is not logged" in caplog.text
 
 
 def test_a_tracked_objective_can_be_sent_to_another_process(store: Store) -> None:

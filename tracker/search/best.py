@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
+
+LISTED = 10
+"""Trials of a Pareto front in the tags; `best.json` lists all."""
+_LONGEST_TAG = 5000
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -35,3 +40,18 @@ def best_trials(trials: Iterable[FrozenTrial], directions: Sequence[str]) -> lis
         front.append(complete[remaining[0]])
         remaining = remaining[(losses[remaining] < losses[remaining[0]]).any(axis=1)]
     return sorted(front, key=lambda trial: trial.number)
+
+
+def best_tags(good: Sequence[FrozenTrial]) -> dict[str, str]:
+    """Return the tags that name the best trials, `best_trials`, lists in the same order."""
+    if not good:
+        return {}
+    listed = good[:LISTED]
+    more = f" and {len(good) - LISTED} more" if len(good) > LISTED else ""
+    params = [trial.params for trial in listed]
+    text = json.dumps(params[0] if len(good) == 1 else params, default=str)
+    return {
+        "best.trial": ", ".join(str(trial.number) for trial in listed) + more,
+        "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in listed),
+        "best.params": text if len(text) <= _LONGEST_TAG else json.dumps("see best.json"),
+    }

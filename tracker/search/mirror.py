@@ -8,7 +8,6 @@ study's own tags, files and status are written directly. Nothing is written if n
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -24,7 +23,7 @@ from tracker.journal.reader import Journal
 from tracker.journal.records import Begin, Params, now
 from tracker.journal.writer import JournalWriter
 from tracker.redaction import public_uri
-from tracker.search.best import best_trials
+from tracker.search.best import LISTED, best_tags, best_trials
 from tracker.search.config import MODEL
 from tracker.search.leases import Leases, searches
 from tracker.search.missing import Missing, missing_records, status_of_study
@@ -41,9 +40,6 @@ from tracker.views.files import csv_text, json_text
 _DIGEST = "tracker.mirrored"
 """The tag with a digest of the trials that the tables show."""
 _FILES = ("study.html", "trials.csv", "trials.json", "best.json")
-_LONGEST_TAG = 5000
-_LISTED = 10
-"""Trials of a Pareto front in the tags; `best.json` lists all."""
 
 
 class Mirror:
@@ -96,7 +92,7 @@ class Mirror:
         trials, parent = self._trials(), self._parent()
         if parent is None or not any(trial.state.is_finished() for trial in trials):
             return
-        unchanged = parent.tags.get(_DIGEST) == _digest(rows(self._study, trials))
+        unchanged = parent.tags.get(_DIGEST) == _digest(rows(self._study.metrics, trials))
         if unchanged and parent.tags.get("best.run") != "":
             return
         self._log_study(existing=_FILES)
@@ -227,7 +223,7 @@ class Mirror:
         existing: Collection[str],
     ) -> None:
         study, good = self._study, self._best(trials)
-        table = rows(study, trials)
+        table = rows(study.metrics, trials)
         tags = {"tracker.study": study.name, _DIGEST: _digest(table), **self._best_tags(good, runs)}
         facts: dict[str, str] = {}
         if (steps := saved(study, trials)) is not None:
@@ -270,19 +266,10 @@ class Mirror:
         self, good: Sequence[FrozenTrial], runs: Mapping[str, RunSnapshot]
     ) -> dict[str, str]:
         """Return the tags of the best trial; of a Pareto front, lists in the same order."""
-        if not good:
-            return {}
-        listed = good[:_LISTED]
-        more = f" and {len(good) - _LISTED} more" if len(good) > _LISTED else ""
-        params = [trial.params for trial in listed]
+        listed = good[:LISTED]
         ids = [runs[key].run_id for key in map(self._key, listed) if key in runs]
-        text = json.dumps(params[0] if len(good) == 1 else params)
-        return {
-            "best.trial": ", ".join(str(trial.number) for trial in listed) + more,
-            "best.value": "; ".join(", ".join(f"{v:.6g}" for v in t.values) for t in listed),
-            "best.params": text if len(text) <= _LONGEST_TAG else json.dumps("see best.json"),
-            "best.run": ", ".join(ids) if len(ids) == len(listed) else "",
-        }
+        own = {"best.run": ", ".join(ids) if len(ids) == len(listed) else ""} if good else {}
+        return best_tags(good) | own
 
     def _log_status(self, parent: RunSnapshot) -> None:
         """Set the status of the study's run, unless a search is working on the study."""

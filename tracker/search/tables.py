@@ -51,30 +51,35 @@ def attribute_tags(user_attrs: Mapping[str, Any]) -> dict[str, str]:
     return public_values(fitted(texts))
 
 
-def rows(record: StoredStudy, trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
-    """Return the rows of `trials.csv`, one for each trial, by their columns."""
+def rows(metrics: Sequence[str], trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
+    """Return the rows of `trials.csv`, one for each trial, by their columns.
+
+    Args:
+        metrics: The names of the objectives.
+        trials: The trials.
+    """
     trials = list(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     tags = [attribute_tags(trial.user_attrs) for trial in trials]
     columns = list(dict.fromkeys(name for each in tags for name in each))
     return [
-        _row(record, trial, names) | {name: attrs.get(name) for name in columns}
+        _row(metrics, trial, names) | {name: attrs.get(name) for name in columns}
         for trial, attrs in zip(trials, tags, strict=True)
     ]
 
 
-def _row(record: StoredStudy, trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:
+def _row(metrics: Sequence[str], trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:
     begin, end = trial.datetime_start, trial.datetime_complete
-    values: Sequence[float | None] = trial.values or [None] * len(record.metrics)
-    if len(record.metrics) == 1 and trial.state == TrialState.PRUNED:
+    values: Sequence[float | None] = trial.values or [None] * len(metrics)
+    if len(metrics) == 1 and trial.state == TrialState.PRUNED:
         values = [None]  # Optuna stores the last report as its value
-    taken = (*_COLUMNS, *record.metrics)
+    taken = (*_COLUMNS, *metrics)
     reason = trial.user_attrs.get(ENDED, {}).get("reason") or ""
     return {
         "trial": trial.number,
         "slot": trial.user_attrs.get(SLOT),
         "state": trial.state.name,
-        **dict(zip(record.metrics, values, strict=True)),
+        **dict(zip(metrics, values, strict=True)),
         **{f"param {name}" if name in taken else name: trial.params.get(name) for name in names},
         "steps": trial.last_step,
         "started": _utc(times(trial)[0]) if begin else None,

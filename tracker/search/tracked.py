@@ -24,11 +24,12 @@ from tracker.delivery.base import Delivery, Mode, mode_of, open_delivery
 from tracker.errors import TrackerError
 from tracker.manager import RunManager
 from tracker.run import Run
+from tracker.search.best import best_tags, best_trials
 from tracker.search.channel import Ended
 from tracker.search.objects import describe
 from tracker.search.running_trial import pruning_reason
 from tracker.search.stored_study import STUDY
-from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives
+from tracker.search.tables import INTERMEDIATE, attribute_tags, objectives, rows
 from tracker.search.trial import ObjectiveError, checked_values, trial_ended
 from tracker.statuses import Outcome, outcome, uncaught_error
 from tracker.store.uri import check_uri, resolve
@@ -41,6 +42,7 @@ from tracker.validation import (
     checked_text,
     fitted,
 )
+from tracker.views.files import csv_text
 
 Objective = Callable[[Any], Any]
 _NAMESPACE = uuid.UUID("6f1c1d9e-6d0e-4c52-9d0c-3c1d6a5b7a10")
@@ -138,8 +140,8 @@ class TrackedTrial(optuna.Trial):
         self.log_params()
         tags: dict[str, str] = {"optuna.state": ended.state}
         if ended.state == "COMPLETE":
-            names = _metric_names(self.study)
-            self._log(lambda: self.run.log_metrics(objectives(names, ended.values or ())))
+            values = objectives(_value_names(self.study), ended.values or ())
+            self._log(lambda: self.run.log_metrics(values))
         elif ended.state == "PRUNED":
             tags["tracker.pruned"] = self._pruned or self._reason("The objective")
         self.run.set_tags(tags)
@@ -167,6 +169,7 @@ class StudyRun(Run):
         """The key of the run, with which those of the trials begin."""
         self.interrupted: KeyboardInterrupt | None = None
         """Ctrl-C during the last trial."""
+        self._tracked = study
         super().__init__(
             delivery,
             fitted(
@@ -190,6 +193,22 @@ class StudyRun(Run):
     def is_usable(self) -> bool:
         """Whether trials of this process can begin below it."""
         return self.status is None and os.getpid() == self._pid
+
+    def abandon(self) -> None:
+        """End the run, with a table of all trials so far and the best of them."""
+        if self.is_usable:
+            try:
+                self._log_trials()
+            except Exception as error:  # noqa: BLE001 - of the storage: the trials have their runs
+                logger.warning("trials.csv of the study is not logged: %s", error)
+        super().abandon()
+
+    def _log_trials(self) -> None:
+        study = self._tracked
+        trials = study.get_trials(deepcopy=False)
+        self.log_text(csv_text(rows(_value_names(study), trials)), "trials.csv")
+        directions = [direction.name.lower() for direction in study.directions]
+        self.set_tags(best_tags(best_trials(trials, directions)))
 
     def abandoned_outcome(self, where: str) -> Outcome:
         """Return FINISHED, unless an exception stopped the study: `optimize` says no more."""
@@ -301,8 +320,9 @@ def _end(studies: dict[tuple[str, int], StudyRun]) -> None:
         run.abandon()
 
 
-def _metric_names(study: optuna.Study) -> Sequence[str]:
-    return study.metric_names or [str(index) for index in range(len(study.directions))]
+def _value_names(study: optuna.Study) -> Sequence[str]:
+    count = len(study.directions)
+    return study.metric_names or (["objective"] if count == 1 else list(map(str, range(count))))
 
 
 def _tags(attrs: dict[str, Any]) -> dict[str, str]:
