@@ -195,13 +195,16 @@ class StudyRun(Run):
         return self.status is None and os.getpid() == self._pid
 
     def abandon(self) -> None:
-        """End the run, with a table of all trials so far and the best of them."""
+        """End the run, with a table of all trials so far and the best of them.
+
+        Only the end of the program waits for the delivery: `optimize` returns at once.
+        """
         if self.is_usable:
             try:
                 self._log_trials()
             except Exception as error:  # noqa: BLE001 - of the storage: the trials have their runs
                 logger.warning("trials.csv of the study is not logged: %s", error)
-        super().abandon()
+        self.end(self.abandoned_outcome("when the program ended"), wait=False)
 
     def _log_trials(self) -> None:
         study = self._tracked
