@@ -18,7 +18,7 @@ from mlflow.entities import Run as MlflowRun
 from optuna.trial import TrialState
 
 from tests.helpers import Store
-from tests.programs import ROOT, ForkServer
+from tests.programs import ROOT, ForkServer, wait_for
 from tests.test_documentation import python_block, run_as_script
 from tracker import ArgumentError, StoreError, current_run, tracked
 
@@ -375,10 +375,11 @@ def test_processes_that_share_a_study_have_one_run_of_it(
 ) -> None:
     storage = f"sqlite:///{workdir / 'optuna.db'}"
     optuna.create_study(study_name="study", storage=storage)
-    programs = [
-        deliverers.start(PROGRAM, storage, folder=workdir, MLFLOW_TRACKING_URI=store.uri)
-        for _ in range(2)
-    ]
+    programs = []
+    for _ in range(2):  # the second one starts when the first has created the study's run
+        environment = {"MLFLOW_TRACKING_URI": store.uri}
+        programs.append(deliverers.start(PROGRAM, storage, folder=workdir, **environment))
+        wait_for(lambda: store.runs("shared"), "the study's run", programs[0].output)
     for program in programs:
         program.wait_for_all()
     assert sorted(str(program.code) for program in programs) == ["-2", "0"]
