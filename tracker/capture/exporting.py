@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, _trace
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from tracker.capture.example import Example
@@ -103,6 +103,8 @@ def _without_printing() -> Iterator[None]:
 
     Its function `print` is replaced, not sys.stderr, on which other threads may write.
     """
+    from torch.export import _trace  # imports torch's compiler, which takes seconds
+
     with muted("torch.fx.experimental.symbolic_shapes"):
         vars(_trace)["print"] = lambda *unused, **named: None
         try:
