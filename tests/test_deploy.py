@@ -269,7 +269,7 @@ def test_a_model_with_two_inputs_is_refused_in_one_sentence(tmp_path: Path) -> N
         ("models:/nothing@best --to pt2", "Registered Model with name=nothing not found"),
         ("models:/nothing/1 --to pt2", "Registered Model with name=nothing not found"),
         ("models:/m-nothing --to pt2", "Logged model with ID 'm-nothing' not found"),
-        ("runs:/RUN/other --to pt2", "/other': the run has no such model."),
+        ("runs:/RUN/other --to pt2", "/other': the run has no such model; it has model."),
         ("dbfs:/model --to pt2", "model='dbfs:/model' is not allowed; it must be runs:/RUN_ID/"),
         ("RUN --to pt2 --output none/m.pt2", "output='none/m.pt2' cannot be written: No such file"),
         ("RUN --to pt2 --output /proc/m.pt2", "output='/proc/m.pt2' cannot be written: "),

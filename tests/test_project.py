@@ -68,6 +68,7 @@ def pinned(requirement: Requirement, pins: dict[str, str]) -> str:
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "psycopg": "psycopg",
+    "pynvml": "nvidia-ml-py",
     "typing_extensions": "typing-extensions",
     "yaml": "pyyaml",
 }

@@ -159,7 +159,15 @@ def test_a_value_that_mlflow_would_cut_or_change_is_refused(store: Store) -> Non
     assert len(store.run().data.params["text"]) == 6000
 
 
-@pytest.mark.parametrize("step", [1.5, None, "3", 2**63])
+def test_a_step_of_none_is_mlflow_s_default(store: Store) -> None:
+    with start_run() as run:
+        run.log_metrics({"loss": 1.0}, None)
+        run.log_metric("accuracy", 0.5, step=None)
+    assert store.history(store.run(), "loss") == [(0, 1.0)]
+    assert store.history(store.run(), "accuracy") == [(0, 0.5)]
+
+
+@pytest.mark.parametrize("step", [1.5, "3", 2**63])
 def test_a_step_that_is_not_an_integer_is_refused(store: Store, step: Any) -> None:
     with start_run() as run, pytest.raises(ArgumentError, match=r"step=.* 64-bit integer"):
         run.log_metrics({"loss": 1.0}, step)

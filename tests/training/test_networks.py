@@ -86,9 +86,7 @@ def test_each_network_has_its_layers_graph_histograms_and_model(
         fresh = type(part)()
         assert torch.equal(load_trained(uri, into=fresh).linear.weight, part.linear.weight)
 
-    with pytest.raises(
-        StoreError, match=f"the run has only model-{min(names)}, model-{max(names)}"
-    ):
+    with pytest.raises(StoreError, match=f"it has model-{min(names)}, model-{max(names)}"):
         load_trained(run.info.run_id, into=Critic())
     both: list[Any] = [Generator(), Critic()]
     loaded = load_trained(run.info.run_id, into=given(*both))

@@ -139,9 +139,10 @@ class ModelStore:
             if model.name == name:
                 return str(model.artifact_location)
             others.add(model.name)
-        there = f"only {', '.join(sorted(others))}" if others else "none"
+        there = f"; it has {', '.join(sorted(others))}" if others else ""
         raise StoreError(
-            f"MLflow could not find the model 'runs:/{run_id}/{name}': the run has {there}."
+            f"MLflow could not find the model 'runs:/{run_id}/{name}': the run has no such model"
+            f"{there}."
         )
 
     def delete(self, model_id: str, name: str) -> bool:
