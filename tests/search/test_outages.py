@@ -255,8 +255,12 @@ def test_ctrl_c_ends_a_study_whose_storage_does_not_answer(
 
     monkeypatch.setattr("tracker.search.keeper.SETTLE_SECONDS", 0.0)
     storage.on_strike = interrupt
-    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
-        make(objective).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            make(objective).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_keeper_that_cannot_start_does_not_end_the_study(
