@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import Store
-from tracker import ArgumentError, Every, RunManager, fit, load_histograms
+from tracker import ArgumentError, Every, RunManager, fit, load_histograms, start_run
 
 
 @pytest.mark.parametrize(
@@ -279,3 +279,15 @@ def test_what_every_does_not_allow_is_refused(fields: Any) -> None:
         Every(**fields)
     with pytest.raises(ArgumentError, match="histograms=3 is not allowed"):
         RunManager(histograms=3)  # type: ignore[arg-type]
+
+
+def test_a_pattern_of_a_module_s_tensors_takes_its_outputs_too() -> None:
+    every = Every(only="fc.*", activations=True)
+    assert every.takes("fc.weight", "weight")
+    assert every.takes("fc", "activation")
+    assert not every.takes("fc2", "activation")
+
+
+def test_a_histogram_has_no_negative_step(store: Store) -> None:
+    with start_run() as run, pytest.raises(ArgumentError, match=r"^step=-1 is not allowed"):
+        run.log_histogram("latent", [1.0], -1)

@@ -364,6 +364,11 @@ def test_a_name_that_does_not_exist_brings_the_nearest(name: str, nearest: str) 
     assert getattr(manager, name, None) is None
 
 
+def test_a_name_that_is_like_no_other_brings_none() -> None:
+    with pytest.raises(AttributeError, match=r"has no method or attribute 'qqqq'\.$"):
+        _ = quiet().qqqq
+
+
 def test_a_run_s_method_is_found_there() -> None:
     with pytest.raises(AttributeError, match=r"a run has it: manager\.run\.log_image\.$"):
         RunManager().log_image  # noqa: B018
