@@ -1,4 +1,4 @@
-"""Histograms of activations count the outputs of leaf modules, and leave the network as it is."""
+"""Histograms of activations count the outputs of leaf modules without changing the network."""
 
 from __future__ import annotations
 

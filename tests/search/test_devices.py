@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - the fake has the names of pynvml
-"""Each worker sees GPUs of its own, from its first line on."""
+"""Each worker sees only its own GPUs, from the first line that it runs."""
 
 from __future__ import annotations
 

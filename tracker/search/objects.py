@@ -27,7 +27,7 @@ _SHOWN = (bool, int, float, str, type(None))
 def own_sampler(given: Any, seed: int) -> BaseSampler:
     """Return the sampler for one trial, with its random generators seeded.
 
-    Optuna's classes keep what they learn in the storage, so each trial has a copy of its own. Other
+    Optuna's classes keep what they learn in the storage, so each trial gets a copy. Other
     classes may learn from trial to trial: all trials share the object, as in Optuna.
 
     Args:

@@ -82,7 +82,7 @@ def sampler(
         raise ArgumentError(
             "sampler='cmaes' supports one objective only; all other samplers support several."
         )
-    return _SlotSampler(fresh, slot, known or {}) if known or is_cmaes else fresh
+    return _RepeatingSampler(fresh, slot, known or {}) if known or is_cmaes else fresh
 
 
 def pruner(given: PrunerLike, steps: int | None) -> BasePruner:
@@ -145,7 +145,7 @@ def training_seed(seed: int, slot: int) -> int:
     return int(np.random.SeedSequence([seed, slot, 1]).generate_state(1)[0])
 
 
-class _SlotSampler(BaseSampler):
+class _RepeatingSampler(BaseSampler):
     """Repeats the values of an earlier attempt, which its checkpoint needs, and samples the rest.
 
     Known values are sampled too, and discarded: random states, and what CMA-ES stores with the

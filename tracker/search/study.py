@@ -263,7 +263,7 @@ class Study:
                 ImportError or a TypeError in the first three trials while none has ended well.
             devices: The GPUs that workers get by round robin, such as `["0", "1"]`; "auto" for all
                 that this process may use, which several workers get by default; "all" to let each
-                worker see all. With GPUs of its own a single worker is a separate process too.
+                worker see all. A single worker with its own GPUs is a separate process too.
             gpus_per_trial: How many GPUs each trial has (1, 2, …), or which part of one (0.5).
 
         Returns:
@@ -323,7 +323,7 @@ class Study:
             return storage.patiently(lambda: optuna.Study(record.name, storage.optuna))
         finally:
             self._flag = None
-            storage.close()  # the returned study opens connections of its own when needed
+            storage.close()  # the returned study opens its own connections when needed
 
     def _run(
         self, search: Search, make_executor: Callable[[TrialSpec], Executor], catch: Catch

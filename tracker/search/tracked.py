@@ -247,7 +247,7 @@ class TrackedObjective:
         return type(self), (self._objective, self._experiment, uri, directory, mode)
 
     def __call__(self, trial: BaseTrial) -> Any:
-        """Run the objective in a run; a FixedTrial or FrozenTrial is of no study, and has none.
+        """Run the objective in a run; a FixedTrial or FrozenTrial belongs to no study and has none.
 
         Raises:
             BaseException: What the objective raises, so that Optuna's `catch` works.

@@ -36,10 +36,14 @@ class _Thread:
 
     def __init__(self) -> None:
         self.epochs = 0
-        self.batches = 0
-        self.by_sampler: dict[int, int] = {}  # the same, by the id of the loader's sampler
+        self.drawn: dict[int, int] = {}  # batches, by the id of their loader's sampler
         self.seconds = 0.0
         self.is_waiting = False
+
+    @property
+    def batches(self) -> int:
+        """All batches that were drawn."""
+        return sum(self.drawn.values())
 
 
 _threads: dict[int, _Thread] = {}
@@ -54,9 +58,8 @@ def _timed(draw: Callable[[Any], Any], iterator: Any) -> Any:
     started = perf_counter()
     try:
         batch = draw(iterator)
-        thread.batches += 1
         sampler = id(getattr(iterator, "_index_sampler", None))
-        thread.by_sampler[sampler] = thread.by_sampler.get(sampler, 0) + 1
+        thread.drawn[sampler] = thread.drawn.get(sampler, 0) + 1
         return batch
     finally:
         thread.seconds += perf_counter() - started
@@ -246,13 +249,13 @@ class _Open:
         self._thread = _threads.setdefault(self._key, _Thread())
         self._thread.epochs += 1
         self._before = self._thread.batches, self._thread.seconds
-        self._drawn_before = self._thread.by_sampler.get(self._sampler, 0)
+        self._drawn_before = self._thread.drawn.get(self._sampler, 0)
         self._started = perf_counter()
 
     @property
     def drawn(self) -> int:
         """Batches that were drawn from the loader."""
-        return self._thread.by_sampler.get(self._sampler, 0) - self._drawn_before
+        return self._thread.drawn.get(self._sampler, 0) - self._drawn_before
 
     def end(self) -> tuple[float, int, float]:
         """Return the seconds since the beginning, the batches drawn, and the seconds waited."""

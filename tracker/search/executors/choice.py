@@ -19,7 +19,7 @@ from tracker.search.sending import pack
 def choose_executor(
     objective: Any, catch: Catch, *, workers: int, devices: Any, gpus_per_trial: Any
 ) -> Callable[[TrialSpec], Executor]:
-    """Return what makes the executor: this process for one worker without GPUs of its own.
+    """Return what makes the executor: this process for one worker without its own GPUs.
 
     Args:
         objective: The objective.

@@ -41,7 +41,7 @@ _MAX_FAILED_STARTS = 3  # in a row
 _MAX_KILLED_STARTS = 20  # by the user, or for lack of memory
 
 # Workers are forked from a process that has imported torch once for all of them, and holds neither
-# threads nor CUDA. A worker with GPUs of its own begins anew instead: its CUDA_VISIBLE_DEVICES is
+# threads nor CUDA. A worker with its own GPUs is a new process instead: its CUDA_VISIBLE_DEVICES is
 # set before anything is imported, such as a script that asks torch for its device at the top.
 _FORKED = multiprocessing.get_context("forkserver")
 _NEW = multiprocessing.get_context("spawn")
